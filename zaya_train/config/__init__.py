@@ -1,0 +1,1 @@
+"""Typed configuration: schema, derived values, checks. Standard library only."""

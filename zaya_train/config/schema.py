@@ -1,0 +1,285 @@
+"""The typed run: every key a YAML file or a command line may set, with its unit and its source.
+
+Frozen dataclasses only; this package imports nothing but the standard library, so a configuration
+can be checked on a login node without torch. Values that follow from others live in `derive.py`,
+rules that span keys in `check.py`, the conversion from plain dictionaries in `build.py`.
+
+"report" below is the ZAYA1-8B report, arXiv 2605.05365.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+KernelName = Literal["eager", "reference"]
+ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of one ZAYA model (report, table I)."""
+
+    vocab_size: int
+    """Tokens in the embedding and in the tied LM head; 262,272 for ZAYA1 (Gemma 3 tokenizer)."""
+    num_layers: int
+    """Layers, each one CCA attention block followed by one MoE block; 40 for ZAYA1-8B."""
+    hidden_size: int
+    """Width D of the residual stream; 2,048 for ZAYA1-8B."""
+    num_query_heads: int
+    """Query heads H after CCA's compression; 8 for ZAYA1-8B."""
+    num_kv_heads: int
+    """Key/value heads K; 2 for ZAYA1-8B. Divides num_query_heads."""
+    head_dim: int
+    """Channels d per head; 128 for ZAYA1-8B. Even, and rope_fraction * head_dim even."""
+    num_experts: int
+    """Routed experts E per layer, one chosen per token; 16 for ZAYA1-8B."""
+    expert_ffn_size: int
+    """SwiGLU width F after the activation (2F before it); 2,048 for ZAYA1-8B."""
+    router_size: int
+    """Router latent R; 256 for ZAYA1-8B (report, II-A2)."""
+    conv_depthwise_taps: int = 2
+    """Kernel size of CCA's depthwise convolution over the sequence (arXiv 2510.04476)."""
+    conv_grouped_taps: int = 2
+    """Kernel size of CCA's per-head convolution over the sequence."""
+    rope_fraction: float = 0.5
+    """Share of each head's channels that is rotated."""
+    rope_base: float = 10_000.0
+    """RoPE base; every phase sets its own (10 K, 10 K, 1 M, 5 M in the report)."""
+    max_context_tokens: int = 131_072
+    """Longest context any phase uses; written to the exported Hugging Face config."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    skip_class: bool = True
+    """Router scores E + 1 classes, the last one without an expert (released checkpoints do)."""
+    skip_output: Literal["identity", "zero"] = "identity"
+    """What a skipped token receives: probability x normalised block input (the original code) or
+    zero (transformers' `zaya`)."""
+    init_std: float = 0.02
+    """Standard deviation of the embedding's initial values; see model/init.py for the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate as a pure function of the tokens consumed in a phase."""
+
+    kind: ScheduleKind = "wsd"
+    """wsd: warm-up, stable, linear decay; cosine and linear: decay over the whole phase."""
+    warmup_tokens: int = 0
+    """Linear warm-up from zero."""
+    decay_tokens: int = 0
+    """wsd only: length of the final linear decay."""
+    final_ratio: float = 0.0
+    """Learning rate at the end of the phase over its peak, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRampConfig:
+    """Global batch grown in equal increments, as in Megatron-LM's batch-size ramp."""
+
+    start_tokens: int
+    """Global batch at the phase's first step."""
+    over_tokens: int
+    """Tokens over which the batch grows to the phase's global_batch_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """One row of the plan (report, tables II and III)."""
+
+    tokens: int
+    """Tokens to consume: sequences x context_tokens. Rounded up to whole steps."""
+    context_tokens: int
+    """Sequence length of a packed row."""
+    rope_base: float
+    """RoPE base during this phase."""
+    global_batch_tokens: int
+    """Tokens per optimizer step over all ranks; a multiple of context_tokens."""
+    micro_batch_sequences: int = 1
+    """Rows per rank and forward pass."""
+    context_parallel: int = 1
+    """Ranks that share one row (1, 1, 2, 8 in the report)."""
+    mixture: dict[str, float]
+    """Source name -> weight by tokens; the names are keys of data.sources."""
+    learning_rate_scale: float = 1.0
+    """Multiplies both optimizers' peak learning rates in this phase."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    batch_ramp: BatchRampConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """The phases in order; the order of the mapping is the order of training."""
+
+    phases: dict[str, PhaseConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One corpus made by `zaya data prepare` or `zaya data synth`."""
+
+    path: str
+    """Corpus directory: tokens.bin, tokens.idx, sections, manifest.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from. Mixture weights are a phase's own."""
+
+    sources: dict[str, SourceConfig]
+    """Training corpora by name."""
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    """Held-out corpora by name; losses are logged under these names."""
+    validation_sequences: int = 16
+    """Rows of each validation corpus scored at every evaluation."""
+    max_documents_per_row: int = 256
+    """Cap on documents packed into one row."""
+    prefetch_batches: int = 2
+    """Batches prepared ahead of the step by a background thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon for matrices, update RMS matched to AdamW (arXiv 2502.16982, section 2.2)."""
+
+    learning_rate: float
+    """Peak learning rate, on AdamW's scale."""
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.1
+    """Decoupled."""
+    newton_schulz_steps: int = 5
+    newton_schulz_dtype: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the Newton-Schulz products; fp32 is faster on CPUs without bf16 matrix units."""
+    update_rms: float = 0.2
+    """Target RMS of an update: 0.2 sqrt(max(n, m)) times an orthogonal matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW for embedding / LM head, norms, biases and scales."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled; applied to the embedding only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancingConfig:
+    """AdamW on the routers' balancing biases; its gradient is load - 1/E (report, II-A2)."""
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    train_skip_bias: bool = False
+    """Let the controller move the skip class's bias, which starts at -1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    muon: MuonConfig
+    adamw: AdamWConfig
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks are laid out. Data parallel degree = world / context_parallel."""
+
+    shard: int = 0
+    """Ranks over which FSDP shards parameters, context ranks included; 0 means all of them."""
+    context_parallel_limit: int = 0
+    """Largest context-parallel degree this launch can hold; phases that ask for more are lowered to
+    it, and the log says so. 0 means no limit."""
+    reshard_after_forward: bool = False
+    """Free gathered weights between forward and backward (ZeRO-3) instead of keeping them."""
+    context_chunks: Literal["head_tail", "contiguous"] = "head_tail"
+    """Which chunks of a row a context-parallel rank holds; head_tail balances causal attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    compute_dtype: Literal["fp32", "bf16"] = "bf16"
+    """Gathered parameters and activations. Master weights and the residual stream are fp32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Gradient reduction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Back end per operation, by name; a name that cannot run here is an error."""
+
+    cca: KernelName = "eager"
+    attention: KernelName = "eager"
+    norm_residual: KernelName = "eager"
+    grouped_mlp: KernelName = "eager"
+    linear_cross_entropy: KernelName = "eager"
+    newton_schulz: KernelName = "eager"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 100
+    """Steps between checkpoints; a phase's end is always saved."""
+    keep_last: int = 3
+    """Newest verified checkpoints kept; at least 2. Phase ends are kept besides."""
+    initial_weights: str | None = None
+    """Hugging Face `zaya` folder to start from instead of a fresh initialisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    every_steps: int = 1
+    """Steps between console lines and metrics rows."""
+    eval_every_steps: int = 50
+    """Steps between validation losses; 0 turns them off."""
+    wandb: Literal["disabled", "offline", "online"] = "offline"
+    wandb_project: str = "zaya-train"
+    tensorboard: bool = True
+    progress: bool = True
+    """Progress bar on a terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str
+    """Names the run in logs and its directory."""
+    dir: str
+    """Everything the run writes goes below this directory."""
+    seed: int = 0
+    """Seeds initialisation and data order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the accelerator if torch sees one, else the CPU. ROCm devices are `cuda` to torch."""
+    init_timeout_seconds: float = 600.0
+    """Longest wait for all ranks to appear."""
+    step_timeout_seconds: float = 300.0
+    """Longest wait inside a collective once the first step is done."""
+    threads: int = 0
+    """CPU threads per rank; 0 divides the cores among the ranks of this node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    plan: PlanConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
