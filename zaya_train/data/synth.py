@@ -1,8 +1,8 @@
 """Procedural reasoning corpus: seeded problems with `<think>` traces and verifiable answers.
 
 Rows are chat messages, so the same preparation serves them and real data. Which split a problem
-belongs to is decided by a hash of its text and by nothing else: two corpora of any seeds never share
-a problem across the splits.
+belongs to is decided by a hash of its text and by nothing else: two corpora of any seeds never
+share a problem across the splits.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from zaya_train.config.errors import DataError, StorageError
 from zaya_train.data.synth_families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
