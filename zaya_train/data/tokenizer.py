@@ -1,0 +1,181 @@
+"""Text to token ids and back: bytes, a `tokenizer.json`, or a Hugging Face tokenizer.
+
+Every tokenizer used here carries the eight markers of the chat format as single special tokens;
+the ones it lacks are added. Markers are placed by id, never parsed out of document text, so a
+document that quotes `<think>` or `<|user|>` cannot forge structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from zaya_train.config.errors import DataError
+
+PAD, END = "<|pad|>", "<|end|>"
+SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+MARKERS = (PAD, END, SYSTEM, USER, ASSISTANT, TOOL, THINK_OPEN, THINK_CLOSE)
+"""Ids 0 to 7 of the bytes tokenizer, in this order."""
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' + message['content'] + '<|end|>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+"""The shipped format: one special token per role, one at the end, no newlines between."""
+
+_ACCEPTED = "'bytes', a tokenizer.json, a folder holding one, a hub name"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.json)")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the chat markers; build it with `load_tokenizer`."""
+
+    backend: tokenizers.Tokenizer = field(repr=False)
+    spec: str
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Highest id plus one, markers included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def marker_ids(self) -> dict[str, int]:
+        """Id of every string in MARKERS."""
+        return {marker: self.backend.token_to_id(marker) for marker in MARKERS}
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows; never an end of document."""
+        return self.marker_ids[PAD]
+
+    @property
+    def end_id(self) -> int:
+        """Closes a turn and a document."""
+        return self.marker_ids[END]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the tokenizer: hash of its canonical JSON, independent of where it lies."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; marker strings in it are encoded as ordinary characters."""
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts, on all cores."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ids, markers included unless `skip_special`."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, loadable by AutoTokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END,
+            "pad_token": PAD,
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+        }
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Tokenizer named by `spec`.
+
+    Args:
+        spec: `bytes`; a `tokenizer.json` file or a folder holding one; or a name on the hub.
+
+    Raises:
+        DataError: nothing by that name can be loaded, or the file is no tokenizer.
+    """
+    if spec == "bytes":
+        return Tokenizer(_with_markers(_bytes_backend()), spec)
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return Tokenizer(_with_markers(_read_backend(path)), spec)
+    if not _HUB_NAME.fullmatch(spec):
+        raise DataError(f"tokenizer {spec!r}: no such file or folder; accepted: {_ACCEPTED}")
+    return Tokenizer(_with_markers(_hub_backend(spec)), spec)
+
+
+def _bytes_backend() -> tokenizers.Tokenizer:
+    """One token per byte: a BPE without merges over GPT-2's printable byte alphabet."""
+    vocab = {marker: index for index, marker in enumerate(MARKERS)}
+    vocab |= {char: len(MARKERS) + byte for byte, char in enumerate(_byte_alphabet())}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level tokenizers, by byte value."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    stand_in = {byte: chr(byte) for byte in printable}
+    others = (byte for byte in range(256) if byte not in stand_in)
+    stand_in |= {byte: chr(256 + rank) for rank, byte in enumerate(others)}
+    return [stand_in[byte] for byte in range(256)]
+
+
+def _with_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Register the markers as special tokens and stop parsing them out of plain text."""
+    backend.add_special_tokens(
+        [AddedToken(marker, special=True, normalized=False) for marker in MARKERS]
+    )
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises bare Exception for a malformed file
+            raise
+        raise DataError(f"{path}: not a tokenizer.json: {_first_line(error)}") from error
+
+
+def _hub_backend(name: str) -> tokenizers.Tokenizer:
+    # transformers takes seconds to import and only hub names need it.
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"tokenizer {name!r}: no such file or folder, and the hub does not serve it "
+            f"({_first_line(error)}); accepted: {_ACCEPTED}"
+        ) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise DataError(f"tokenizer {name!r}: has no tokenizer.json form (slow tokenizer)")
+    return tokenizers.Tokenizer.from_str(backend.to_str())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
