@@ -1,0 +1,89 @@
+"""The device of one rank and the facts about it that belong into a log and a manifest."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from zaya_train.config.errors import ConfigError
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What this process computes on; `memory_bytes` is the device's own memory, host RAM on CPU."""
+
+    name: str
+    memory_bytes: int
+    cores: int
+    torch_version: str
+    hip_version: str | None
+    cuda_version: str | None
+
+
+def usable_cores() -> int:
+    """Cores this process may run on; a Slurm or container limit counts, the machine's total not."""
+    return len(os.sched_getaffinity(0))
+
+
+def pick_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
+    """The device of the `local_rank`-th process of this node.
+
+    `auto` takes the accelerator if torch sees one. ROCm devices are `cuda` to torch.
+
+    Raises:
+        ConfigError: `cuda` was asked for and torch sees none, or fewer than there are ranks here.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if choice == "cpu" or (choice == "auto" and available == 0):
+        return torch.device("cpu")
+    if available == 0:
+        raise ConfigError(
+            f"runtime.device=cuda, but torch {torch.__version__} sees no accelerator "
+            f"(built for {_build()}); use runtime.device=cpu or install a GPU build"
+        )
+    if local_rank >= available:
+        raise ConfigError(
+            f"runtime.device={choice}: local rank {local_rank} needs a device of its own, "
+            f"but this node shows {available}; start at most {available} ranks per node"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def describe(device: torch.device) -> DeviceFacts:
+    """Facts about `device`, read from the driver (GPU) or the operating system (CPU)."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory_bytes = properties.name, properties.total_memory
+    else:
+        name = _cpu_name()
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return DeviceFacts(
+        name=name,
+        memory_bytes=memory_bytes,
+        cores=usable_cores(),
+        torch_version=torch.__version__,
+        hip_version=torch.version.hip,
+        cuda_version=torch.version.cuda,
+    )
+
+
+def _build() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return f"{os.uname().machine} CPU"

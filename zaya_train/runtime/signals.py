@@ -1,0 +1,76 @@
+"""Stopping on request: a signal to any rank stops all ranks at the same step.
+
+Schedulers warn before they kill (SIGTERM on preemption, SIGUSR1 ahead of a time limit, SIGINT from
+a keyboard), and not all ranks hear it at the same step. The handler only records the signal; the
+loop asks `agreed` once per step, saves if a rank heard one, and exits with the requeue code.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopFlag:
+    """Records the first stop signal between `install` and `uninstall`; also a context manager.
+
+    Later signals change nothing, so a second SIGTERM during the final save does not break it. Only
+    a second SIGINT raises KeyboardInterrupt: a person at the keyboard wants out now.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> None:
+        """Take over the stop signals. Main thread only (Python's rule)."""
+        if self._previous:
+            raise RuntimeError("StopFlag is already installed")
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._record)
+
+    def uninstall(self) -> None:
+        """Give the signals back to the handlers found by `install`."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def __enter__(self) -> StopFlag:
+        self.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    @property
+    def received(self) -> signal.Signals | None:
+        """The first signal this rank heard."""
+        return signal.Signals(self._received) if self._received else None
+
+    def agreed(self, group: dist.ProcessGroup | None = None) -> signal.Signals | None:
+        """The stop signal all ranks of `group` act on now, or None. Collective (one all-reduce).
+
+        `group` needs a gloo backend for CPU tensors; None is the world group.
+        """
+        heard = torch.tensor([self._received], dtype=torch.int64)
+        dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=group)
+        number = int(heard.item())
+        return signal.Signals(number) if number else None
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = self._received or number
