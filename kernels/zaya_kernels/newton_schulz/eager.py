@@ -1,0 +1,27 @@
+"""Batched Newton-Schulz over equal shapes, on the smaller side's Gram matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def newton_schulz_eager(
+    matrices: Tensor, steps: int, dtype: torch.dtype, coefficients: tuple[float, float, float]
+) -> Tensor:
+    """See `zaya_kernels.newton_schulz.op.newton_schulz`."""
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    norm = torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
+    x = (x / norm).to(dtype)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    out = x.transpose(1, 2) if tall else x
+    return out.to(torch.promote_types(dtype, torch.float32))

@@ -1,0 +1,29 @@
+"""Newton-Schulz orthogonalisation for Muon.
+
+Quintic coefficients of Jordan et al. (kellerjordan.github.io/posts/muon): singular values of the
+input, scaled into [0, 1], are driven towards 1 within about +-0.3.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zaya_kernels.backends import pick
+from zaya_kernels.newton_schulz.eager import newton_schulz_eager
+from zaya_kernels.newton_schulz.reference import newton_schulz_reference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+BACKENDS = {"eager": newton_schulz_eager, "reference": newton_schulz_reference}
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """matrices [N, n, m] -> approximately orthogonal [N, n, m] in fp32; products run in `dtype`.
+
+    An all-zero matrix stays zero.
+    """
+    return pick("newton_schulz", BACKENDS, backend)(matrices, steps, dtype, QUINTIC)

@@ -1,0 +1,89 @@
+"""Compressed Convolutional Attention block (arXiv 2510.04476; 2605.05365, II-A).
+
+Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from zaya_kernels.attention.op import attention
+from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zaya_train.config.schema import ModelConfig
+    from zaya_train.model.interfaces import Surroundings
+    from zaya_train.model.layout import SequenceLayout
+
+Rotation = tuple["Tensor", "Tensor"]
+
+
+class CCA(nn.Module):
+    """Attention in a compressed latent space, with q/k mixed by two causal convolutions."""
+
+    def __init__(self, config: ModelConfig, around: Surroundings) -> None:
+        super().__init__()
+        self.config = config
+        self.around = around
+        heads = config.num_query_heads + config.num_kv_heads
+        channels = heads * config.head_dim
+        query, key = (n * config.head_dim for n in (config.num_query_heads, config.num_kv_heads))
+        d, hidden = config.head_dim, config.hidden_size
+        self.q_proj = nn.Parameter(torch.empty(query, hidden))
+        self.k_proj = nn.Parameter(torch.empty(key, hidden))
+        self.v_now_proj = nn.Parameter(torch.empty(key // 2, hidden))
+        self.v_delayed_proj = nn.Parameter(torch.empty(key // 2, hidden))
+        self.conv_depthwise = nn.Parameter(torch.empty(channels, config.conv_depthwise_taps))
+        self.conv_depthwise_bias = nn.Parameter(torch.empty(channels))
+        self.conv_grouped = nn.Parameter(torch.empty(heads, d, d * config.conv_grouped_taps))
+        self.conv_grouped_bias = nn.Parameter(torch.empty(channels))
+        self.temperature = nn.Parameter(torch.empty(config.num_kv_heads))
+        self.out_proj = nn.Parameter(torch.empty(hidden, query))
+
+    def forward(self, x: Tensor, layout: SequenceLayout, rotation: Rotation) -> Tensor:
+        """x [B, S, D] normalised -> [B, S, D]."""
+        inputs = self._project(x)
+        q, k, v = cca(inputs, self._weights(), self._context(inputs, layout, rotation), self._cca)
+        exchange = self.around.exchange
+        backend = self.around.kernels.attention
+        mixed = attention(q, exchange.gather(k), exchange.gather(v), layout.attention, backend)
+        return linear(mixed.flatten(2), self.out_proj)
+
+    @property
+    def _cca(self) -> str:
+        return self.around.kernels.cca
+
+    def _project(self, x: Tensor) -> Projections:
+        """One product for all four projections."""
+        parts = (self.q_proj, self.k_proj, self.v_now_proj, self.v_delayed_proj)
+        half = self.v_now_proj.shape[0]
+        together = linear(x, torch.cat(parts))
+        qk, v_now, v_delayed = together.split([together.shape[-1] - 2 * half, half, half], dim=-1)
+        return Projections(qk, v_now, v_delayed)
+
+    def _weights(self) -> CCAWeights:
+        return CCAWeights(
+            depthwise=self.conv_depthwise,
+            depthwise_bias=self.conv_depthwise_bias,
+            grouped=self.conv_grouped,
+            grouped_bias=self.conv_grouped_bias,
+            temperature=self.temperature,
+        )
+
+    def _context(
+        self, inputs: Projections, layout: SequenceLayout, rotation: Rotation
+    ) -> CCAContext:
+        rows = self.config.conv_depthwise_taps + self.config.conv_grouped_taps - 2
+        return CCAContext(
+            num_query_heads=self.config.num_query_heads,
+            positions=layout.positions,
+            cos=rotation[0],
+            sin=rotation[1],
+            halo_qk=self.around.exchange.halo(inputs.qk, rows),
+            halo_v=self.around.exchange.halo(inputs.v_delayed, 1),
+        )

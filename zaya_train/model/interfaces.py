@@ -1,0 +1,125 @@
+"""What the single-device model asks of its surroundings.
+
+The model is plain torch code for one device. Whatever crosses devices is injected through these
+Protocols; the defaults here are the single-device forms and the reference for every parallel one.
+
+Legend: B batch, S local sequence, T = B S tokens, D hidden, E experts, n chunks per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from zaya_train.config.schema import KernelsConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ContextExchange(Protocol):
+    """Moves what a row's tokens need from the other ranks that hold parts of the row."""
+
+    def halo(self, x: Tensor, rows: int) -> Tensor | None:
+        """x [B, S, C] -> [B, n, rows, C], the rows before each local chunk (zeros before the row);
+        None when this rank holds whole rows."""
+        ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x [B, S, ...] -> [B, S_row, ...], the whole row in order; gradients are summed back."""
+        ...
+
+
+class WholeRows:
+    """ContextExchange of a rank that holds whole rows."""
+
+    def halo(self, x: Tensor, rows: int) -> Tensor | None:
+        """Nothing precedes a row."""
+        return None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The row is here already."""
+        return x
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Token rows brought to their experts."""
+
+    rows: Tensor
+    """[R, D] sorted by expert."""
+    counts: Tensor
+    """[E_local] int64, rows of each local expert, summing to R."""
+    handle: Any
+    """What `combine` needs to bring the results back."""
+
+
+class TokenDispatcher(Protocol):
+    """Brings tokens to experts and results back; dropless."""
+
+    def dispatch(self, tokens: Tensor, choice: Tensor, num_experts: int) -> Dispatched:
+        """tokens [T, D], choice [T] int64; tokens with choice >= num_experts go to no expert."""
+        ...
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """rows [R, D] -> [T, D] in token order, zeros for tokens that went to no expert."""
+        ...
+
+
+class _Permute(torch.autograd.Function):
+    """Rows of x [T, D] by index [R]; the backward is a gather by the inverse, or a copy when rows
+    are left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.size = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        full = grad.new_empty if index.numel() == ctx.size else grad.new_zeros
+        return full(ctx.size, *grad.shape[1:]).index_copy_(0, index, grad), None
+
+
+class _Unpermute(torch.autograd.Function):
+    """The reverse: rows [R, D] to their places in [T, D], zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(index)
+        full = rows.new_empty if index.numel() == size else rows.new_zeros
+        return full(size, *rows.shape[1:]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.index_select(0, index), None, None
+
+
+class LocalDispatcher:
+    """TokenDispatcher of a rank that holds every expert: a stable sort, no communication."""
+
+    def dispatch(self, tokens: Tensor, choice: Tensor, num_experts: int) -> Dispatched:
+        """See TokenDispatcher."""
+        counts = torch.bincount(choice, minlength=num_experts + 1)[:num_experts]
+        order = torch.argsort(choice, stable=True)
+        order = order[: int(counts.sum())]
+        return Dispatched(_Permute.apply(tokens, order), counts, (order, tokens.shape[0]))
+
+    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+        """See TokenDispatcher."""
+        order, size = dispatched.handle
+        return _Unpermute.apply(rows, order, size)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Everything injected into a model: who exchanges, who dispatches, which kernels run."""
+
+    exchange: ContextExchange = field(default_factory=WholeRows)
+    dispatcher: TokenDispatcher = field(default_factory=LocalDispatcher)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)

@@ -1,0 +1,51 @@
+"""Top-1 mixture of SwiGLU experts with an optional skip class (2605.05365, II-A2).
+
+Legend: B batch, S sequence, D hidden, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from zaya_kernels.grouped_mlp.op import grouped_mlp
+
+from zaya_train.model.router import Router, Routing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zaya_train.config.schema import ModelConfig
+    from zaya_train.model.interfaces import Surroundings
+
+
+class MoE(nn.Module):
+    """Router and experts; the output is the chosen expert's, times its unbiased probability."""
+
+    def __init__(self, config: ModelConfig, layer: int, around: Surroundings) -> None:
+        super().__init__()
+        experts, width, hidden = config.num_experts, config.expert_ffn_size, config.hidden_size
+        self.config = config
+        self.around = around
+        self.router = Router(config, layer, around)
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(
+        self, x: Tensor, previous: Tensor | None, valid: Tensor
+    ) -> tuple[Tensor, Routing]:
+        """x [B, S, D] normalised, previous router state, valid [B, S] -> [B, S, D], routing."""
+        routing = self.router(x, previous, valid)
+        tokens, choice = x.flatten(0, 1), routing.choice.flatten()
+        dispatcher = self.around.dispatcher
+        sent = dispatcher.dispatch(tokens, choice, self.config.num_experts)
+        rows = grouped_mlp(
+            sent.rows, sent.counts, self.gate_up, self.down, self.around.kernels.grouped_mlp
+        )
+        out = dispatcher.combine(rows, sent)
+        if self.config.skip_class and self.config.skip_output == "identity":
+            skipped = (choice == self.config.num_experts).unsqueeze(-1)
+            out = torch.where(skipped, tokens, out)
+        weight = routing.probability.flatten().unsqueeze(-1).to(out.dtype)
+        return (out * weight).view_as(x), routing
