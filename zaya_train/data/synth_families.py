@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 LONG_SHARE = 0.08
 """Share of problems with long traces within the families that have them; with the weights below
 about 3 % of all problems."""
+LONGEST_TRACE_BYTES = 2400
+"""Upper end of the long traces, in round numbers; their lengths are log-uniform."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ def _fold(text: str, state: int, step: Callable[[int, int], int]) -> tuple[str, 
 
 
 def _draw_rounds(rng: random.Random, most_bytes_per_round: int) -> int:
-    """Rounds over one list: mostly one, some two or three, a heavy tail of up to ~3,600 bytes."""
+    """Rounds over one list: mostly one, some two or three, and a heavy tail."""
     if rng.random() < LONG_SHARE:
-        return _log_uniform(rng, 8, 3600 // most_bytes_per_round)
+        return _log_uniform(rng, 8, LONGEST_TRACE_BYTES // most_bytes_per_round)
     return rng.choices([1, 2, 3], weights=[70, 20, 10])[0]
 
 
@@ -205,7 +207,7 @@ def _draw_jump(rng: random.Random) -> str:
     letters = ascii_lowercase[:size]
     table = "".join(letter.upper() + rng.choice(letters) for letter in letters)
     long = rng.random() < LONG_SHARE
-    steps = _log_uniform(rng, 40, 900) if long else rng.randint(2, 14)
+    steps = _log_uniform(rng, 40, LONGEST_TRACE_BYTES // 4) if long else rng.randint(2, 14)
     return f"J {table} {rng.choice(letters)} {steps}"
 
 
