@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from zaya_train.config.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PAD, END = "<|pad|>", "<|end|>"
 SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"
@@ -53,7 +56,8 @@ class Tokenizer:
     @cached_property
     def marker_ids(self) -> dict[str, int]:
         """Id of every string in MARKERS."""
-        return {marker: self.backend.token_to_id(marker) for marker in MARKERS}
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        return {marker: vocab[marker] for marker in MARKERS}
 
     @property
     def pad_id(self) -> int:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from zaya_train.data.sections import (
     Kind,
@@ -27,6 +27,9 @@ from zaya_train.data.sections import (
     Tokens,
     supervised_mask,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class TrimRule(StrEnum):

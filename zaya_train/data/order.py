@@ -1,0 +1,91 @@
+"""Which row comes when: permutations computed element by element, in O(1) and without memory.
+
+A permutation of n items is a Feistel network over the smallest even-bit domain that holds n,
+walked until it lands inside (cycle walking, Black and Rogaway 2002). Keys come from SHA-256 of the
+names, so an order depends on nothing but what is written in the call, on no library's generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_ROUNDS = 6
+_MASK = (1 << 64) - 1
+
+
+def permuted(index: int, size: int, *names: object) -> int:
+    """Image of `index` under the permutation of range(size) that `names` choose.
+
+    Raises:
+        IndexError: index outside range(size).
+    """
+    if not 0 <= index < size:
+        raise IndexError(f"index {index} of a permutation of {size}")
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    keys = _round_keys(names)
+    while True:
+        index = _feistel(index, half, keys)
+        if index < size:
+            return index
+
+
+def permutation(size: int, *names: object) -> NDArray[np.int64]:
+    """All of `permuted(range(size))` at once, [size]."""
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    keys = _round_keys(names)
+    image = np.arange(size, dtype=np.uint64)
+    pending = np.arange(size)
+    while len(pending):
+        image[pending] = _feistel_array(image[pending], half, keys)
+        pending = pending[image[pending] >= size]
+    return image.astype(np.int64)
+
+
+def shuffled_row(ordinal: int, num_rows: int, *names: object) -> int:
+    """Row that a source's `ordinal`-th draw takes; every epoch is a new permutation."""
+    epoch, position = divmod(ordinal, num_rows)
+    return permuted(position, num_rows, *names, epoch)
+
+
+@lru_cache(maxsize=256)
+def _round_keys(names: tuple[object, ...]) -> tuple[int, ...]:
+    text = "\x1f".join(str(name) for name in names)
+    digest = b"".join(
+        hashlib.sha256(f"{block}\x1f{text}".encode()).digest() for block in range(_ROUNDS // 4 + 1)
+    )
+    return tuple(int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS))
+
+
+def _feistel(value: int, half_bits: int, keys: tuple[int, ...]) -> int:
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return left << half_bits | right
+
+
+def _mix(value: int) -> int:
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31
+
+
+def _feistel_array(
+    values: NDArray[np.uint64], half_bits: int, keys: tuple[int, ...]
+) -> NDArray[np.uint64]:
+    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys:
+        mixed = right ^ np.uint64(key)
+        mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        left, right = right, left ^ ((mixed ^ mixed >> np.uint64(31)) & mask)
+    return left << bits | right
