@@ -1,0 +1,106 @@
+"""Model configuration to and from transformers' `zaya` config.json."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from zaya_train.config.errors import CheckpointError
+from zaya_train.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_SAME = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_query_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "num_experts": "num_experts",
+    "expert_ffn_size": "moe_intermediate_size",
+    "router_size": "router_hidden_size",
+    "conv_depthwise_taps": "cca_time0",
+    "conv_grouped_taps": "cca_time1",
+    "max_context_tokens": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+
+_DEFAULTS = {
+    # transformers.ZayaConfig's defaults, for files that leave keys out.
+    "vocab_size": 262_272,
+    "hidden_size": 2048,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_experts": 16,
+    "moe_intermediate_size": 2048,
+    "router_hidden_size": 256,
+    "cca_time0": 2,
+    "cca_time1": 2,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+}
+
+_FIXED = {
+    # Variants of the `zaya` class that ZAYA1 does not use and this model does not have.
+    "attention_bias": False,
+    "lm_head_bias": False,
+    "tie_word_embeddings": True,
+    "num_experts_per_tok": 1,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+}
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Contents of config.json; CheckpointError where transformers cannot express the model."""
+    if not config.skip_class:
+        raise CheckpointError(
+            "model.skip_class=false cannot be exported: transformers' `zaya` always scores "
+            f"{config.num_experts} + 1 classes and the extra logit would enter the softmax"
+        )
+    rope = {
+        "rope_type": "default",
+        "rope_theta": config.rope_base,
+        "partial_rotary_factor": config.rope_fraction,
+    }
+    result: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SAME.items()}
+    return result | _FIXED | {
+        "architectures": ["ZayaForCausalLM"],
+        "model_type": "zaya",
+        "layer_types": ["hybrid"] * config.num_layers,
+        "rope_parameters": {"hybrid": rope},
+        "use_cache": True,
+    }
+
+
+def config_from_hf(folder: Path) -> ModelConfig:
+    """ModelConfig of a `zaya` folder; CheckpointError naming the key this model cannot honour."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a Hugging Face `zaya` folder")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    if raw.get("model_type") != "zaya":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'zaya'")
+    for key, value in _FIXED.items():
+        if raw.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, only {value!r} is supported")
+    kinds = set(raw.get("layer_types") or ["hybrid"])
+    if kinds != {"hybrid"}:
+        raise CheckpointError(f"{path}: layer_types {sorted(kinds)}, only 'hybrid' is supported")
+    values = {ours: raw.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _SAME.items()}
+    rope = (raw.get("rope_parameters") or {}).get("hybrid") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{path}: rope_type {rope['rope_type']!r}, only 'default' is supported")
+    return ModelConfig(
+        **values,
+        rope_base=float(rope.get("rope_theta", 5_000_000.0)),
+        rope_fraction=float(rope.get("partial_rotary_factor", 0.5)),
+        # What merged transformers computes for a skipped token.
+        skip_output="zero",
+    )
