@@ -73,18 +73,23 @@ def write_jsonl(request: SynthRequest, path: Path | str) -> int:
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        size_bytes = partial.stat().st_size
-        partial.replace(target)
+        try:
+            size_bytes = _write_lines(rows, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return size_bytes
+
+
+def _write_lines(rows: Iterator[dict[str, Any]], path: Path) -> int:
+    """Write and flush to the disk; returns the size in bytes."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
 
 
 def _chosen_families(request: SynthRequest) -> list[Family]:
@@ -93,8 +98,10 @@ def _chosen_families(request: SynthRequest) -> list[Family]:
     if request.split not in SPLITS:
         raise DataError(f"synth: split must be one of {', '.join(SPLITS)}, got {request.split!r}")
     names = tuple(FAMILIES) if request.families is None else request.families
+    if not names:
+        raise DataError(f"synth: no families named; there are {', '.join(FAMILIES)}")
     unknown = [name for name in names if name not in FAMILIES]
-    if unknown or not names:
+    if unknown:
         raise DataError(f"synth: unknown families {unknown}; there are {', '.join(FAMILIES)}")
     return [FAMILIES[name] for name in names]
 

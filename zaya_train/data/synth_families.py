@@ -72,11 +72,15 @@ def _operand(prompt: str, index: int) -> str:
 
 
 def _fold(text: str, state: int, step: Callable[[int, int], int]) -> tuple[str, int]:
-    """Running state over labelled digits: the trace `a3b0c2` and the last state."""
+    """Running state over labelled digits: the trace and the last state.
+
+    Each step is label, item, state. Copying the item first makes two easy steps of a hard one:
+    fetch an item, then combine it with the state beside it.
+    """
     trace = []
     for label, item in _pairs(text):
         state = step(state, int(item))
-        trace.append(f"{label}{state}")
+        trace.append(f"{label}{item}{state}")
     return "".join(trace), state
 
 
@@ -103,7 +107,7 @@ def _digits_of(prompt: str, index: int) -> list[int]:
 
 def _draw_sum(rng: random.Random) -> str:
     items = _draw_items(rng, digits, 3, 8)
-    return f"S {_draw_rounds(rng, len(items) + 4)} {items}"
+    return f"S {_draw_rounds(rng, len(items) * 3 // 2 + 4)} {items}"
 
 
 def _explain_sum(prompt: str) -> Explained:
@@ -115,8 +119,8 @@ def _solve_sum(prompt: str) -> str:
 
 
 def _draw_parity(rng: random.Random) -> str:
-    items = _draw_items(rng, "01", 6, 11)
-    return f"P {_draw_rounds(rng, len(items) + 4)} {items}"
+    items = _draw_items(rng, "01", 6, 10)
+    return f"P {_draw_rounds(rng, len(items) * 3 // 2 + 4)} {items}"
 
 
 def _explain_parity(prompt: str) -> Explained:
@@ -161,11 +165,8 @@ def _draw_count(rng: random.Random) -> str:
 
 
 def _explain_count(prompt: str) -> Explained:
-    """Copy every item, then count: two easy steps where comparing unseen items is one hard one."""
-    wanted, count, trace = _operand(prompt, 1), 0, ""
-    for label, item in _pairs(_operand(prompt, 2)):
-        count += item == wanted
-        trace += f"{label}{item}{count}"
+    wanted = int(_operand(prompt, 1))
+    trace, count = _fold(_operand(prompt, 2), 0, lambda state, item: state + (item == wanted))
     return Explained(trace, str(count))
 
 
@@ -179,8 +180,8 @@ def _draw_reverse(rng: random.Random) -> str:
 
 def _explain_reverse(prompt: str) -> Explained:
     word = _operand(prompt, 1)
-    letters = [word[position] for position in range(len(word) - 1, -1, -1)]
-    return Explained(".".join(letters), "".join(letters))
+    letters = "".join(word[position] for position in range(len(word) - 1, -1, -1))
+    return Explained(letters, letters)
 
 
 def _solve_reverse(prompt: str) -> str:
@@ -248,12 +249,18 @@ def _numbered(number: str) -> str:
 
 
 def _explain_add(prompt: str) -> Explained:
-    """Least significant digit first: label, digit, digit, then carry and digit of their sum."""
+    """Least significant digit first: label, both digits, their sum, that sum with the carry.
+
+    Both sums have two digits, so every step is seven bytes and the carry, the first digit of the
+    last sum, is always as far away.
+    """
     first, second = (dict(_pairs(part)) for part in _operand(prompt, 1).split("+"))
     carry, trace, result = 0, [], ""
     for label in sorted(first):
-        carry, digit = divmod(int(first[label]) + int(second[label]) + carry, 10)
-        trace.append(f"{label}{first[label]}{second[label]}{carry}{digit}")
+        partial = int(first[label]) + int(second[label])
+        total = partial + carry
+        carry, digit = divmod(total, 10)
+        trace.append(f"{label}{first[label]}{second[label]}{partial:02}{total:02}")
         result = f"{digit}{result}"
     return Explained("".join(trace), f"{carry}{result}")
 
