@@ -193,5 +193,5 @@ def _assemble(segments: Sequence[Segment], ids: Sequence[Sequence[int]]) -> Samp
         (len(part), segment.role, segment.kind, segment.turn, segment.supervised)
         for segment, part in zip(segments, ids, strict=True)
     ]
-    tokens = np.fromiter((i for part in ids for i in part), dtype=np.int32)
+    tokens = np.concatenate([np.asarray(part, dtype=np.int32) for part in ids])
     return Sample(tokens, make_sections(rows))

@@ -185,6 +185,11 @@ class CorpusWriter:
         """Documents added so far."""
         return len(self._section_counts)
 
+    @property
+    def rejects(self) -> dict[str, int]:
+        """Rejected documents so far by reason code."""
+        return dict(sorted(self._rejects.items()))
+
     def add(self, sample: Sample | Rejected) -> None:
         """Append a document, or count a rejected one.
 
@@ -228,7 +233,7 @@ class CorpusWriter:
             tokens=self._tokens,
             supervised_tokens=self._supervised,
             source=dict(source),
-            rejects=dict(sorted(self._rejects.items())),
+            rejects=self.rejects,
             files=_describe_files(self._folder),
         )
         text = json.dumps(asdict(manifest), indent=2) + "\n"

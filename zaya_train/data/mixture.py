@@ -2,8 +2,9 @@
 
 Weights are read as the decimals the user wrote, so 86.1 : 5.7 : ... has a short exact period;
 weights without one of at most 65,536 rows are rounded to that resolution, largest remainders first.
-Inside a period Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980) picks
-the source, which keeps every source within less than one row of its exact share at every index.
+Inside a period Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980)
+picks the source. It keeps every source within less than one row of its exact share at every index,
+and so within less than two rows over any window that starts elsewhere.
 """
 
 from __future__ import annotations

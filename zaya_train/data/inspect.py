@@ -1,0 +1,150 @@
+"""`zaya data inspect`: what a corpus holds, and one document with its sections in colour."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from zaya_train.config.errors import DataError
+from zaya_train.data.corpus import Corpus
+from zaya_train.data.sections import Kind, Rejected, Role
+from zaya_train.data.trim import Trimmed, trim
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from rich.console import Console
+
+    from zaya_train.data.tokenizer import Tokenizer
+
+STYLES = {
+    Kind.TEXT: "white",
+    Kind.PROMPT: "cyan",
+    Kind.REASONING: "yellow",
+    Kind.ANSWER: "green",
+    Kind.MARKUP: "magenta",
+}
+REMOVED_STYLE = "red strike"
+_BAR_CHARACTERS = 40
+
+
+def inspect_corpus(
+    path: str | Path, index: int, console: Console, budget: int | None = None
+) -> None:
+    """Print a summary, a length histogram, and document `index`.
+
+    Args:
+        path: corpus directory.
+        index: document to show, from 0.
+        console: where to print.
+        budget: tokens; what trimming to it would remove is struck out.
+
+    Raises:
+        DataError: no readable corpus, or no such document.
+    """
+    corpus = Corpus.open(path, verify="tokens")
+    if not 0 <= index < len(corpus):
+        raise DataError(f"{path}: document {index} of {len(corpus)}: counted from 0")
+    console.print(_summary(corpus))
+    console.print(_histogram(corpus.lengths))
+    console.print(_document_table(corpus, index))
+    kept = trim(corpus.sample(index), budget) if budget else None
+    if budget:
+        console.print(_outcome(kept, int(corpus.lengths[index]), budget))
+    console.print(_document_text(corpus, index, kept))
+    legend = [Text(f" {kind.name.lower()} ", style) for kind, style in STYLES.items()]
+    console.print(Text.assemble(*legend, Text(" removed ", REMOVED_STYLE)))
+
+
+def _summary(corpus: Corpus) -> Table:
+    manifest = corpus.manifest
+    table = Table(title=str(corpus.path), show_header=False)
+    supervised = manifest.supervised_tokens
+    rows = {
+        "kind": manifest.kind,
+        "documents": f"{manifest.documents:,}",
+        "tokens": f"{manifest.tokens:,}",
+        "supervised": f"{supervised:,} ({supervised / manifest.tokens:.1%})",
+        "tokenizer": f"{manifest.tokenizer_spec}, {manifest.vocab_size:,} ids",
+        "tokenizer sha256": manifest.tokenizer_sha256,
+        "content sha256": manifest.content_sha256,
+        "rejected": ", ".join(f"{k} {v}" for k, v in manifest.rejects.items()) or "none",
+        "source": ", ".join(f"{k}={v}" for k, v in manifest.source.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _histogram(lengths: NDArray[np.int64]) -> Table:
+    """Documents per power of two of length."""
+    table = Table(title="document lengths (tokens)")
+    for name in ("from", "to"):
+        table.add_column(name, justify="right")
+    table.add_column("documents", justify="right")
+    table.add_column("")
+    powers = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(powers)
+    for power in range(int(powers.min()), len(counts)):
+        bar = "#" * round(_BAR_CHARACTERS * int(counts[power]) / int(counts.max()))
+        table.add_row(f"{2**power:,}", f"{2 ** (power + 1) - 1:,}", f"{counts[power]:,}", bar)
+    return table
+
+
+def _document_table(corpus: Corpus, index: int) -> Table:
+    table = Table(title=f"document {index}: {int(corpus.lengths[index]):,} tokens")
+    for name in ("turn", "role", "section", "tokens", "supervised"):
+        table.add_column(name)
+    for section in corpus.sections(index):
+        table.add_row(
+            str(section["turn"]),
+            Role(section["role"]).name.lower(),
+            Text(Kind(section["kind"]).name.lower(), STYLES[Kind(section["kind"])]),
+            f"{int(section['end']) - int(section['start']):,}",
+            "yes" if section["supervised"] else "",
+        )
+    return table
+
+
+def _outcome(kept: Trimmed | Rejected | None, length: int, budget: int) -> str:
+    if isinstance(kept, Trimmed):
+        return (
+            f"budget {budget:,}: {kept.rule}, {kept.length:,} of {length:,} tokens kept, "
+            f"{kept.removed_tokens:,} removed"
+        )
+    return f"budget {budget:,}: rejected, {kept.reason} ({kept.detail})" if kept else ""
+
+
+def _document_text(corpus: Corpus, index: int, kept: Trimmed | Rejected | None) -> Text:
+    """The document with one style per section; what `kept` leaves out is struck out."""
+    tokenizer, tokens = corpus.tokenizer(), corpus.tokens(index)
+    removed = np.zeros(len(tokens), dtype=bool)
+    if kept is not None:
+        removed[:] = True
+        for start, end in kept.keep if isinstance(kept, Trimmed) else ():
+            removed[start:end] = False
+    text = Text()
+    for section in corpus.sections(index):
+        start, end = int(section["start"]), int(section["end"])
+        for run_start, run_end in _runs(removed, start, end):
+            style = REMOVED_STYLE if removed[run_start] else STYLES[Kind(section["kind"])]
+            text.append(_decode(tokenizer, tokens[run_start:run_end]), style)
+    return text
+
+
+def _runs(mask: NDArray[np.bool_], start: int, end: int) -> list[tuple[int, int]]:
+    """Stretches of [start, end) over which the mask does not change."""
+    if start == end:
+        return []
+    changes = np.flatnonzero(np.diff(mask[start:end].astype(np.int8))) + start + 1
+    edges = [start, *changes.tolist(), end]
+    return list(itertools.pairwise(edges))
+
+
+def _decode(tokenizer: Tokenizer, tokens: NDArray[np.integer]) -> str:
+    return tokenizer.decode(tokens.tolist())
