@@ -19,11 +19,11 @@ Row = dict[str, Any]
 
 
 def prompt_of(row: Row) -> str:
-    return row["messages"][0]["content"]
+    return str(row["messages"][0]["content"])
 
 
 def reply_of(row: Row) -> str:
-    return row["messages"][1]["content"]
+    return str(row["messages"][1]["content"])
 
 
 def size_of(row: Row) -> int:
