@@ -208,7 +208,7 @@ def _draw_jump(rng: random.Random) -> str:
     letters = ascii_lowercase[:size]
     table = "".join(letter.upper() + rng.choice(letters) for letter in letters)
     long = rng.random() < LONG_SHARE
-    steps = _log_uniform(rng, 40, LONGEST_TRACE_BYTES // 4) if long else rng.randint(2, 14)
+    steps = _log_uniform(rng, *((40, LONGEST_TRACE_BYTES // 4) if long else (2, 24)))
     return f"J {table} {rng.choice(letters)} {steps}"
 
 
@@ -239,7 +239,7 @@ def _solve_jump(prompt: str) -> str:
 def _draw_add(rng: random.Random) -> str:
     width = rng.randint(2, 4)
     first, second = ("".join(rng.choices(digits, k=width)) for _ in range(2))
-    return f"A {_numbered(first)}+{_numbered(second)}"
+    return f"A {_numbered(first)}+{_numbered(second).upper()}"
 
 
 def _numbered(number: str) -> str:
@@ -249,18 +249,19 @@ def _numbered(number: str) -> str:
 
 
 def _explain_add(prompt: str) -> Explained:
-    """Least significant digit first: label, both digits, their sum, that sum with the carry.
+    """Least significant digit first: both items, their sum, that sum with the carry.
 
-    Both sums have two digits, so every step is seven bytes and the carry, the first digit of the
-    last sum, is always as far away.
+    Both sums have two digits, so every step is eight bytes and the carry, the first digit of the
+    last sum, is always as far away. The second number's labels are capitals: were they the same,
+    finding its digits would mean to tell two equal labels apart by position.
     """
-    first, second = (dict(_pairs(part)) for part in _operand(prompt, 1).split("+"))
+    first, second = (_pairs(part)[::-1] for part in _operand(prompt, 1).split("+"))
     carry, trace, result = 0, [], ""
-    for label in sorted(first):
-        partial = int(first[label]) + int(second[label])
+    for one, other in zip(first, second, strict=True):
+        partial = int(one[1]) + int(other[1])
         total = partial + carry
         carry, digit = divmod(total, 10)
-        trace.append(f"{label}{first[label]}{second[label]}{partial:02}{total:02}")
+        trace.append(f"{''.join(one + other)}{partial:02}{total:02}")
         result = f"{digit}{result}"
     return Explained("".join(trace), f"{carry}{result}")
 
