@@ -55,7 +55,7 @@ def inspect_corpus(
     console.print(_document_table(corpus, index))
     kept = trim(corpus.sample(index), budget) if budget else None
     if budget:
-        console.print(_outcome(kept, int(corpus.lengths[index]), budget))
+        console.print(Text(_outcome(kept, int(corpus.lengths[index]), budget)))
     console.print(_document_text(corpus, index, kept))
     legend = [Text(f" {kind.name.lower()} ", style) for kind, style in STYLES.items()]
     console.print(Text.assemble(*legend, Text(" removed ", REMOVED_STYLE)))
@@ -63,7 +63,7 @@ def inspect_corpus(
 
 def _summary(corpus: Corpus) -> Table:
     manifest = corpus.manifest
-    table = Table(title=str(corpus.path), show_header=False)
+    table = Table(title=Text(str(corpus.path)), show_header=False)
     supervised = manifest.supervised_tokens
     rows = {
         "kind": manifest.kind,

@@ -57,9 +57,11 @@ class Input:
 
     def identity(self) -> dict[str, Any]:
         """What tells this input from another: content hashes, or name and split on the hub."""
-        identity: dict[str, Any] = {"document_characters": self.document_characters}
         if not self.files:
-            return identity | {"dataset": self.spec, "split": self.split}
+            return {"dataset": self.spec, "split": self.split}
+        identity: dict[str, Any] = {}
+        if any(file.suffix.lower() == ".txt" for file in self.files):
+            identity["document_characters"] = self.document_characters
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
