@@ -20,17 +20,20 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch._dynamo  # DTensor imports it at its first operation: 1.2 s, here once for all ranks
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from multiprocessing.context import ForkProcess
 
 T = TypeVar("T")
 GRACE_SECONDS = 3.0
@@ -50,7 +53,7 @@ class _Meeting:
 
 @dataclass
 class _Child:
-    process: multiprocessing.context.ForkProcess
+    process: ForkProcess
     pipe: multiprocessing.connection.Connection
     outcome: tuple[str, Any] | None = None
 
@@ -85,11 +88,32 @@ def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout: float 
             if unfinished:
                 raise RankError(f"not finished after {timeout:g} s\n{_states(children)}")
         finally:
-            for child in children:
-                child.process.kill()
-                child.process.join()
-                child.pipe.close()
+            _end(children)
     return [child.outcome[1] for child in children if child.outcome]
+
+
+@contextmanager
+def ranks_running(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> Iterator[list[ForkProcess]]:
+    """The processes of `world_size` ranks that run `fn(*args)`, to be signalled by the test.
+
+    What they return or raise is lost; all are killed when the context ends.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = _Meeting(Path(folder) / "store", world_size, timeout)
+        children = [_start(fn, args, rank, meeting) for rank in range(world_size)]
+        try:
+            yield [child.process for child in children]
+        finally:
+            _end(children)
+
+
+def _end(children: list[_Child]) -> None:
+    for child in children:
+        child.process.kill()
+        child.process.join()
+        child.pipe.close()
 
 
 def _start(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, meeting: _Meeting) -> _Child:

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 METADATA_CLASSES = frozenset(
     {
-        ("collections", "OrderedDict"),
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),

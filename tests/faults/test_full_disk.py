@@ -1,0 +1,123 @@
+"""The file system refuses on one rank: all ranks fail the save alike and can go on.
+
+RLIMIT_FSIZE makes the kernel refuse (EFBIG) where a full disk would (ENOSPC): real write errors, in
+the middle of a file, on one rank only.
+"""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.faults.states import differing, make_mesh, plain_state, record, shard
+from tests.helpers.distributed import run_ranks
+from zaya_train.config.errors import StorageError
+from zaya_train.train import storage
+from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.restore import load_full
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+NAMES_AFTER_FAILURE = ["step-00000001", "step-00000002"]
+
+
+def _names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.glob("step-*"))
+
+
+def _failing_save(
+    store: CheckpointStore,
+    state: dict[str, torch.Tensor],
+    failing_rank: int,
+    limit_bytes: int,
+    **changes: Any,
+) -> str:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == failing_rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        store.save(state, record(3, **changes))
+    except StorageError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return "saved"
+
+
+def _fail_then_go_on(
+    root: Path, failing_rank: int, limit_bytes: int, changes: dict[str, Any]
+) -> tuple[str, list[str], list[str]]:
+    store = CheckpointStore(root, keep_last=2)
+    mesh = make_mesh()
+    for step in (1, 2):
+        store.save(shard(plain_state(step), mesh), record(step))
+    state = shard(plain_state(3), mesh)
+    message = _failing_save(store, state, failing_rank, limit_bytes, **changes)
+    dist.barrier()
+    after_failure = _names(root)
+    dist.barrier()
+    store.save(state, record(3))
+    found = store.newest()
+    assert found is not None
+    assert found.record.step == 3
+    return message, after_failure, differing(load_full(found.path), plain_state(3))
+
+
+@pytest.mark.parametrize(
+    ("failing_rank", "limit_bytes", "changes", "file"),
+    [
+        (0, 500, {}, "__0_0.distcp"),
+        (1, 500, {}, "__1_0.distcp"),
+        (1, 0, {}, "__1_0.distcp"),
+        (0, 60_000, {"train_state": {"note": "x" * 100_000}}, "MANIFEST.json"),
+    ],
+    ids=["rank 0", "rank 1", "first byte", "manifest"],
+)
+def test_every_rank_fails_and_older_ones_stay(
+    tmp_path: Path, failing_rank: int, limit_bytes: int, changes: dict[str, Any], file: str
+) -> None:
+    outcomes = run_ranks(_fail_then_go_on, 2, tmp_path, failing_rank, limit_bytes, changes)
+    assert outcomes[0][0] == outcomes[1][0]
+    for message, after_failure, bad in outcomes:
+        assert "\n" not in message
+        assert f"rank {failing_rank}: " in message
+        assert "File too large" in message
+        if file != "MANIFEST.json":
+            assert file in message
+        assert after_failure == NAMES_AFTER_FAILURE
+        assert bad == []
+    assert _names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def _corrupt_after_publishing(root: Path) -> tuple[str, int]:
+    store = CheckpointStore(root, keep_last=2)
+    mesh = make_mesh()
+    for step in (1, 2):
+        store.save(shard(plain_state(step), mesh), record(step))
+    real_publish = storage.publish
+
+    def publish(partial: Path, target: Path) -> None:
+        real_publish(partial, target)
+        path = target / "__1_0.distcp"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    storage.publish = publish
+    try:
+        store.save(shard(plain_state(3), mesh), record(3))
+    except StorageError as error:
+        found = store.newest()
+        return str(error), found.record.step if found else -1
+    raise AssertionError("a checkpoint that reads back differently was accepted")
+
+
+def test_a_disk_that_lies_costs_no_older_checkpoint(tmp_path: Path) -> None:
+    for message, newest in run_ranks(_corrupt_after_publishing, 2, tmp_path):
+        assert "reads back differently from what was written: __1_0.distcp: sha256" in message
+        assert newest == 2
+    assert _names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003.bad"]
