@@ -80,12 +80,12 @@ def _die_at_sync(root: Path, number: int) -> None:
     store.save(shard(plain_state(2), mesh), record(2))
     real_fsync, calls = os.fsync, 0
 
-    def fsync(descriptor: Any) -> None:
+    def fsync(fd: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        real_fsync(descriptor)
+        real_fsync(fd)
 
     if dist.get_rank() == 0:
         os.fsync = fsync

@@ -162,8 +162,10 @@ def _disagree(root: Path, kind: str) -> str:
     if dist.get_rank() == 1:
         if kind == "keys":
             del state["optim.step"]
-        else:
+        elif kind == "step":
             step = 2
+        else:
+            state["model.layers.2.router.bias"][1] += 1
     try:
         store.save(state, record(step))
     except CheckpointError as error:
@@ -171,10 +173,17 @@ def _disagree(root: Path, kind: str) -> str:
     return "saved"
 
 
-@pytest.mark.parametrize("kind", ["keys", "step"])
+DISAGREEMENTS = {
+    "keys": "rank 1 saves another step, other keys or other shapes than rank 0",
+    "step": "rank 1 saves another step, other keys or other shapes than rank 0",
+    "values": "plain tensor model.layers.2.router.bias on rank 1 differs from rank 0's: ",
+}
+
+
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
 def test_ranks_that_disagree_do_not_save(tmp_path: Path, kind: str) -> None:
     for message in run_ranks(_disagree, 2, tmp_path, kind):
-        assert message == "rank 1 saves another step, other keys or other shapes than rank 0"
+        assert message.startswith(DISAGREEMENTS[kind])
     assert list(tmp_path.glob("step-*")) == []
 
 

@@ -124,9 +124,10 @@ def shorten_timeouts(seconds: float, groups: Iterable[dist.ProcessGroup] = ()) -
 def fail_fast(ranks: Ranks) -> Iterator[None]:
     """End this process at once when the body fails, saying why in one line of this rank's own.
 
-    The traceback goes to the log; for our own errors the line says it all and there is none. The
-    exit code is the error's (`ZayaError.exit_code`), 130 for an interrupt, else 1. A world of one
-    has no peers to hang with, so there the exception simply passes on. SystemExit always passes.
+    To be entered inside `logging_to`: the traceback goes to the log (for our own errors the line
+    says it all and there is none). The exit code is the error's (`ZayaError.exit_code`), 130 for an
+    interrupt, else 1. A world of one has no peers to hang with, so there the exception simply
+    passes on. SystemExit always passes.
     """
     try:
         yield

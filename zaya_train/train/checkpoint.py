@@ -96,8 +96,8 @@ class CheckpointStore:
         """Write a checkpoint and return its directory.
 
         Args:
-            tensors: the same keys on every rank; DTensors are written shard by shard, of a plain
-                tensor one rank's copy is written.
+            tensors: the same keys on every rank; DTensors are written shard by shard. A plain
+                tensor has one value: it must be equal on all ranks, and one of them writes it.
             record: the same on every rank.
 
         Saving a step that exists already, as happens after a resume from an older one: an equal
@@ -150,15 +150,13 @@ class CheckpointStore:
         """What is wrong with the checkpoint at `path`, empty if nothing."""
         return verify(path, self._peers)
 
-    def load(
-        self, found: Found, tensors: Mapping[str, Tensor], model: Mapping[str, Any] | None = None
-    ) -> None:
+    def load(self, found: Found, tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> None:
         """Fill `tensors` in place from a verified checkpoint of any mesh and world size.
 
         Args:
             tensors: exactly the checkpoint's keys, global shapes and dtypes.
             model: the model configuration as a dictionary; the checkpoint's must equal it except
-                in the fields MAY_CHANGE. None leaves that check to the tensors.
+                in the fields MAY_CHANGE.
 
         Raises:
             CheckpointError: the checkpoint is of another model, or cannot be read. Nothing was
@@ -178,22 +176,26 @@ class CheckpointStore:
         storage.remove_leftovers(self.root)
 
     def _survey(self, tensors: Mapping[str, Tensor], step: int) -> dict[str, TensorEntry]:
-        """Check that all ranks hold the same step, keys and shapes, and only finite values."""
+        """Check that ranks agree on step, keys, shapes and plain tensors, and all is finite."""
         entries = entries_of(tensors)
+        plain = _plain_digests(tensors)
         signature = sha256(repr((step, sorted(entries.items()))).encode()).hexdigest()
-        reports = self._peers.gather((signature, _not_finite(tensors)))
-        for rank, (theirs, _) in enumerate(reports):
+        plain_signature = sha256(repr(sorted(plain.items())).encode()).hexdigest()
+        reports = self._peers.gather((signature, plain_signature, _not_finite(tensors)))
+        for rank, (theirs, _, _) in enumerate(reports):
             if theirs != reports[0][0]:
                 raise CheckpointError(
                     f"rank {rank} saves another step, other keys or other shapes than rank 0"
                 )
-        bad = [(rank, key) for rank, (_, keys) in enumerate(reports) for key in keys]
+        bad = [(rank, key) for rank, (_, _, keys) in enumerate(reports) for key in keys]
         if bad:
             rank, key = bad[0]
             raise NumericsError(
                 f"tensor {key} on rank {rank} is not finite ({len(bad)} shards in all); "
                 "not saved, so that the checkpoints stay good"
             )
+        if len({theirs for _, theirs, _ in reports}) > 1:
+            raise CheckpointError(_first_difference(self._peers.gather(plain)))
         return entries
 
     def _publish(self, partial: Path, target: Path, files: tuple[FileEntry, ...]) -> bool:
@@ -258,6 +260,29 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
         finite = torch.stack([flag for _, flag in named]).tolist()
         bad += [key for (key, _), good in zip(named, finite, strict=True) if not good]
     return sorted(bad)
+
+
+def _plain_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Hashes of the values of the tensors that are no DTensors: buffers and counters, small."""
+    digests = {}
+    for key, value in tensors.items():
+        if not isinstance(value, DTensor):
+            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digests[key] = sha256(bits.numpy().data).hexdigest()
+    return digests
+
+
+def _first_difference(digests: list[dict[str, str]]) -> str:
+    rank, key = next(
+        (rank, key)
+        for rank, theirs in enumerate(digests)
+        for key, digest in sorted(theirs.items())
+        if digest != digests[0][key]
+    )
+    return (
+        f"plain tensor {key} on rank {rank} differs from rank 0's: only one of them would be "
+        "saved; replicas have come apart, or it is per-rank state and needs a key per rank"
+    )
 
 
 def _check_record(record: CheckpointRecord) -> None:

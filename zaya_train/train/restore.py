@@ -129,10 +129,8 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
     }
 
 
-def check_model(found: Found, model: Mapping[str, Any] | None) -> None:
+def check_model(found: Found, model: Mapping[str, Any]) -> None:
     """CheckpointError naming each field in which the saved model differs, MAY_CHANGE aside."""
-    if model is None:
-        return
     saved = found.record.model
     asked = json.loads(json.dumps(dict(model)))
     absent = "absent"
