@@ -1,0 +1,210 @@
+"""What a report shows of one run: its metrics, thinned for drawing, and its evaluations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zaya_train.config.errors import DataError
+from zaya_train.train.metrics import METRICS_FILE, current_rows, is_launch, iter_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+MAX_LOAD_ROWS = 1_000  # 40 layers x 17 classes are 22 KB a row as Python floats
+TAIL_ROWS = 20  # a phase's final loss is the mean over at most this many of its last rows
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact matches among the answers to `total` problems."""
+
+    total: int
+    correct: int
+
+    @property
+    def share(self) -> float:
+        """Correct over total, 0 to 1."""
+        return self.correct / self.total
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file below `<run_dir>/evaluation`."""
+
+    name: str
+    overall: Score
+    by_family: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class PhaseSpan:
+    """Consecutive step rows of one phase."""
+
+    name: str
+    first_step: int
+    last_step: int
+    tokens: int
+    """Consumed in this phase."""
+    final_loss: float
+    """Mean over the last rows, at most TAIL_ROWS; NaN rows left out."""
+    validation: dict[str, float]
+    """Last loss of each held-out corpus in this phase."""
+    step_seconds: float
+    """Median."""
+    tokens_per_second: float
+    """Median."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Rows of one run that stand after all roll backs, in the order of steps."""
+
+    name: str
+    run_dir: Path
+    launches: list[dict[str, Any]]
+    """`start` and `resume` rows."""
+    steps: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    checkpoints: list[dict[str, Any]]
+    done: bool
+    evaluations: list[Evaluation]
+
+    @cached_property
+    def step(self) -> Array:
+        """Step numbers of `steps`."""
+        return self.column("step")
+
+    def column(self, key: str) -> Array:
+        """One field of the step rows."""
+        return np.array([row[key] for row in self.steps], dtype=np.float64)
+
+    @cached_property
+    def validation(self) -> dict[str, tuple[Array, Array]]:
+        """Held-out corpus -> (steps, losses)."""
+        names = dict.fromkeys(name for row in self.evals for name in row["losses"])
+        curves = {}
+        for name in names:
+            rows = [row for row in self.evals if name in row["losses"]]
+            steps = np.array([row["step"] for row in rows], dtype=np.float64)
+            curves[name] = (steps, np.array([row["losses"][name] for row in rows], np.float64))
+        return curves
+
+    @cached_property
+    def loads(self) -> tuple[Array, Array]:
+        """Steps [N] and class fractions [N, layers, classes] of the rows that kept their load."""
+        rows = [row for row in self.steps if row.get("load")]
+        steps = np.array([row["step"] for row in rows], dtype=np.float64)
+        return steps, np.array([row["load"] for row in rows], dtype=np.float64)
+
+    @cached_property
+    def phases(self) -> list[PhaseSpan]:
+        """The phases in the order they were trained."""
+        spans: list[PhaseSpan] = []
+        tokens_before = 0
+        for name, group in groupby(self.steps, key=lambda row: str(row["phase"])):
+            rows = list(group)
+            first = spans[-1].last_step if spans else rows[0]["step"] - 1
+            spans.append(_phase_span(name, rows, self.evals, first, tokens_before))
+            tokens_before = rows[-1]["tokens"]
+        return spans
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read one run. Raises DataError naming the file that is missing, empty or malformed."""
+    path = run_dir / METRICS_FILE
+    rows = current_rows(_thin_loads(iter_rows(path)))
+    steps = [row for row in rows if row["kind"] == "step"]
+    if not steps:
+        raise DataError(f"{path}: holds no `step` row yet; nothing to draw")
+    shapes = {tuple(len(layer) for layer in row["load"]) for row in steps if row.get("load")}
+    if len(shapes) > 1 or any(len(set(shape)) != 1 for shape in shapes):
+        raise DataError(f"{path}: `load` changes its shape (layers x classes) within the run")
+    return RunData(
+        name=run_dir.resolve().name,
+        run_dir=run_dir,
+        launches=[row for row in rows if is_launch(row)],
+        steps=steps,
+        evals=[row for row in rows if row["kind"] == "eval"],
+        checkpoints=[row for row in rows if row["kind"] == "checkpoint"],
+        done=any(row["kind"] == "done" for row in rows),
+        evaluations=_read_evaluations(run_dir / "evaluation"),
+    )
+
+
+def _thin_loads(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Drop `load` from all but every k-th row, k doubling as the run grows.
+
+    Bounds the memory of a report on a long run: at most 2 MAX_LOAD_ROWS loads are ever held.
+    """
+    holders: list[dict[str, Any]] = []
+    stride = 1
+    seen = 0
+    for row in rows:
+        if row["kind"] == "step":
+            if seen % stride == 0:
+                holders.append(row)
+            else:
+                del row["load"]
+            seen += 1
+        if len(holders) >= 2 * MAX_LOAD_ROWS:
+            for dropped in holders[1::2]:
+                del dropped["load"]
+            holders = holders[::2]
+            stride *= 2
+        yield row
+
+
+def _phase_span(
+    name: str,
+    rows: list[dict[str, Any]],
+    evals: list[dict[str, Any]],
+    first_step: int,
+    tokens_before: int,
+) -> PhaseSpan:
+    tail = np.array([row["loss"] for row in rows[-TAIL_ROWS:]], dtype=np.float64)
+    tail = tail[np.isfinite(tail)]
+    last_step = rows[-1]["step"]
+    own = [row for row in evals if row["phase"] == name and first_step <= row["step"] <= last_step]
+    return PhaseSpan(
+        name=name,
+        first_step=first_step,
+        last_step=last_step,
+        tokens=rows[-1]["tokens"] - tokens_before,
+        final_loss=float(tail.mean()) if tail.size else float("nan"),
+        validation={key: loss for row in own for key, loss in row["losses"].items()},
+        step_seconds=float(np.median([row["step_seconds"] for row in rows])),
+        tokens_per_second=float(np.median([row["tokens_per_second"] for row in rows])),
+    )
+
+
+def _read_evaluations(directory: Path) -> list[Evaluation]:
+    """Exact-match results, worst first: the untrained model before the trained one."""
+    found = [_read_evaluation(path) for path in sorted(directory.glob("*.json"))]
+    return sorted(found, key=lambda evaluation: evaluation.overall.share)
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    rule = "needs `total`, `correct` and `by_family` of {family: {total, correct}}"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        families = {name: _score(score) for name, score in record["by_family"].items()}
+        return Evaluation(path.stem, _score(record), families)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: {rule} ({type(error).__name__}: {error})") from error
+
+
+def _score(record: dict[str, Any]) -> Score:
+    score = Score(int(record["total"]), int(record["correct"]))
+    if score.total < 1 or not 0 <= score.correct <= score.total:
+        raise ValueError(f"{score.correct} correct of {score.total}")
+    return score
