@@ -28,7 +28,9 @@ from zaya_train.tools.generate import (
     GenerateArgs,
     GenerateRequest,
     batch_sizes,
+    decode,
     generate_answers,
+    load_sampler,
     run,
     styled_reply,
 )
@@ -136,16 +138,29 @@ def test_replies_stop_before_an_end_token(ending_dir: Path) -> None:
 
 
 def test_sampling_follows_the_seed_and_leaves_the_global_generator_alone(endless_dir: Path) -> None:
-    def sample(seed: int, top_p: float = 1.0) -> list[str]:
-        request = GenerateRequest(max_new_tokens=12, temperature=1.5, top_p=top_p, seed=seed)
+    def sample(seed: int, top_p: float = 1.0, temperature: float = 50.0) -> list[str]:
+        request = GenerateRequest(
+            max_new_tokens=12, temperature=temperature, top_p=top_p, seed=seed
+        )
         return generate_answers(endless_dir, PROMPTS[:2], request)
 
     torch.manual_seed(7)
     before = torch.get_rng_state()
     assert sample(1) == sample(1) != sample(2)
     assert torch.equal(torch.get_rng_state(), before)
-    greedy_request = GenerateRequest(max_new_tokens=12)
-    assert sample(1, top_p=1e-6) == generate_answers(endless_dir, PROMPTS[:2], greedy_request)
+    best = generate_answers(endless_dir, PROMPTS[:2], GenerateRequest(max_new_tokens=12))
+    assert sample(1, top_p=1e-6) == best
+    assert sample(1, temperature=1e-4) == best
+
+
+def test_a_batch_decodes_up_to_its_largest_budget(endless_dir: Path) -> None:
+    conversations = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:3]]
+    sampler = load_sampler(endless_dir)
+    replies = decode(sampler, conversations, [4, 3, 5], GenerateRequest())
+    assert [reply.text for reply in replies] == [text(greedy(p, 5)) for p in PROMPTS[:3]]
+    alone = decode(sampler, conversations, [4, 3, 5], GenerateRequest(batch_size=1))
+    budgets = zip(PROMPTS, (4, 3, 5), strict=False)
+    assert [reply.text for reply in alone] == [text(greedy(p, n)) for p, n in budgets]
 
 
 @pytest.mark.parametrize(
@@ -246,13 +261,13 @@ def test_exact_match_counts_by_family(ending_dir: Path) -> None:
     assert len(rows) >= 2
     right = exact_match(ending_dir, rows, EvalRequest())
     assert (right.correct, right.total, right.unfinished) == (len(rows), len(rows), 0)
-    rows[0]["answer"] += "?"
+    rows[-1]["answer"] += "?"
     wrong = exact_match(ending_dir, rows, EvalRequest(num_samples=1))
     assert wrong.correct == len(rows) - 1 and wrong.accuracy == 1 - 1 / len(rows)
-    family = rows[0]["family"]
+    family = rows[-1]["family"]
     correct, total = right.by_family[family]
     assert wrong.by_family == right.by_family | {family: (correct - 1, total)}
-    assert [(sample.id, sample.correct) for sample in wrong.samples] == [(rows[0]["id"], False)]
+    assert [(sample.id, sample.correct) for sample in wrong.samples] == [(rows[-1]["id"], False)]
 
 
 def test_a_reply_cut_by_its_budget_is_unfinished_and_wrong(ending_dir: Path) -> None:

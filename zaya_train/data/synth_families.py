@@ -119,7 +119,7 @@ def _solve_sum(prompt: str) -> str:
 
 
 def _draw_parity(rng: random.Random) -> str:
-    items = _draw_items(rng, "01", 6, 10)
+    items = _draw_items(rng, "01", 7, 9)
     return f"P {_draw_rounds(rng, len(items) * 3 // 2 + 4)} {items}"
 
 
