@@ -79,8 +79,10 @@ def write_evaluation(run_dir: Path, name: str, record: dict[str, Any]) -> None:
 
 
 def scored(correct: int) -> dict[str, Any]:
-    family = {"total": 10, "correct": correct}
-    return {"total": 20, "correct": 2 * correct, "by_family": {"sums": family, "clock": family}}
+    sample = {"id": "1", "family": "sums", "prompt": "1 < 2?", "answer": "yes", "finished": True}
+    sample |= {"reply": "<think>so</think>yes", "expected": "yes", "correct": correct > 0}
+    families = {"sums": [correct, 10], "clock": [correct, 10]}
+    return {"total": 20, "correct": 2 * correct, "by_family": families, "samples": [sample]}
 
 
 class Page(HTMLParser):
@@ -179,6 +181,12 @@ def test_tables_tell_the_rows_that_stand(finished: tuple[Path, str]) -> None:
     assert "90.0 %" in finished[1]
 
 
+def test_sampled_answers_of_the_best_model_are_shown(finished: tuple[Path, str]) -> None:
+    assert "<h2>Sampled answers, trained</h2>" in finished[1]
+    assert finished[1].count("<details>") == 1
+    assert "right: 1 &lt; 2?" in finished[1] and "&lt;think&gt;so&lt;/think&gt;yes" in finished[1]
+
+
 def test_equal_runs_give_equal_pages(finished: tuple[Path, str]) -> None:
     output, text = finished
     again = report([output.parent], output)
@@ -237,6 +245,7 @@ def test_a_run_without_steps_is_an_error_that_names_the_file(
         {"total": 0, "correct": 0, "by_family": {}},
         {"total": 3, "correct": 1},
         {"total": 3, "correct": 1, "by_family": {"sums": 0.5}},
+        {"total": 3, "correct": 1, "by_family": {"sums": [3, 1]}},
         [],
     ],
 )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PNG_DIR = "report"
 PNG_DPI = 150
+MAX_ANSWERS = 12
 
 _KNOWN_FILES = {
     "metrics.jsonl": "every number on this page, one JSON row per event",
@@ -76,6 +77,9 @@ th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(
 th { color: var(--muted); font-weight: 500; }
 th:first-child, td:first-child { text-align: left; }
 td.words { text-align: left; white-space: normal; color: var(--muted); }
+details { border-bottom: 1px solid var(--grid); padding: .35rem .6rem; font-size: .88rem; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .4rem 0; color: var(--muted); }
 code { font-size: .85em; overflow-wrap: anywhere; }
 a { color: var(--accent); }
 footer { margin-top: 2.5rem; font-size: .8rem; color: var(--muted); }
@@ -201,7 +205,7 @@ def _run_html(run: RunData, base: Path, several: bool) -> str:
     cards = _cards_html(run) if several else ""
     parts = [heading, cards, "<h2>Phases</h2>", _phase_table(run)]
     if run.evaluations:
-        parts += ["<h2>Exact match</h2>", _evaluation_table(run)]
+        parts += ["<h2>Exact match</h2>", _evaluation_table(run), _answers_html(run)]
     parts += ["<h2>Starts and resumes</h2>", _launch_table(run)]
     parts += ["<h2>Where everything lies</h2>", _file_table(run, base)]
     return "\n".join(part for part in parts if part)
@@ -238,6 +242,18 @@ def _evaluation_table(run: RunData) -> str:
             cells.append(f"{score.correct} of {score.total}" if score else "")
         rows.append(cells)
     return _table(["family", *(escape(item.name) for item in run.evaluations)], rows)
+
+
+def _answers_html(run: RunData) -> str:
+    """Sampled replies of the best evaluation, folded away."""
+    best = run.evaluations[-1]
+    blocks = [
+        f"<details><summary>{'right' if answer.correct else 'wrong'}: {escape(answer.prompt)}"
+        f"</summary><pre>{escape(answer.reply)}</pre><p>expected: "
+        f"<code>{escape(answer.expected)}</code></p></details>"
+        for answer in best.answers[:MAX_ANSWERS]
+    ]
+    return f"<h2>Sampled answers, {escape(best.name)}</h2>{''.join(blocks)}" if blocks else ""
 
 
 def _launch_table(run: RunData) -> str:

@@ -38,12 +38,23 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One sampled reply; `reply` holds the reasoning too."""
+
+    prompt: str
+    reply: str
+    expected: str
+    correct: bool
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """One file below `<run_dir>/evaluation`."""
+    """One file below `<run_dir>/evaluation`, as `tools/evaluate.py` writes it."""
 
     name: str
     overall: Score
     by_family: dict[str, Score]
+    answers: list[Answer]
 
 
 @dataclass(frozen=True)
@@ -194,17 +205,23 @@ def _read_evaluations(directory: Path) -> list[Evaluation]:
 
 
 def _read_evaluation(path: Path) -> Evaluation:
-    rule = "needs `total`, `correct` and `by_family` of {family: {total, correct}}"
+    rule = "needs `total`, `correct` and `by_family` of {family: [correct, total]}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        families = {name: _score(score) for name, score in record["by_family"].items()}
-        return Evaluation(path.stem, _score(record), families)
+        return Evaluation(
+            name=path.stem,
+            overall=_score(record["correct"], record["total"]),
+            by_family={name: _score(*pair) for name, pair in record["by_family"].items()},
+            answers=[
+                Answer(row["prompt"], row["reply"], row["expected"], row["correct"])
+                for row in record.get("samples", [])
+            ],
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: {rule} ({type(error).__name__}: {error})") from error
 
 
-def _score(record: dict[str, Any]) -> Score:
-    score = Score(int(record["total"]), int(record["correct"]))
-    if score.total < 1 or not 0 <= score.correct <= score.total:
-        raise ValueError(f"{score.correct} correct of {score.total}")
-    return score
+def _score(correct: int, total: int) -> Score:
+    if total < 1 or not 0 <= correct <= total:
+        raise ValueError(f"{correct} correct of {total}")
+    return Score(total, correct)
