@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,9 +12,11 @@ from zaya_train.data.chat import (
     parse_conversation,
 )
 from zaya_train.data.sections import Kind, Rejected, RejectReason, Role, Sample
-from zaya_train.data.tokenizer import Tokenizer
 
 from .builders import problem
+
+if TYPE_CHECKING:
+    from zaya_train.data.tokenizer import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> Sample:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import struct
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -166,8 +167,11 @@ class CorpusWriter:
     """Appends documents to a corpus under construction; made by `write_corpus`."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind) -> None:
-        # Seconds of import that only writing needs.
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+        # Seconds of import that only writing needs, with warnings about GPU libraries that it
+        # does not.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self._folder = folder
         self._tokenizer = tokenizer
@@ -256,15 +260,16 @@ def write_corpus(
 ) -> Iterator[CorpusWriter]:
     """Build a corpus that appears under `target` when the block ends without an error.
 
-    An existing corpus with the same content is left alone.
+    An existing corpus with the same content is left alone. `overwrite` replaces another corpus, but
+    never a directory that is none.
 
     Raises:
-        DataError: no document was added, or `target` holds something else and `overwrite` is False.
+        DataError: no document was added, or `target` holds something that may not be replaced.
         StorageError: the file system refused.
     """
     target = Path(target)
-    if target.exists() and not overwrite and not (target / MANIFEST).is_file():
-        raise DataError(f"{target}: exists and is no corpus; not replaced without overwrite")
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise DataError(f"{target}: exists and is no corpus; not replaced")
     with atomic_directory(target) as folder:
         writer = CorpusWriter(folder, tokenizer, kind)
         try:

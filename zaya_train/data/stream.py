@@ -105,7 +105,7 @@ def validation_rows(data: DataConfig, phase_name: str, context_tokens: int) -> d
         DataError: as PhaseStream; `phase_name` is named in it.
     """
     rows: dict[str, list[Row]] = {}
-    for name, corpus in _open_all(data.validation).items():
+    for name, corpus in _open_all(data.validation, like=data.sources).items():
         order = ("validation", name)
         try:
             source = plan_rows(name, corpus, context_tokens, data.max_documents_per_row, order)
@@ -116,21 +116,25 @@ def validation_rows(data: DataConfig, phase_name: str, context_tokens: int) -> d
     return rows
 
 
-def _open_all(sources: Mapping[str, SourceConfig]) -> dict[str, Corpus]:
-    """Corpora by name, all of one tokenizer."""
-    corpora = {name: Corpus.open(source.path) for name, source in sources.items()}
-    if not corpora:
-        return corpora
-    first_name, first = next(iter(corpora.items()))
-    for name, corpus in corpora.items():
-        ours, theirs = first.manifest, corpus.manifest
-        if (ours.vocab_size, ours.tokenizer_sha256) != (theirs.vocab_size, theirs.tokenizer_sha256):
+def _open_all(
+    sources: Mapping[str, SourceConfig], like: Mapping[str, SourceConfig] | None = None
+) -> dict[str, Corpus]:
+    """Corpora by name, all of one tokenizer; of that of `like`'s corpora where given."""
+    corpora = {name: Corpus.open(sources[name].path) for name in sorted(sources)}
+    references = [Corpus.open(like[name].path) for name in sorted(like or {})[:1]]
+    first = next(iter([*references, *corpora.values()]), None)
+    for corpus in corpora.values():
+        ours, theirs = _tokenizer_identity(first or corpus), _tokenizer_identity(corpus)
+        if first and ours != theirs:
             raise DataError(
-                f"sources {first_name!r} and {name!r} have different tokenizers: "
-                f"{ours.tokenizer_spec} with {ours.vocab_size} ids and "
-                f"{theirs.tokenizer_spec} with {theirs.vocab_size}"
+                f"{first.path} and {corpus.path} have different tokenizers: {ours} and {theirs}"
             )
     return corpora
+
+
+def _tokenizer_identity(corpus: Corpus) -> str:
+    manifest = corpus.manifest
+    return f"{manifest.vocab_size} ids with sha256 {manifest.tokenizer_sha256[:12]}"
 
 
 def _log_plan(phase_name: str, source: RowSource) -> None:

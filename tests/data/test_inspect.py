@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.console import Console
+
+from zaya_train.config.errors import DataError
+from zaya_train.data.inspect import inspect_corpus
+
+from .builders import CorpusFactory, problem, problems
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def shown(path: Path, index: int, budget: int | None = None) -> str:
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=200, force_terminal=True, color_system="standard")
+    inspect_corpus(path, index, console, budget)
+    return buffer.getvalue()
+
+
+def test_summary_histogram_and_sections(corpora: CorpusFactory) -> None:
+    output = shown(corpora.chat("c", [*problems(9), [], problem("because [bold]x[/bold]")]), 9)
+    for part in ("documents", "10", "no_messages 1", "document lengths", "reasoning"):
+        assert part in output
+    assert "because [bold]x[/bold]" in output
+    # Yellow reasoning, green answer, magenta markup.
+    assert "\x1b[33mbecause" in output and "\x1b[32m4" in output and "\x1b[35m<|end|>" in output
+
+
+def test_budget_shows_what_is_cut(corpora: CorpusFactory) -> None:
+    path = corpora.chat("c", [problem("abcdefghij")])
+    output = shown(path, 0, budget=16)
+    assert "budget 16: tail_cut, 16 of 20 tokens kept, 4 removed" in output
+    assert "\x1b[33mabcdef\x1b[0m" in output
+    assert "\x1b[9;31mghij\x1b[0m" in output
+
+
+def test_hopeless_budget_says_rejected(corpora: CorpusFactory) -> None:
+    output = shown(corpora.chat("c", [problem("abc")]), 0, budget=5)
+    assert "rejected, answers_exceed_budget (10 tokens without reasoning, budget 5)" in output
+
+
+@pytest.mark.parametrize("index", [-1, 1])
+def test_missing_document_is_named(corpora: CorpusFactory, index: int) -> None:
+    with pytest.raises(DataError, match=f"document {index} of 1"):
+        shown(corpora.text("t", ["abc"]), index)
+
+
+def test_no_corpus_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a corpus directory"):
+        shown(tmp_path, 0)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+
+from zaya_train.data.stream import prefetch
+
+
+def alive() -> int:
+    return sum(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def wait_until_gone(before: int) -> bool:
+    for _ in range(200):
+        if alive() <= before:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 50])
+def test_batches_come_in_order(depth: int) -> None:
+    assert list(prefetch(lambda index: index * index, range(20), depth)) == [
+        index * index for index in range(20)
+    ]
+
+
+def test_at_most_depth_batches_are_made_ahead() -> None:
+    made: list[int] = []
+    with prefetch(lambda index: made.append(index) or index, range(100), 3) as batches:
+        next(batches)
+        time.sleep(0.1)
+        # One was taken; three wait.
+        assert len(made) == 4
+
+
+def test_error_is_raised_in_its_turn_and_ends_the_thread() -> None:
+    before = alive()
+
+    def make(index: int) -> int:
+        if index == 2:
+            raise ValueError("batch 2 is bad")
+        return index
+
+    batches = prefetch(make, range(10), 5)
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(ValueError, match="batch 2 is bad"):
+        next(batches)
+    with pytest.raises(StopIteration):
+        next(batches)
+    assert wait_until_gone(before)
+
+
+def test_error_of_the_indices_reaches_the_consumer() -> None:
+    def indices() -> object:
+        yield 0
+        raise RuntimeError("no more indices")
+
+    batches = prefetch(lambda index: index, indices(), 2)  # type: ignore[arg-type]
+    assert next(batches) == 0
+    with pytest.raises(RuntimeError, match="no more indices"):
+        next(batches)
+
+
+def test_close_ends_a_thread_that_waits_for_a_slot() -> None:
+    before = alive()
+    batches = prefetch(lambda index: index, iter(int, 1), 2)
+    next(batches)
+    assert alive() == before + 1
+    batches.close()
+    assert alive() == before
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_dropping_the_iterator_ends_the_thread() -> None:
+    before = alive()
+    batches = prefetch(lambda index: index, iter(int, 1), 2)
+    next(batches)
+    del batches
+    gc.collect()
+    assert wait_until_gone(before)
+
+
+def test_waiting_is_measured() -> None:
+    release = threading.Event()
+    batches = prefetch(lambda index: release.wait(0.05), range(2), 1)
+    assert batches.wait_seconds == 0.0
+    next(batches)
+    assert batches.wait_seconds > 0.0
+    batches.close()
