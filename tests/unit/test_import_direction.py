@@ -1,0 +1,229 @@
+"""Which way imports may point: every import of the package, nested ones too, is parsed and judged.
+
+The table is the architecture's: kernels <- model <- parallel <- train <- run <- main, with config
+below everything, optim on kernels and the collectives, data and phases on config, hub on model,
+and tools above all, imported by main alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = {"zaya_train": "zaya_train", "zaya_kernels": "kernels/zaya_kernels"}
+
+# room -> what it may import of ours, besides itself; a dotted entry means that module alone.
+ALLOWED: dict[str, set[str]] = {
+    "zaya_train": set(),
+    "config": set(),
+    "zaya_kernels": {"config"},
+    "model": {"config", "zaya_kernels"},
+    "parallel": {"config", "zaya_kernels", "model"},
+    "optim": {"config", "zaya_kernels", "parallel.collectives"},
+    "data": {"config"},
+    "phases": {"config"},
+    "hub": {"config", "model"},
+    "runtime": {"config"},
+    "train": {"config", "zaya_kernels", "model", "parallel", "optim", "phases"},
+}
+ALLOWED["run"] = {*ALLOWED} - {"zaya_train"}
+ALLOWED["tools"] = {*ALLOWED, "zaya_train"}
+ALLOWED["main"] = {*ALLOWED}
+ALLOWED["__main__"] = {"main"}
+
+ONLY_IN_MAIN = {"hydra", "omegaconf"}
+ONLY_IN_TRITON_FILES = {"triton", "transformer_engine"}
+
+
+def imports_of(tree: ast.Module, package: str) -> list[tuple[str, int, bool]]:
+    """(module, line, nested in a function) of every import, relative ones made absolute.
+
+    `from a import b` counts as a.b, which is right for modules and harmless for names.
+    `import_module("a")` and `__import__("a")` count as well.
+    """
+    nested = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    found: list[tuple[str, int, bool]] = []
+    for node in ast.walk(tree):
+        for name in _imported(node, package):
+            found.append((name, getattr(node, "lineno", 0), id(node) in nested))
+    return found
+
+
+def _imported(node: ast.AST, package: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+        base = ".".join([*(parents if node.level else []), *([node.module] if node.module else [])])
+        return [f"{base}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = ast.unparse(node.func).rsplit(".", 1)[-1]
+        if called in ("import_module", "__import__"):
+            return [str(node.args[0].value)]
+    return []
+
+
+def room_of(module: str) -> str:
+    """`zaya_train.model.cca` -> model; `zaya_kernels.cca.op` -> zaya_kernels."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "zaya_train" and len(parts) > 1 else parts[0]
+
+
+def is_ours(module: str) -> bool:
+    return module.split(".")[0] in PACKAGES
+
+
+def allowed_inside(room: str, target: str) -> bool:
+    """Whether code in `room` may import our module `target`."""
+    if target.startswith("zaya_train.") and room_of(target) not in ALLOWED:
+        # A name of the package itself, such as zaya_train.__version__.
+        return "zaya_train" in ALLOWED[room]
+    below = target.removeprefix("zaya_train.")
+    rooms = ALLOWED[room] | {room}
+    return any(below == entry or below.startswith(entry + ".") for entry in rooms)
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """Every import of one module that points the wrong way, as `line: reason`."""
+    room = room_of(module)
+    package = module if is_package else module.rpartition(".")[0]
+    if room not in ALLOWED:
+        return [f"0: `{room}` is no room of the architecture"]
+    found = []
+    for target, line, nested in imports_of(ast.parse(source), package):
+        top = target.split(".")[0]
+        if is_ours(target):
+            if not allowed_inside(room, target):
+                found.append(f"{line}: {room} must not import {target}")
+            elif nested and room != "main" and not _is_triton(target):
+                found.append(f"{line}: {target} is imported inside a function")
+        elif room == "config" and top not in sys.stdlib_module_names:
+            found.append(f"{line}: config imports only the standard library, not {top}")
+        elif top in ONLY_IN_MAIN and module != "zaya_train.main":
+            found.append(f"{line}: {top} belongs in main.py")
+        elif top in ONLY_IN_TRITON_FILES and module.rsplit(".", 1)[-1] != "triton":
+            found.append(f"{line}: {top} belongs in files named triton.py")
+    return found
+
+
+def _is_triton(target: str) -> bool:
+    """Kernels whose compiler is an extra may be imported late, by the name that chooses them."""
+    return "triton" in target.split(".")
+
+
+def modules_below(root: Path) -> list[tuple[str, Path]]:
+    """(module name, file) of every Python file of both packages."""
+    found = []
+    for package, directory in PACKAGES.items():
+        for path in sorted((root / directory).rglob("*.py")):
+            parts = path.relative_to(root / directory).with_suffix("").parts
+            names = parts[:-1] if parts[-1] == "__init__" else parts
+            found.append((".".join([package, *names]), path))
+    return found
+
+
+def all_violations(root: Path) -> list[str]:
+    return [
+        f"{path.relative_to(root)}:{reason}"
+        for module, path in modules_below(root)
+        for reason in violations(
+            module, path.read_text(encoding="utf-8"), path.name == "__init__.py"
+        )
+    ]
+
+
+def test_every_import_points_the_allowed_way() -> None:
+    assert all_violations(REPOSITORY) == []
+
+
+def test_every_file_is_parsed() -> None:
+    parsed = {path for _, path in modules_below(REPOSITORY)}
+    for directory in ("zaya_train", "kernels/zaya_kernels"):
+        assert parsed >= set((REPOSITORY / directory).rglob("*.py"))
+    modules = [module for module, _ in modules_below(REPOSITORY)]
+    assert "zaya_train.config.schema" in modules and "zaya_kernels" in modules
+    assert {room_of(module) for module in modules} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("zaya_train.model.cca", "from zaya_train.parallel.mesh import Mesh"),
+        ("zaya_train.model.cca", "import zaya_train.parallel.mesh"),
+        ("zaya_train.model.cca", "from zaya_train import parallel"),
+        ("zaya_train.model.cca", "from ..parallel import mesh"),
+        ("zaya_train.model.cca", "from .. import parallel"),
+        ("zaya_train.model.cca", "def f():\n    from zaya_train.train import loop"),
+        (
+            "zaya_train.model.cca",
+            "from typing import *\nif TYPE_CHECKING:\n    import zaya_train.run",
+        ),
+        ("zaya_train.model.cca", "import importlib\nimportlib.import_module('zaya_train.run')"),
+        ("zaya_train.model.cca", "__import__('zaya_train.run')"),
+        ("zaya_train.model.cca", "def f():\n    from zaya_train.model.moe import MoE"),
+        ("zaya_train.model.cca", "from zaya_train import __version__"),
+        ("zaya_kernels.cca.op", "from zaya_train.model import cca"),
+        ("zaya_train.optim.muon", "from zaya_train.parallel.mesh import Mesh"),
+        ("zaya_train.optim.muon", "from zaya_train.parallel import mesh"),
+        ("zaya_train.optim.muon", "import zaya_train.parallel"),
+        ("zaya_train.data.order", "from zaya_train.phases.plan import Plan"),
+        ("zaya_train.train.loop", "from zaya_train.tools.report import report"),
+        ("zaya_train.train.loop", "import zaya_train.run"),
+        ("zaya_train.run", "from zaya_train.tools import report"),
+        ("zaya_train.run", "from zaya_train.main import main"),
+        ("zaya_train.run", "from omegaconf import OmegaConf"),
+        ("zaya_train.tools.report", "import hydra.utils"),
+        ("zaya_train.config.schema", "import torch"),
+        ("zaya_train.config.schema", "def f():\n    import numpy.random"),
+        ("zaya_train.config.schema", "from zaya_train.data import order"),
+        ("zaya_kernels.cca.op", "import triton"),
+        ("zaya_kernels.cca.op", "from transformer_engine import pytorch"),
+        ("zaya_train.extras.thing", "import os"),
+    ],
+)
+def test_a_planted_import_is_caught(module: str, source: str) -> None:
+    assert len(violations(module, source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("zaya_train.config.check", "import json.decoder\nfrom zaya_train.config import errors"),
+        ("zaya_train.config.check", "from . import errors\nfrom .errors import ConfigError"),
+        ("zaya_train.model.cca", "from zaya_kernels.cca.op import mix\nimport torch.nn"),
+        ("zaya_train.optim.muon", "from zaya_train.parallel.collectives import sum_over"),
+        ("zaya_train.optim.muon", "from zaya_train.parallel import collectives"),
+        ("zaya_train.train.loop", "from zaya_train.parallel.mesh import Mesh"),
+        ("zaya_train.tools.report", "from zaya_train import __version__, run"),
+        ("zaya_train.main", "import hydra\ndef f():\n    from zaya_train.tools import report"),
+        ("zaya_train.__main__", "from zaya_train.main import main"),
+        ("zaya_kernels.cca.triton", "import triton.language as tl"),
+        ("zaya_kernels.cca.op", "def f():\n    from zaya_kernels.cca import triton"),
+        ("zaya_train.train.followers", "def f():\n    import wandb"),
+    ],
+)
+def test_an_allowed_import_is_let_through(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_relative_imports_of_a_package_file_start_at_the_package() -> None:
+    assert violations("zaya_train.model", "from . import cca", is_package=True) == []
+    assert violations("zaya_train.model", "from .. import parallel", is_package=True) != []
+
+
+def test_a_planted_file_is_found_in_the_tree(tmp_path: Path) -> None:
+    (tmp_path / "zaya_train" / "model" / "deep").mkdir(parents=True)
+    planted = tmp_path / "zaya_train" / "model" / "deep" / "bad.py"
+    planted.write_text("import os\nfrom zaya_train.parallel import mesh\n")
+    assert all_violations(tmp_path) == [
+        "zaya_train/model/deep/bad.py:2: model must not import zaya_train.parallel.mesh"
+    ]
