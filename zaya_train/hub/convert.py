@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from zaya_train.config.errors import CheckpointError, StorageError
 from zaya_train.hub.config import config_from_hf, config_to_hf
-from zaya_train.hub.names import check_tensors, tensor_names
+from zaya_train.hub.names import check_shapes, tensor_names
 from zaya_train.model.zaya import ZayaModel
 
 if TYPE_CHECKING:
@@ -46,21 +47,38 @@ def from_hf(
     CheckpointError names any tensor that is missing, surplus or of another shape.
     """
     folder = Path(path)
-    config = config_from_hf(folder)
-    model = meta_model(config, around)
-    names = tensor_names(_shapes(model), config)
+    model = meta_model(config_from_hf(folder), around)
+    state = {
+        name: value.to(_dtype_of(name, dtype))
+        for name, value in read_hf(folder, _shapes(model), model.config)
+    }
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True)
+
+
+def read_hf(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, full tensor) for every tensor of a model with the given shapes, one at a time.
+
+    All names and shapes are compared with the folder before the first tensor is read.
+    """
     files = dict(_tensor_files(folder))
     # Tied: the head repeats the embedding in files that carry it.
     files.pop("lm_head.weight", None)
-    expected = {n.theirs: n.their_shape for n in names.values()}
-    found = {key: tensor for key, tensor in _read(files)}
-    check_tensors(expected, found)
-    state = {}
+    names = tensor_names(shapes, config)
+    check_shapes({n.theirs: n.their_shape for n in names.values()}, _stored_shapes(files))
     for name in names.values():
-        value = found.pop(name.theirs).reshape(name.our_shape)
-        state[name.ours] = value.to(_dtype_of(name.ours, dtype)).contiguous()
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(True)
+        with safe_open(files[name.theirs], framework="pt") as handle:
+            yield name.ours, handle.get_tensor(name.theirs).reshape(name.our_shape).contiguous()
+
+
+def _stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for key, file in files.items():
+        with safe_open(file, framework="pt") as handle:
+            shapes[key] = tuple(handle.get_slice(key).get_shape())
+    return shapes
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -79,20 +97,18 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield key, file
 
 
-def _read(files: Mapping[str, Path]) -> Iterator[tuple[str, Tensor]]:
-    for key, file in files.items():
-        with safe_open(file, framework="pt") as handle:
-            yield key, handle.get_tensor(key)
-
-
-def to_hf(model: ZayaModel, path: Path | str) -> None:
+def to_hf(model: ZayaModel, path: Path | str, tokenizer: Path | None = None) -> None:
     """Write `model` as a Hugging Face `zaya` folder in its parameters' dtype."""
-    tensors = dict(model.state_dict())
-    write_hf(tensors, model.config, path)
+    write_hf(dict(model.state_dict()), model.config, path, tokenizer)
 
 
-def write_hf(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path | str) -> None:
-    """Write full tensors under our names as a `zaya` folder.
+def write_hf(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    path: Path | str,
+    tokenizer: Path | None = None,
+) -> None:
+    """Write full tensors under our names as a `zaya` folder, with the files of a tokenizer folder.
 
     Written beside `path` and renamed when whole. A folder that is there is replaced only when it
     holds an earlier export; CheckpointError otherwise.
@@ -101,7 +117,7 @@ def write_hf(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path | st
     if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
         raise CheckpointError(f"{target}: exists and is not an exported model; not replaced")
     names = tensor_names({k: tuple(v.shape) for k, v in tensors.items()}, config)
-    check_tensors(_shapes(meta_model(config)), tensors)
+    check_shapes(_shapes(meta_model(config)), {k: tuple(v.shape) for k, v in tensors.items()})
     out = {
         n.theirs: tensors[n.ours].detach().to("cpu").reshape(n.their_shape).contiguous()
         for n in names.values()
@@ -110,7 +126,13 @@ def write_hf(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path | st
     try:
         partial.mkdir(parents=True)
         _write_shards(out, partial)
-        _write_json(partial / "config.json", config_to_hf(config) | {"dtype": _common_dtype(out)})
+        special = _special_ids(tokenizer) if tokenizer else {}
+        _write_json(
+            partial / "config.json", config_to_hf(config) | {"dtype": _common_dtype(out)} | special
+        )
+        if tokenizer:
+            shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+            _write_json(partial / "generation_config.json", special)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -118,6 +140,16 @@ def write_hf(tensors: Mapping[str, Tensor], config: ModelConfig, path: Path | st
         raise StorageError(f"{target}: export failed: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _special_ids(tokenizer: Path) -> dict[str, int | None]:
+    """bos, eos and pad ids of a tokenizer folder, for config.json."""
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return {
+        "bos_token_id": loaded.bos_token_id,
+        "eos_token_id": loaded.eos_token_id,
+        "pad_token_id": loaded.pad_token_id,
+    }
 
 
 def _common_dtype(tensors: Mapping[str, Tensor]) -> str:

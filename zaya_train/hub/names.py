@@ -13,8 +13,6 @@ from zaya_train.config.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from zaya_train.config.schema import ModelConfig
 
 _GLOBAL = {
@@ -101,15 +99,17 @@ def tensor_names(
     return table
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
     """Every expected tensor present in its shape and nothing besides, else CheckpointError naming
     the first few offenders."""
     missing = sorted(expected.keys() - found.keys())
     surplus = sorted(found.keys() - expected.keys())
     shapes = [
-        f"{name} is {list(found[name].shape)}, should be {list(shape)}"
+        f"{name} is {list(found[name])}, should be {list(shape)}"
         for name, shape in expected.items()
-        if name in found and tuple(found[name].shape) != shape
+        if name in found and found[name] != shape
     ]
     problems = []
     for label, names in (("missing", missing), ("unexpected", surplus), ("shape", shapes)):

@@ -1,0 +1,1 @@
+"""Muon, AdamW, balancing controller and the table that assigns parameters to them."""

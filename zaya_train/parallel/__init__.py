@@ -1,0 +1,1 @@
+"""Meshes, collectives, context parallelism and sharding."""

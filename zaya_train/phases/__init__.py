@@ -1,0 +1,1 @@
+"""Phases of a run as typed rows and pure lookups."""

@@ -1,0 +1,228 @@
+"""Rules that span keys, checked before anything is allocated.
+
+Every message gives the keys, the rule and the numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zaya_train.config.derive import context_degree, layout
+from zaya_train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zaya_train.config.schema import (
+        ModelConfig,
+        OptimConfig,
+        ParallelConfig,
+        PhaseConfig,
+        TrainConfig,
+    )
+
+
+def check(config: TrainConfig, world: int) -> None:
+    """Raise ConfigError with the first broken rule for a run on `world` ranks."""
+    for problem in problems(config, world):
+        raise ConfigError(problem)
+
+
+def problems(config: TrainConfig, world: int) -> Iterator[str]:
+    """Every broken rule, one line each."""
+    yield from _model(config.model)
+    yield from _optim(config.optim)
+    yield from _settings(config)
+    yield from _parallel(config.parallel, world)
+    if not config.plan.phases:
+        yield "plan.phases: a plan needs at least one phase"
+    previous: tuple[str, PhaseConfig] | None = None
+    for name, phase in config.plan.phases.items():
+        key = f"plan.phases.{name}"
+        yield from _phase(key, phase)
+        yield from _phase_fits_model(key, phase, config.model)
+        yield from _phase_fits_ranks(key, phase, config.parallel, world)
+        yield from _mixture(key, phase, config)
+        if previous and phase.context_tokens < previous[1].context_tokens:
+            yield (
+                f"{key}.context_tokens: {phase.context_tokens} is shorter than the "
+                f"{previous[1].context_tokens} of phase {previous[0]} before it; contexts grow"
+            )
+        previous = (name, phase)
+
+
+def _positive(prefix: str, config: object, names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            yield f"{prefix}.{name}: {value} must be positive"
+
+
+def _unit(prefix: str, config: object, names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            yield f"{prefix}.{name}: {value} must lie in [0, 1)"
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    yield from _positive(
+        "model",
+        model,
+        (
+            "vocab_size", "num_layers", "hidden_size", "num_query_heads", "num_kv_heads",
+            "head_dim", "num_experts", "expert_ffn_size", "router_size", "conv_depthwise_taps",
+            "conv_grouped_taps", "rope_base", "max_context_tokens", "norm_eps", "init_std",
+        ),
+    )  # fmt: skip
+    if model.num_kv_heads > 0 and model.num_query_heads % model.num_kv_heads:
+        yield (
+            f"model.num_query_heads: {model.num_query_heads} is not a multiple of "
+            f"model.num_kv_heads {model.num_kv_heads}"
+        )
+    if model.num_kv_heads * model.head_dim % 2:
+        yield (
+            f"model.num_kv_heads x model.head_dim: {model.num_kv_heads} x {model.head_dim} must be "
+            "even, half the value channels come from the previous token"
+        )
+    rotated = model.head_dim * model.rope_fraction
+    if not 0 < model.rope_fraction <= 1 or rotated != int(rotated) or int(rotated) % 2:
+        yield (
+            f"model.rope_fraction: {model.rope_fraction} of model.head_dim {model.head_dim} is "
+            f"{rotated} channels; it must be a positive even number of them"
+        )
+
+
+def _optim(optim: OptimConfig) -> Iterator[str]:
+    yield from _positive("optim.muon", optim.muon, ("learning_rate", "newton_schulz_steps"))
+    yield from _positive("optim.muon", optim.muon, ("update_rms",))
+    yield from _unit("optim.muon", optim.muon, ("momentum",))
+    for prefix, adam in (("optim.adamw", optim.adamw), ("optim.balancing", optim.balancing)):
+        yield from _positive(prefix, adam, ("learning_rate", "eps"))
+        yield from _unit(prefix, adam, ("beta1", "beta2"))
+    for key, value in (
+        ("optim.muon.weight_decay", optim.muon.weight_decay),
+        ("optim.adamw.weight_decay", optim.adamw.weight_decay),
+        ("optim.clip_norm", optim.clip_norm),
+    ):
+        if value < 0:
+            yield f"{key}: {value} must not be negative"
+
+
+def _settings(config: TrainConfig) -> Iterator[str]:
+    yield from _positive("checkpoint", config.checkpoint, ("every_steps",))
+    if config.checkpoint.keep_last < 2:
+        yield (
+            f"checkpoint.keep_last: {config.checkpoint.keep_last}; at least 2, so that one good "
+            "checkpoint remains while the next is being written"
+        )
+    yield from _positive("logging", config.logging, ("every_steps",))
+    if config.logging.eval_every_steps < 0:
+        yield f"logging.eval_every_steps: {config.logging.eval_every_steps} must not be negative"
+    yield from _positive("data", config.data, ("validation_sequences", "max_documents_per_row"))
+    yield from _positive("data", config.data, ("prefetch_batches",))
+    runtime = config.runtime
+    yield from _positive("runtime", runtime, ("init_timeout_seconds", "step_timeout_seconds"))
+
+
+def _parallel(parallel: ParallelConfig, world: int) -> Iterator[str]:
+    if parallel.shard < 0 or parallel.context_parallel_limit < 0:
+        yield "parallel: shard and context_parallel_limit must not be negative"
+    elif parallel.shard and world % parallel.shard:
+        yield f"parallel.shard: {parallel.shard} does not divide the {world} ranks of this launch"
+
+
+def _phase(key: str, phase: PhaseConfig) -> Iterator[str]:
+    yield from _positive(
+        key,
+        phase,
+        (
+            "tokens", "context_tokens", "rope_base", "global_batch_tokens",
+            "micro_batch_sequences", "context_parallel", "learning_rate_scale",
+        ),
+    )  # fmt: skip
+    if phase.context_tokens > 0 and phase.global_batch_tokens % phase.context_tokens:
+        yield (
+            f"{key}.global_batch_tokens: {phase.global_batch_tokens} is not a multiple of "
+            f"context_tokens {phase.context_tokens}"
+        )
+    schedule = phase.schedule
+    if min(schedule.warmup_tokens, schedule.decay_tokens) < 0:
+        yield f"{key}.schedule: warmup_tokens and decay_tokens must not be negative"
+    if schedule.warmup_tokens + schedule.decay_tokens > phase.tokens:
+        yield (
+            f"{key}.schedule: warmup_tokens {schedule.warmup_tokens} + decay_tokens "
+            f"{schedule.decay_tokens} exceed the phase's {phase.tokens} tokens"
+        )
+    if schedule.decay_tokens and schedule.kind != "wsd":
+        yield f"{key}.schedule.decay_tokens: only kind wsd has one, kind is {schedule.kind}"
+    if not 0 <= schedule.final_ratio <= 1:
+        yield f"{key}.schedule.final_ratio: {schedule.final_ratio} must lie in [0, 1]"
+    yield from _ramp(key, phase)
+
+
+def _ramp(key: str, phase: PhaseConfig) -> Iterator[str]:
+    ramp = phase.batch_ramp
+    if ramp is None:
+        return
+    if ramp.start_tokens <= 0 or ramp.start_tokens > phase.global_batch_tokens:
+        yield (
+            f"{key}.batch_ramp.start_tokens: {ramp.start_tokens} must be positive and at most "
+            f"global_batch_tokens {phase.global_batch_tokens}"
+        )
+    if not 0 < ramp.over_tokens <= phase.tokens:
+        yield (
+            f"{key}.batch_ramp.over_tokens: {ramp.over_tokens} must be positive and at most the "
+            f"phase's {phase.tokens} tokens"
+        )
+
+
+def _phase_fits_model(key: str, phase: PhaseConfig, model: ModelConfig) -> Iterator[str]:
+    if phase.context_tokens > model.max_context_tokens:
+        yield (
+            f"{key}.context_tokens: {phase.context_tokens} exceeds model.max_context_tokens "
+            f"{model.max_context_tokens}"
+        )
+
+
+def _phase_fits_ranks(
+    key: str, phase: PhaseConfig, parallel: ParallelConfig, world: int
+) -> Iterator[str]:
+    context = context_degree(phase, parallel)
+    group = parallel.shard or world
+    if context <= 0 or group <= 0:
+        return
+    if group % context:
+        yield (
+            f"{key}.context_parallel: {context} does not divide the {group} ranks of an FSDP group "
+            f"(world {world}); set parallel.context_parallel_limit to lower it on few ranks"
+        )
+        return
+    chunks = 2 * context if parallel.context_chunks == "head_tail" and context > 1 else context
+    if phase.context_tokens % chunks:
+        yield (
+            f"{key}.context_tokens: {phase.context_tokens} does not divide into {chunks} chunks "
+            f"for context_parallel {context} ({parallel.context_chunks})"
+        )
+    unit = layout(phase, parallel, world).data * phase.micro_batch_sequences
+    sizes = {"global_batch_tokens": phase.global_batch_tokens}
+    if phase.batch_ramp:
+        sizes["batch_ramp.start_tokens"] = phase.batch_ramp.start_tokens
+    for name, tokens in sizes.items():
+        if unit > 0 and tokens % (unit * phase.context_tokens):
+            yield (
+                f"{key}.{name}: {tokens} is not a multiple of {unit * phase.context_tokens} = "
+                f"{phase.context_tokens} tokens x {phase.micro_batch_sequences} micro_batch_sequences"
+                f" x {unit // phase.micro_batch_sequences} data ranks"
+            )
+
+
+def _mixture(key: str, phase: PhaseConfig, config: TrainConfig) -> Iterator[str]:
+    if not phase.mixture or sum(phase.mixture.values()) <= 0:
+        yield f"{key}.mixture: weights {dict(phase.mixture)} sum to nothing"
+    for name, weight in phase.mixture.items():
+        if name not in config.data.sources:
+            known = ", ".join(config.data.sources) or "none"
+            yield f"{key}.mixture.{name}: no such source in data.sources (known: {known})"
+        if weight < 0:
+            yield f"{key}.mixture.{name}: weight {weight} must not be negative"

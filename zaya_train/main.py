@@ -1,0 +1,282 @@
+"""The `zaya` command. The only file that imports hydra.
+
+    zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
+    zaya data prepare | synth | inspect
+    zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+import zaya_train
+from zaya_train.config.build import build
+from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
+from zaya_train.config.schema import TrainConfig
+from zaya_train.data.inspect import inspect_corpus
+from zaya_train.data.prepare import FieldOverrides, PrepareRequest, prepare
+from zaya_train.data.synth import SynthRequest, families, write_jsonl
+from zaya_train.run import train
+from zaya_train.tools.evaluate import EvalRequest, exact_match, print_report, read_rows, write_report
+from zaya_train.tools.generate import GenerateArgs, GenerateRequest
+from zaya_train.tools.generate import run as generate
+from zaya_train.tools.plan import PlanRequest, show_plan
+from zaya_train.tools.report import report
+from zaya_train.tools.smoke import SmokeRequest, smoke
+from zaya_train.tools.transfer import ExportRequest, ImportRequest, export_hf, import_hf
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see config.errors)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["train"]:
+            return _train(words[1:])
+        options = _parser().parse_args(words)
+        return int(options.run(options) or EXIT_OK)
+    except ZayaError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    except BrokenPipeError:
+        return EXIT_OK
+
+
+def config_dir() -> Path:
+    """The Hydra configuration directory: inside an installed package, or of the checkout."""
+    package = Path(zaya_train.__file__).parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _typed(values: DictConfig) -> TrainConfig:
+    """Resolved YAML to the typed configuration."""
+    try:
+        plain = OmegaConf.to_container(values, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return build(TrainConfig, plain)
+
+
+def _train(overrides: list[str]) -> int:
+    """`zaya train`: Hydra parses, `run.train` trains. 2 for whatever Hydra itself refuses."""
+    codes: list[int] = []
+
+    def task(values: DictConfig) -> None:
+        try:
+            codes.append(train(_for_job(_typed(values))))
+        except ZayaError as error:
+            sys.stderr.write(f"error: {error}\n")
+            codes.append(error.exit_code)
+
+    sys.argv = ["zaya train", *overrides]
+    started = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)
+    try:
+        started()
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            return EXIT_CONFIG
+    return max(codes, default=EXIT_OK)
+
+
+def _for_job(config: TrainConfig) -> TrainConfig:
+    """In a sweep every job gets a directory of its own below the run's."""
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return config
+    job = HydraConfig.get().job
+    run_dir = Path(config.run.dir) / (job.override_dirname or str(job.num))
+    return replace(config, run=replace(config.run, dir=str(run_dir)))
+
+
+def compose(overrides: Sequence[str]) -> TrainConfig:
+    """The typed configuration of a list of Hydra overrides, without running anything."""
+    try:
+        with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+            return _typed(hydra.compose("train", overrides=list(overrides)))
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zaya", description="Train ZAYA1-class language models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=zaya_train.__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands.add_parser(
+        "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
+    )
+    _add_data(commands)
+    _add_hub(commands)
+    _add_model_use(commands)
+    _add_runs(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="make and look at corpora").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    parser = _command(data, "prepare", _data_prepare, "tokenize a dataset into a corpus")
+    parser.add_argument("--input", required=True, help="JSONL, JSON, text, Parquet, Arrow or a hub name")
+    parser.add_argument("--output", required=True, type=Path, help="directory for train/ and heldout/")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name")
+    parser.add_argument("--heldout-fraction", type=float, default=0.0)
+    parser.add_argument("--answer-marker", help="line start that separates worked steps from the answer")
+    parser.add_argument("--split", default="train", help="split of a hub dataset")
+    parser.add_argument("--document-characters", type=int, help="cut text files into documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
+    for name in FieldOverrides.__dataclass_fields__:
+        parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
+
+    parser = _command(data, "synth", _data_synth, "generate reasoning problems as JSONL")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--count", required=True, type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--families", nargs="+", choices=sorted(families()))
+
+    parser = _command(data, "inspect", _data_inspect, "show a corpus and one document's sections")
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--index", type=int, default=0, help="document to show")
+    parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
+
+
+def _data_prepare(options: argparse.Namespace) -> None:
+    names = FieldOverrides.__dataclass_fields__
+    fields = FieldOverrides(**{name: getattr(options, f"{name}_field") for name in names})
+    request = PrepareRequest(
+        input=options.input,
+        output=options.output,
+        tokenizer=options.tokenizer,
+        fields=fields,
+        answer_marker=options.answer_marker,
+        heldout_fraction=options.heldout_fraction,
+        split=options.split,
+        document_characters=options.document_characters,
+        overwrite=options.overwrite,
+    )
+    prepare(request, Console())
+
+
+def _data_synth(options: argparse.Namespace) -> None:
+    chosen = tuple(options.families) if options.families else None
+    request = SynthRequest(options.count, options.seed, options.split, chosen)
+    size = write_jsonl(request, options.output)
+    Console().print(f"{options.output}: {options.count:,} problems, {size:,} bytes")
+
+
+def _data_inspect(options: argparse.Namespace) -> None:
+    inspect_corpus(options.corpus, options.index, options.budget, Console())
+
+
+def _add_hub(commands: Any) -> None:
+    parser = _command(
+        commands, "import-hf", _import, "check a Hugging Face `zaya` folder and write its model config"
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model-yaml", required=True, type=Path)
+    parser = _command(commands, "export-hf", _export, "write a checkpoint as a Hugging Face folder")
+    parser.add_argument("source", type=Path, help="run directory or checkpoint directory")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+
+
+def _import(options: argparse.Namespace) -> None:
+    import_hf(ImportRequest(options.folder, options.model_yaml), Console())
+
+
+def _export(options: argparse.Namespace) -> None:
+    export_hf(ExportRequest(options.source, options.output, options.dtype), Console())
+
+
+def _add_model_use(commands: Any) -> None:
+    parser = _command(commands, "generate", _generate, "answer prompts with an exported model")
+    parser.add_argument("model", type=Path, help="Hugging Face folder")
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser = _command(commands, "evaluate", _evaluate, "exact match on held-out problems")
+    parser.add_argument("model", type=Path, help="Hugging Face folder")
+    parser.add_argument("rows", type=Path, help="JSONL with messages and answer")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--output", type=Path, help="JSON report")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    request = GenerateRequest(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    generate(GenerateArgs(model_dir=options.model, prompts=tuple(options.prompts), request=request), Console())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    console = Console()
+    result = exact_match(options.model, read_rows(options.rows)[: options.count], EvalRequest())
+    print_report(result, console)
+    if options.output:
+        write_report(result, options.output)
+
+
+def _add_runs(commands: Any) -> None:
+    parser = _command(commands, "plan", _plan, "preview a run: phases, steps, layout, memory")
+    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser = _command(commands, "report", _report, "one HTML file with a run's curves")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, help="default: report.html in the first run")
+    parser = _command(commands, "smoke", _smoke, "the whole main job on this machine")
+    parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
+    parser.add_argument("--data", help="train on this dataset instead of generated problems")
+    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for the training runs")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    show_plan(PlanRequest(compose(options.overrides), options.ranks), Console())
+
+
+def _report(options: argparse.Namespace) -> None:
+    output = options.output or options.runs[0] / "report.html"
+    Console().print(str(report(options.runs, output)))
+
+
+def _smoke(options: argparse.Namespace) -> int:
+    request = SmokeRequest(
+        output=options.output,
+        data=options.data,
+        tokenizer=options.tokenizer,
+        overrides=tuple(options.overrides),
+    )
+    return smoke(request, compose, Console())

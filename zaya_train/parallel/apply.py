@@ -1,0 +1,39 @@
+"""From a configuration and a mesh to a sharded model with values: one function, one order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from zaya_train.model.init import initialise
+from zaya_train.model.interfaces import ContextExchange, Surroundings, WholeRows
+from zaya_train.model.zaya import ZayaModel
+from zaya_train.parallel.fsdp import shard, write_full
+from zaya_train.parallel.sequence import Chunking, SharedRows
+
+if TYPE_CHECKING:
+    from zaya_train.config.schema import ModelConfig, TrainConfig
+    from zaya_train.parallel.mesh import Mesh
+
+
+def chunking_of(mesh: Mesh, config: TrainConfig) -> Chunking:
+    """How the phase divides rows."""
+    return Chunking(mesh.layout.context, config.parallel.context_chunks == "head_tail")
+
+
+def parallelize(
+    config: TrainConfig, model_config: ModelConfig, mesh: Mesh, device: torch.device
+) -> ZayaModel:
+    """Build on the meta device, shard, allocate the local part, initialise from run.seed."""
+    exchange: ContextExchange = WholeRows()
+    if mesh.layout.context > 1:
+        exchange = SharedRows(mesh.context_group, chunking_of(mesh, config))
+    with torch.device("meta"):
+        model = ZayaModel(model_config, Surroundings(exchange=exchange, kernels=config.kernels))
+    shard(model, mesh, config.precision, config.parallel.reshard_after_forward)
+    register_fsdp_forward_method(model, "logits")
+    model.to_empty(device=device)
+    initialise(model, config.run.seed, write_full)
+    return model

@@ -1,0 +1,393 @@
+"""Composition root of a training run: runtime, then phase by phase mesh, model, optimizer, data, loop.
+
+Every phase starts from the newest checkpoint that verifies, whether the process lived on from the
+phase before or was started again: one code path for the first start, a resume and a phase change.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from zaya_train.config.build import to_dict
+from zaya_train.config.check import check
+from zaya_train.config.derive import (
+    Layout,
+    config_hash,
+    context_degree,
+    layout,
+    phase_sequences,
+)
+from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
+from zaya_train.data.stream import PhaseStream, prefetch, validation_rows
+from zaya_train.hub.config import config_from_hf
+from zaya_train.hub.convert import read_hf
+from zaya_train.optim.optimizer import Optimizer
+from zaya_train.optim.table import summary
+from zaya_train.parallel.apply import chunking_of, parallelize
+from zaya_train.parallel.fsdp import write_full
+from zaya_train.parallel.mesh import Mesh
+from zaya_train.phases.plan import batch_sequences
+from zaya_train.runtime.device import describe
+from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
+from zaya_train.runtime.log import logging_to
+from zaya_train.runtime.seeds import seed_rank
+from zaya_train.runtime.signals import StopFlag
+from zaya_train.train.batch import Batch, make_batch
+from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.evaluate import validation_losses
+from zaya_train.train.followers import open_followers
+from zaya_train.train.loop import Hooks, PhaseRun, run_phase
+from zaya_train.train.manifest import CheckpointRecord
+from zaya_train.train.metrics import MetricsWriter
+from zaya_train.train.progress import PhaseProgress
+from zaya_train.train.state import TrainState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
+    from zaya_train.model.zaya import ZayaModel
+    from zaya_train.train.restore import Found
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What lives as long as the process."""
+
+    config: TrainConfig
+    ranks: Ranks
+    run_dir: Path
+    console: Console
+    store: CheckpointStore
+    metrics: MetricsWriter
+    flag: StopFlag
+
+
+@dataclass(frozen=True)
+class Built:
+    """What one phase is made of."""
+
+    name: str
+    phase: PhaseConfig
+    mesh: Mesh
+    model: ZayaModel
+    model_config: ModelConfig
+    optimizer: Optimizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint holds, by stable name."""
+        state: dict[str, Tensor] = {
+            f"model.{name}": value
+            for named in (self.model.named_parameters(), self.model.named_buffers())
+            for name, value in named
+        }
+        return state | self.optimizer.tensors()
+
+
+def train(config: TrainConfig) -> int:
+    """Run the plan to its end or to a stop signal; returns the exit code (0 or 75).
+
+    ConfigError and friends are raised before anything is allocated.
+    """
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = start(config.runtime)
+    with fail_fast(ranks), ExitStack() as stack:
+        stack.callback(stop)
+        console = Console(stderr=True)
+        run_dir = Path(config.run.dir)
+        stack.enter_context(logging_to(run_dir, ranks.rank, console))
+        flag = stack.enter_context(StopFlag())
+        seed_rank(config.run.seed, ranks.rank)
+        store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
+        stack.callback(store.close)
+        metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
+        context = Context(config, ranks, run_dir, console, store, metrics, flag)
+        _describe(context)
+        return _run_plan(context)
+
+
+def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWriter:
+    main = ranks.rank == 0
+    values = to_dict(config)
+    if main:
+        _write_config(run_dir / CONFIG_FILE, values)
+    followers = open_followers(config.logging, run_dir, config.run.name, values) if main else []
+    return MetricsWriter(run_dir, followers, enabled=main)
+
+
+def _write_config(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _describe(context: Context) -> None:
+    log.info(
+        "run %s in %s: %d ranks, %s",
+        context.config.run.name,
+        context.run_dir,
+        context.ranks.world_size,
+        describe(context.ranks.device),
+    )
+    for name, phase in context.config.plan.phases.items():
+        degree = context_degree(phase, context.config.parallel)
+        if degree != phase.context_parallel:
+            log.info(
+                "phase %s: context_parallel %d lowered to %d by parallel.context_parallel_limit",
+                name,
+                phase.context_parallel,
+                degree,
+            )
+
+
+def _run_plan(context: Context) -> int:
+    phases = list(context.config.plan.phases.items())
+    first = True
+    while True:
+        found = context.store.newest()
+        state = TrainState.from_dict(found.record.train_state) if found else TrainState()
+        if first:
+            _announce(context, state, resumed=found is not None)
+            first = False
+        if state.phase_index >= len(phases):
+            context.metrics.write("done", step=state.step)
+            log.info("done after %d steps and %s tokens", state.step, f"{state.tokens:,}")
+            return EXIT_OK
+        stopped = _run_phase(context, phases[state.phase_index], found, state)
+        if stopped:
+            return EXIT_REQUEUE
+
+
+def _announce(context: Context, state: TrainState, resumed: bool) -> None:
+    context.metrics.write(
+        "resume" if resumed else "start",
+        step=state.step,
+        world_size=context.ranks.world_size,
+        device=str(context.ranks.device),
+        config_hash=config_hash(context.config),
+    )
+    if resumed:
+        log.info("resuming at step %d, %s tokens", state.step, f"{state.tokens:,}")
+
+
+def _run_phase(
+    context: Context, row: tuple[str, PhaseConfig], found: Found | None, state: TrainState
+) -> bool:
+    """One phase from the checkpoint `found` (or from scratch); True if a stop signal ended it."""
+    name, phase = row
+    config = context.config
+    degrees = layout(phase, config.parallel, context.ranks.world_size)
+    stream = PhaseStream(config.data, name, phase, config.run.seed)
+    _check_vocabulary(config, stream)
+    built = _build(context, name, phase, degrees)
+    if found:
+        context.store.load(found, built.tensors(), to_dict(built.model_config))
+    elif config.checkpoint.initial_weights:
+        _load_initial_weights(built, Path(config.checkpoint.initial_weights))
+    if context.ranks.rank == 0:
+        _keep_tokenizer(stream.tokenizer_path, context.run_dir / TOKENIZER)
+    context.metrics.write("phase", name=name, event="begin", step=state.step)
+    unit = degrees.data * phase.micro_batch_sequences
+    with ExitStack() as stack:
+        bar = stack.enter_context(_progress(context, name, phase))
+        hooks = _hooks(context, built, bar)
+        batches = stack.enter_context(
+            prefetch(
+                _batch_maker(context, built, stream, unit),
+                _step_starts(phase, state.phase_rows, unit),
+                config.data.prefetch_batches,
+            )
+        )
+        state, stopped = run_phase(_phase_run(context, built, hooks, unit), batches, state)
+    if not stopped:
+        context.metrics.write("phase", name=name, event="end", step=state.step)
+        _save(context, built, state.next_phase(), keep=True)
+    return stopped
+
+
+def _build(context: Context, name: str, phase: PhaseConfig, degrees: Layout) -> Built:
+    config = context.config
+    mesh = Mesh.build(degrees, context.ranks.device.type)
+    model_config = replace(config.model, rope_base=phase.rope_base)
+    model = parallelize(config, model_config, mesh, context.ranks.device)
+    optimizer = Optimizer(
+        dict(model.named_parameters()),
+        [buffer for _, buffer in model.named_buffers()],
+        model_config.num_experts,
+        config.optim,
+        mesh.fsdp_group,
+        config.kernels.newton_schulz,
+    )
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    log.info(
+        "phase %s: %d tokens of context, mesh %s\n%s",
+        name,
+        phase.context_tokens,
+        degrees,
+        "\n".join(summary(optimizer.table, shapes)),
+    )
+    return Built(name, phase, mesh, model, model_config, optimizer)
+
+
+def _check_vocabulary(config: TrainConfig, stream: PhaseStream) -> None:
+    if stream.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's "
+            f"{stream.vocab_size} ids ({stream.tokenizer_path})"
+        )
+
+
+def _load_initial_weights(built: Built, folder: Path) -> None:
+    """Weights of a Hugging Face folder into the sharded model, tensor by tensor."""
+    theirs = config_from_hf(folder)
+    shapes = {n: tuple(t.shape) for n, t in built.model.state_dict().items()}
+    targets = dict(built.model.named_parameters()) | dict(built.model.named_buffers())
+    with torch.no_grad():
+        for name, full in read_hf(folder, shapes, theirs):
+            write_full(targets[name], full.to(targets[name].device, torch.float32))
+    log.info("weights from %s", folder)
+
+
+def _keep_tokenizer(source: Path, target: Path) -> None:
+    """The corpus's tokenizer beside the checkpoints, for export and generation."""
+    if not target.exists():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.rename(target)
+
+
+def _step_starts(phase: PhaseConfig, consumed: int, unit: int) -> Iterator[int]:
+    """Rows consumed before each remaining step."""
+    while consumed < phase_sequences(phase):
+        yield consumed
+        consumed += batch_sequences(phase, consumed, unit)
+
+
+def _batch_maker(context: Context, built: Built, stream: PhaseStream, unit: int) -> Any:
+    """Function from a step's first row to this rank's micro-batches."""
+    size = built.phase.micro_batch_sequences
+    chunking = chunking_of(built.mesh, context.config)
+
+    def make(consumed: int) -> list[Batch]:
+        count = batch_sequences(built.phase, consumed, unit)
+        first = consumed + built.mesh.data_rank * size
+        return [
+            make_batch(
+                [stream.row(start + i) for i in range(size)],
+                chunking,
+                built.mesh.context_rank,
+                context.ranks.device,
+            )
+            for start in range(first, consumed + count, unit)
+        ]
+
+    return make
+
+
+def _progress(context: Context, name: str, phase: PhaseConfig) -> PhaseProgress:
+    shown = context.config.logging.progress and context.ranks.rank == 0
+    total = phase_sequences(phase) * phase.context_tokens
+    return PhaseProgress(context.console if shown else None, name, total)
+
+
+def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
+    config = context.config
+    rows = validation_rows(config.data, built.name, built.phase.context_tokens)
+    chunking = chunking_of(built.mesh, config)
+    device = context.ranks.device
+
+    def evaluate(state: TrainState) -> None:
+        if not rows:
+            return
+        losses = validation_losses(built.model, rows, built.mesh, chunking, device)
+        context.metrics.write("eval", step=state.step, phase=built.name, losses=losses)
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        log.info("%s step %d | validation %s", built.name, state.step, shown)
+
+    return Hooks(
+        evaluate=evaluate,
+        save=lambda state, keep: _save(context, built, state, keep),
+        first_step_done=lambda: shorten_timeouts(
+            config.runtime.step_timeout_seconds,
+            [built.mesh.fsdp_group, built.mesh.context_group],
+        ),
+        progress=lambda state, result: bar.update(
+            state.phase_rows * built.phase.context_tokens, result.loss
+        ),
+        stop_signal=lambda: int(context.flag.received or 0),
+        memory_bytes=lambda: _memory_bytes(device),
+    )
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak bytes: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _phase_run(context: Context, built: Built, hooks: Hooks, unit: int) -> PhaseRun:
+    config = context.config
+    return PhaseRun(
+        name=built.name,
+        phase=built.phase,
+        model=built.model,
+        optimizer=built.optimizer,
+        optim=config.optim,
+        fsdp_group=built.mesh.fsdp_group,
+        unit=unit,
+        num_experts=built.model_config.num_experts,
+        metrics=context.metrics,
+        log_every_steps=config.logging.every_steps,
+        eval_every_steps=config.logging.eval_every_steps,
+        save_every_steps=config.checkpoint.every_steps,
+        hooks=hooks,
+    )
+
+
+def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None:
+    degrees = built.mesh.layout
+    record = CheckpointRecord(
+        step=state.step,
+        phase_name=built.name,
+        phase_index=state.phase_index,
+        train_state=state.to_dict(),
+        model=to_dict(built.model_config),
+        mesh={
+            "replicate": degrees.replicate,
+            "shard": degrees.shard,
+            "context": degrees.context,
+        },
+        config_hash=config_hash(context.config),
+        keep=keep,
+    )
+    begin = time.perf_counter()
+    path = context.store.save(built.tensors(), record)
+    context.metrics.write(
+        "checkpoint",
+        step=state.step,
+        path=str(path.relative_to(context.run_dir)),
+        seconds=time.perf_counter() - begin,
+        bytes=sum(f.stat().st_size for f in path.iterdir()),
+    )

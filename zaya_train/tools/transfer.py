@@ -1,0 +1,129 @@
+"""Checkpoints to Hugging Face folders, and Hugging Face folders to model configurations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from zaya_train.config.build import build, to_dict
+from zaya_train.config.errors import CheckpointError, StorageError
+from zaya_train.config.schema import ModelConfig
+from zaya_train.hub.config import config_from_hf
+from zaya_train.hub.convert import meta_model, read_hf, write_hf
+from zaya_train.run import CHECKPOINTS, TOKENIZER
+from zaya_train.train.manifest import read
+from zaya_train.train.restore import find_newest, load_full
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+    from torch import Tensor
+
+_MODEL_PREFIX = "model."
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `zaya export-hf` is asked for."""
+
+    source: Path
+    """A run directory (its newest verified checkpoint) or one checkpoint directory."""
+    output: Path
+    dtype: str = "fp32"
+    """fp32 or bf16; balancing biases stay fp32."""
+
+
+def export_hf(request: ExportRequest, console: Console) -> Path:
+    """Write a checkpoint as a Hugging Face `zaya` folder with its tokenizer.
+
+    CheckpointError (exit 3) where nothing verifies or a tensor has no place in the format.
+    """
+    checkpoint = _checkpoint_of(request.source)
+    tensors = load_full(checkpoint, _MODEL_PREFIX)
+    record = read(checkpoint).record
+    config = build(ModelConfig, record.model, "checkpoint.model")
+    weights = {
+        name.removeprefix(_MODEL_PREFIX): _cast(name, value, _DTYPES[request.dtype])
+        for name, value in tensors.items()
+    }
+    tokenizer = checkpoint.parent.parent / TOKENIZER
+    write_hf(weights, config, request.output, tokenizer if tokenizer.is_dir() else None)
+    console.print(
+        f"exported step {record.step} ({len(weights)} tensors, "
+        f"{sum(t.numel() for t in weights.values()):,} values) to {request.output}"
+    )
+    if config.skip_output != "zero":
+        console.print(
+            "note: transformers' `zaya` gives zero where this model gives a skipped token its input "
+            "(model.skip_output=identity); the two differ on tokens routed to the skip class"
+        )
+    return request.output
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if name.endswith("balancing_bias") else value.to(dtype)
+
+
+def _checkpoint_of(source: Path) -> Path:
+    """The checkpoint directory meant by `source`."""
+    if (source / "MANIFEST.json").is_file():
+        return source
+    root = source / CHECKPOINTS
+    if not root.is_dir():
+        raise CheckpointError(f"{source}: neither a checkpoint nor a run with {CHECKPOINTS}/")
+    found, _ = find_newest(root)
+    if found is None:
+        raise CheckpointError(f"{root}: holds no checkpoint")
+    return found.path
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What `zaya import-hf` is asked for."""
+
+    folder: Path
+    model_yaml: Path
+    """Where the Hydra model configuration is written."""
+
+
+def import_hf(request: ImportRequest, console: Console) -> ModelConfig:
+    """Account for every tensor of a `zaya` folder and write the model configuration to train it.
+
+    Training then starts with `checkpoint.initial_weights=FOLDER`; nothing is converted on disk.
+    """
+    config = config_from_hf(request.folder)
+    shapes = {n: tuple(t.shape) for n, t in meta_model(config).state_dict().items()}
+    count = values = 0
+    for name, tensor in read_hf(request.folder, shapes, config):
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{request.folder}: tensor {name} is not finite")
+        count += 1
+        values += tensor.numel()
+    lines = [f"# From {request.folder.name} by `zaya import-hf`."]
+    lines += [f"{key}: {_yaml(value)}" for key, value in to_dict(config).items()]
+    partial = request.model_yaml.with_suffix(".partial")
+    try:
+        request.model_yaml.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(request.model_yaml)
+    except OSError as error:
+        raise StorageError(f"{request.model_yaml}: cannot be written: {error}") from error
+    console.print(f"{request.folder}: all {count} tensors accounted for, {values:,} values")
+    console.print(f"model configuration: {request.model_yaml}")
+    console.print(f"train it with checkpoint.initial_weights={request.folder}")
+    return config
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and math.isfinite(value):
+        # YAML 1.1 reads 1e-05 as a string without the dot.
+        return repr(value) if "e" not in repr(value) else f"{value:.17e}"
+    return str(value)
+

@@ -1,0 +1,216 @@
+"""The loop over one phase: fetch, step, report, evaluate, save, until the phase is done or a stop
+signal arrives.
+
+Legend: L layers, C router classes, E experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from zaya_train.phases.plan import batch_sequences, schedule_factor
+from zaya_train.config.derive import phase_sequences
+from zaya_train.config.errors import NumericsError
+from zaya_train.train.step import Rates, StepResult, train_step
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from zaya_train.config.schema import OptimConfig, PhaseConfig
+    from zaya_train.model.zaya import ZayaModel
+    from zaya_train.optim.optimizer import Optimizer
+    from zaya_train.train.batch import Batch
+    from zaya_train.train.metrics import MetricsWriter
+    from zaya_train.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+_MAX_SKIPPED_IN_A_ROW = 5
+"""Non-finite steps in a row after which the run stops: later checkpoints would rotate the good ones
+away without a step gained."""
+
+
+class BatchSource(Protocol):
+    """Iterator over steps' micro-batches with the time its consumer has waited."""
+
+    wait_seconds: float
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...
+
+    def __next__(self) -> list[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls beside the step; all collective."""
+
+    evaluate: Callable[[TrainState], None]
+    save: Callable[[TrainState, bool], None]
+    """Called with the state and whether the checkpoint is to be kept for good."""
+    first_step_done: Callable[[], None]
+    progress: Callable[[TrainState, StepResult], None]
+    stop_signal: Callable[[], int]
+    """Signal this rank has received, 0 for none."""
+    memory_bytes: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """Everything one phase's loop works with."""
+
+    name: str
+    phase: PhaseConfig
+    model: ZayaModel
+    optimizer: Optimizer
+    optim: OptimConfig
+    fsdp_group: ProcessGroup
+    unit: int
+    """Rows of one micro-batch over all data ranks."""
+    num_experts: int
+    metrics: MetricsWriter
+    log_every_steps: int
+    eval_every_steps: int
+    save_every_steps: int
+    hooks: Hooks
+
+
+def rates(run: PhaseRun, phase_tokens: int) -> Rates:
+    """Learning rates of the step that brings the phase to `phase_tokens` consumed tokens."""
+    total = phase_sequences(run.phase) * run.phase.context_tokens
+    factor = schedule_factor(run.phase.schedule, phase_tokens, total)
+    factor *= run.phase.learning_rate_scale
+    return Rates(
+        muon=run.optim.muon.learning_rate * factor,
+        adamw=run.optim.adamw.learning_rate * factor,
+        clip_norm=run.optim.clip_norm,
+    )
+
+
+def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[TrainState, bool]:
+    """Train to the end of the phase.
+
+    Returns the state and whether a stop signal ended it early; then a checkpoint has been saved.
+    NumericsError after several non-finite steps in a row.
+    """
+    skipped_in_a_row = 0
+    first = True
+    while state.phase_rows < phase_sequences(run.phase):
+        rows = batch_sequences(run.phase, state.phase_rows, run.unit)
+        state, result = _one_step(run, batches, state, rows)
+        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
+        _check_skips(skipped_in_a_row, state)
+        if first:
+            run.hooks.first_step_done()
+            first = False
+        run.hooks.progress(state, result)
+        last = state.phase_rows >= phase_sequences(run.phase)
+        if run.eval_every_steps and (last or state.step % run.eval_every_steps == 0):
+            run.hooks.evaluate(state)
+        if result.stop_signal and not last:
+            log.warning("stop signal %d: saving at step %d", result.stop_signal, state.step)
+            run.hooks.save(state, False)
+            return state, True
+        if state.step % run.save_every_steps == 0 and not last:
+            run.hooks.save(state, False)
+    return state, False
+
+
+def _one_step(
+    run: PhaseRun, batches: BatchSource, state: TrainState, rows: int
+) -> tuple[TrainState, StepResult]:
+    start, waited = time.perf_counter(), batches.wait_seconds
+    micro_batches = next(batches)
+    data_seconds = batches.wait_seconds - waited
+    consumed = (state.phase_rows + rows) * run.phase.context_tokens
+    now = rates(run, consumed)
+    result = train_step(
+        run.model, run.optimizer, micro_batches, now, run.fsdp_group, run.hooks.stop_signal()
+    )
+    state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
+    seconds = time.perf_counter() - start
+    if not result.applied:
+        log.warning(
+            "step %d skipped on all ranks: loss %s, gradient norm %s; weights unchanged",
+            state.step,
+            result.loss,
+            result.grad_norm,
+        )
+    if state.step % run.log_every_steps == 0:
+        timing = (seconds, data_seconds, rows * run.phase.context_tokens / seconds)
+        _report(run, state, result, now, timing)
+    return state, result
+
+
+def _check_skips(in_a_row: int, state: TrainState) -> None:
+    if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+        raise NumericsError(
+            f"step {state.step}: {in_a_row} steps in a row were not finite (limit "
+            f"{_MAX_SKIPPED_IN_A_ROW}); stopped before good checkpoints rotate away"
+        )
+
+
+def _report(
+    run: PhaseRun,
+    state: TrainState,
+    result: StepResult,
+    now: Rates,
+    timing: tuple[float, float, float],
+) -> None:
+    """The console line and the metrics row of one step."""
+    seconds, data_seconds, speed = timing
+    balance = load_summary(result.load, run.num_experts)
+    run.metrics.write(
+        "step",
+        step=state.step,
+        phase=run.name,
+        phase_step=state.phase_step,
+        tokens=state.tokens,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        muon_lr=now.muon,
+        adamw_lr=now.adamw,
+        supervised_tokens=result.supervised,
+        step_seconds=seconds,
+        data_seconds=data_seconds,
+        tokens_per_second=speed,
+        applied=result.applied,
+        memory_bytes=run.hooks.memory_bytes(),
+        **balance,
+    )
+    log.info(
+        "%s step %d | loss %.4f | grad %.3f | lr %.2e | %s tokens/s | balance %.3f | skip %.1e",
+        run.name,
+        state.step,
+        result.loss,
+        result.grad_norm,
+        now.muon,
+        f"{speed:,.0f}",
+        balance["load_entropy"],
+        balance["skip_rate"],
+    )
+
+
+def load_summary(load: Tensor, num_experts: int) -> dict[str, Any]:
+    """Shares, normalised entropy, skip rate and largest violation of a load [L, C].
+
+    load_entropy: H(p) / ln E averaged over layers, p over experts (2605.05365, II-A2).
+    max_violation: max_e p_e E - 1 over the experts of the worst layer (arXiv 2408.15664, MaxVio).
+    """
+    share = load / load.sum(dim=1, keepdim=True).clamp_min(1)
+    experts = load[:, :num_experts]
+    p = experts / experts.sum(dim=1, keepdim=True).clamp_min(1)
+    entropy = -(p * p.clamp_min(1e-30).log()).sum(dim=1)
+    normaliser = math.log(num_experts) if num_experts > 1 else 1.0
+    return {
+        "load": share.tolist(),
+        "load_entropy": float(entropy.mean() / normaliser),
+        "skip_rate": float(share[:, num_experts:].sum(dim=1).mean()),
+        "max_violation": float((p.max(dim=1).values * num_experts - 1).max()),
+    }
