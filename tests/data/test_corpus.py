@@ -17,6 +17,7 @@ from zaya_train.data.sections import Kind, Rejected, Role, Sample, make_sections
 from .builders import CorpusFactory, problem, problems
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from zaya_train.data.tokenizer import Tokenizer
@@ -142,7 +143,7 @@ def test_token_beyond_the_vocabulary_is_found_with_its_offset(corpora: CorpusFac
         corpus.tokens(1)
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "bad magic": (lambda p: poke(p / IDX, 0, b"X"), f"{IDX}: offset 0: .*bad magic"),
     "short index": (lambda p: cut(p / IDX, 3), f"{IDX}: .* truncated"),
     "no header": (lambda p: (p / IDX).write_bytes(b"MM"), f"{IDX}: offset 0"),

@@ -33,15 +33,15 @@ def test_summary_histogram_and_sections(corpora: CorpusFactory) -> None:
 
 def test_budget_shows_what_is_cut(corpora: CorpusFactory) -> None:
     path = corpora.chat("c", [problem("abcdefghij")])
-    output = shown(path, 0, budget=16)
-    assert "budget 16: tail_cut, 16 of 20 tokens kept, 4 removed" in output
+    output = shown(path, 0, budget=17)
+    assert "budget 17: tail_cut, 17 of 21 tokens kept, 4 removed" in output
     assert "\x1b[33mabcdef\x1b[0m" in output
     assert "\x1b[9;31mghij\x1b[0m" in output
 
 
 def test_hopeless_budget_says_rejected(corpora: CorpusFactory) -> None:
     output = shown(corpora.chat("c", [problem("abc")]), 0, budget=5)
-    assert "rejected, answers_exceed_budget (10 tokens without reasoning, budget 5)" in output
+    assert "rejected, answers_exceed_budget (11 tokens without reasoning, budget 5)" in output
 
 
 @pytest.mark.parametrize("index", [-1, 1])

@@ -30,7 +30,12 @@ def test_batches_come_in_order(depth: int) -> None:
 
 def test_at_most_depth_batches_are_made_ahead() -> None:
     made: list[int] = []
-    with prefetch(lambda index: made.append(index) or index, range(100), 3) as batches:
+
+    def make(index: int) -> int:
+        made.append(index)
+        return index
+
+    with prefetch(make, range(100), 3) as batches:
         next(batches)
         time.sleep(0.1)
         # One was taken; three wait.

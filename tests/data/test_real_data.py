@@ -12,7 +12,7 @@ from tests.helpers.paths import shared_data
 from zaya_train.data.chat import encode_conversations
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.prepare import PrepareRequest, prepare
-from zaya_train.data.sections import Kind, Rejected, Sample
+from zaya_train.data.sections import Kind, Rejected, RejectReason, Sample
 from zaya_train.data.stream import IGNORED_LABEL, PhaseStream
 from zaya_train.data.trim import Trimmed, TrimRule, trim
 
@@ -38,7 +38,9 @@ def test_answers_survive_every_budget(name: str, bytes_tokenizer: Tokenizer) -> 
         assert isinstance(sample, Sample), sample
         answer_start = int(sample.sections[sample.sections["kind"] == Kind.ANSWER]["start"][-1])
         answer = sample.tokens[answer_start:].tolist()
-        for budget in BUDGETS:
+        reasoning = sample.sections[sample.sections["kind"] == Kind.REASONING][-1]
+        last_tokens, total = int(reasoning["end"] - reasoning["start"]), len(sample.tokens)
+        for budget in (*BUDGETS, total - 1, total - last_tokens, total - last_tokens - 1):
             outcome = trim(sample, budget)
             rules.add("rejected" if isinstance(outcome, Rejected) else outcome.rule)
             if not isinstance(outcome, Trimmed):
@@ -55,7 +57,8 @@ def test_malformed_traces_are_all_rejected(bytes_tokenizer: Tokenizer) -> None:
     outcomes = samples("reasoning_traces_malformed.jsonl", bytes_tokenizer)
     assert len(outcomes) == 23
     reasons = [outcome.reason for outcome in outcomes if isinstance(outcome, Rejected)]
-    assert reasons.count("think_not_closed") == 22 and reasons.count("think_not_opened") == 1
+    assert reasons.count(RejectReason.THINK_NOT_CLOSED) == 22
+    assert reasons.count(RejectReason.THINK_NOT_OPENED) == 1
 
 
 def test_gsm8k_steps_become_reasoning(tmp_path: Path, bytes_tokenizer: Tokenizer) -> None:

@@ -62,9 +62,11 @@ def test_chat_template_renders_what_training_sees(
     messages = [{"role": "system", "content": "Be brief."}, *problem("two and two\n")]
     (sample,) = encode_conversations(bytes_tokenizer, [messages])
     assert isinstance(sample, Sample)
-    rendered = reloaded.apply_chat_template(messages)["input_ids"]
+    rendered = reloaded.apply_chat_template(messages, return_dict=False)
     assert rendered == sample.tokens.tolist()
-    prompt = reloaded.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+    prompt = reloaded.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, return_dict=False
+    )
     assert prompt == encode_prompt(bytes_tokenizer, messages[:-1])
     assert rendered[: len(prompt)] == prompt
 

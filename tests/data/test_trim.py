@@ -24,7 +24,8 @@ def kept(sample: Sample, budget: int) -> Trimmed:
 
 
 def reasoning_rows(sample: Sample) -> np.ndarray:
-    return sample.sections[sample.sections["kind"] == Kind.REASONING]
+    rows: np.ndarray = sample.sections[sample.sections["kind"] == Kind.REASONING]
+    return rows
 
 
 def last_reasoning_length(sample: Sample) -> int:

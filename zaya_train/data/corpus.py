@@ -221,7 +221,7 @@ class CorpusWriter:
         for sample in samples:
             self.add(sample)
 
-    def finish(self, source: Mapping[str, Any]) -> Manifest:
+    def finish(self, source: Mapping[str, Any]) -> None:
         """Write index, offsets, tokenizer and, last, the manifest."""
         self._builder.finalize(str(self._folder / IDX))
         self._sections.close()
@@ -242,7 +242,6 @@ class CorpusWriter:
         )
         text = json.dumps(asdict(manifest), indent=2) + "\n"
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
-        return manifest
 
     def close(self) -> None:
         """Release the files of a corpus that is not finished."""
@@ -271,18 +270,28 @@ def write_corpus(
     if target.exists() and not (target / MANIFEST).is_file():
         raise DataError(f"{target}: exists and is no corpus; not replaced")
     with atomic_directory(target) as folder:
-        writer = CorpusWriter(folder, tokenizer, kind)
-        try:
+        with fill_corpus(folder, tokenizer, kind, source) as writer:
             yield writer
-            manifest = writer.finish(source)
-        finally:
-            writer.close()
-        if not manifest.documents:
-            raise DataError(f"{target}: no document to write; rejected: {dict(manifest.rejects)}")
+        if not writer.documents:
+            raise DataError(f"{target}: no document to write; rejected: {writer.rejects}")
         if target.exists() and not overwrite:
-            if not _same_content(target, manifest):
+            if read_manifest(target).files != read_manifest(folder).files:
                 raise DataError(f"{target}: holds another corpus; not replaced without overwrite")
             discard(folder)
+
+
+@contextmanager
+def fill_corpus(
+    folder: Path, tokenizer: Tokenizer, kind: CorpusKind, source: Mapping[str, Any]
+) -> Iterator[CorpusWriter]:
+    """Write a corpus into `folder`, a directory that is being built and not yet in its place."""
+    folder.mkdir(exist_ok=True)
+    writer = CorpusWriter(folder, tokenizer, kind)
+    try:
+        yield writer
+        writer.finish(source)
+    finally:
+        writer.close()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -384,7 +393,3 @@ def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
         }
         for file in files
     }
-
-
-def _same_content(target: Path, manifest: Manifest) -> bool:
-    return dict(read_manifest(target).files) == dict(manifest.files)

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import Corpus, CorpusWriter, write_corpus
+from zaya_train.data.corpus import Corpus, CorpusWriter, fill_corpus
 from zaya_train.data.fields import (
     GSM8K_MARKER,
     Document,
@@ -213,7 +213,7 @@ def _build(
         writers: dict[str, CorpusWriter] = {}
         for name in names:
             about = source.identity() | {"fields": asdict(survey.fields), "part": name}
-            corpus = write_corpus(folder / name, tokenizer, kind, about)
+            corpus = fill_corpus(folder / name, tokenizer, kind, about)
             writers[name] = stack.enter_context(corpus)
         kept: list[Document] = []
         documents = progress.track(

@@ -121,7 +121,7 @@ def _open_all(
 ) -> dict[str, Corpus]:
     """Corpora by name, all of one tokenizer; of that of `like`'s corpora where given."""
     corpora = {name: Corpus.open(sources[name].path) for name in sorted(sources)}
-    references = [Corpus.open(like[name].path) for name in sorted(like or {})[:1]]
+    references = [Corpus.open(like[name].path) for name in sorted(like)[:1]] if like else []
     first = next(iter([*references, *corpora.values()]), None)
     for corpus in corpora.values():
         ours, theirs = _tokenizer_identity(first or corpus), _tokenizer_identity(corpus)
