@@ -15,6 +15,24 @@ exchange = st.tuples(
     st.lists(st.tuples(st.integers(-1, 40), st.integers(1, 20)), min_size=1, max_size=3),
 )
 conversation = st.lists(exchange, min_size=1, max_size=4).map(sample_of)
+Case = tuple[Sample, int]
+
+
+@st.composite
+def case(draw: st.DrawFn) -> Case:
+    """A conversation and a budget, often one at which a rule gives way to the next."""
+    sample = draw(conversation)
+    total = len(sample.tokens)
+    reasoning = int((sample.sections["kind"] == Kind.REASONING).sum())
+    edges = [total, total - last_reasoning_length(sample)]
+    edges.append(total - 2 * reasoning - int(reasoning_tokens(sample)))
+    budget = draw(st.one_of(st.integers(1, total + 5), st.sampled_from(edges)))
+    return sample, max(1, budget + draw(st.integers(-1, 1)))
+
+
+def reasoning_tokens(sample: Sample) -> int:
+    rows = reasoning_rows(sample)
+    return int((rows["end"] - rows["start"]).sum())
 
 
 def kept(sample: Sample, budget: int) -> Trimmed:
@@ -36,8 +54,9 @@ def last_reasoning_length(sample: Sample) -> int:
 
 
 @settings(max_examples=400)
-@given(conversation, st.integers(1, 400))
-def test_kept_documents_fit_and_keep_everything_but_reasoning(sample: Sample, budget: int) -> None:
+@given(case())
+def test_kept_documents_fit_and_keep_everything_but_reasoning(case: Case) -> None:
+    sample, budget = case
     outcome = trim(sample, budget)
     if isinstance(outcome, Rejected):
         return
@@ -53,8 +72,9 @@ def test_kept_documents_fit_and_keep_everything_but_reasoning(sample: Sample, bu
 
 
 @settings(max_examples=400)
-@given(conversation, st.integers(1, 400))
-def test_each_rule_does_exactly_what_it_says(sample: Sample, budget: int) -> None:
+@given(case())
+def test_each_rule_does_exactly_what_it_says(case: Case) -> None:
+    sample, budget = case
     total, last = len(sample.tokens), last_reasoning_length(sample)
     rows = reasoning_rows(sample)
     earlier = rows[: len(rows) - 1] if len(rows) and last_turn_reasons(sample) else rows
@@ -126,3 +146,14 @@ def test_supervision_follows_the_kept_tokens() -> None:
 @pytest.mark.parametrize("budget", [0, -3])
 def test_no_budget_rejects(budget: int) -> None:
     assert isinstance(trim(sample_of([(1, [(1, 1)])]), budget), Rejected)
+
+
+def test_reasoning_of_an_earlier_turn_is_dropped_whole_never_cut() -> None:
+    sample = sample_of([(5, [(10, 3)]), (5, [(-1, 3)])])
+    outcome = kept(sample, len(sample.tokens) - 1)
+    assert outcome.rule == TrimRule.EARLIER_DROPPED and outcome.removed_tokens == 12
+
+
+def test_exactly_the_budget_is_left_alone() -> None:
+    sample = sample_of([(5, [(10, 3)])])
+    assert kept(sample, len(sample.tokens)).rule == TrimRule.WHOLE

@@ -54,6 +54,8 @@ class Manifest:
     vocab_size: int
     tokenizer_spec: str
     tokenizer_sha256: str
+    pad_id: int
+    end_id: int
     documents: int
     tokens: int
     supervised_tokens: int
@@ -233,6 +235,8 @@ class CorpusWriter:
             vocab_size=self._tokenizer.vocab_size,
             tokenizer_spec=self._tokenizer.spec,
             tokenizer_sha256=self._tokenizer.sha256,
+            pad_id=self._tokenizer.pad_id,
+            end_id=self._tokenizer.end_id,
             documents=self.documents,
             tokens=self._tokens,
             supervised_tokens=self._supervised,

@@ -81,7 +81,6 @@ class RowSource:
     name: str
     corpus: Corpus = field(repr=False)
     row_tokens: int
-    pad_id: int
     plan: PackedRows | TextRows = field(repr=False)
     report: PlanReport
 
@@ -101,7 +100,7 @@ class RowSource:
         else:
             documents = self.plan.row(index).tolist()
             parts = [self._conversation(document) for document in documents]
-        tokens = np.full(self.row_tokens, self.pad_id, dtype=np.int64)
+        tokens = np.full(self.row_tokens, self.corpus.manifest.pad_id, dtype=np.int64)
         labels = np.full(self.row_tokens, IGNORED_LABEL, dtype=np.int64)
         position = 0
         for part_tokens, part_labels in parts:
@@ -158,12 +157,7 @@ def plan_rows(
             f"{len(corpus)} documents fits with its answer; the shortest has {shortest} tokens"
         )
     report = _report(name, corpus, row_tokens, fit, plan)
-    return RowSource(name, corpus, row_tokens, corpus_pad_id(corpus), plan, report)
-
-
-def corpus_pad_id(corpus: Corpus) -> int:
-    """Pad id of the tokenizer a corpus was made with."""
-    return corpus.tokenizer().pad_id
+    return RowSource(name, corpus, row_tokens, plan, report)
 
 
 def _fit_text(corpus: Corpus, order: tuple[object, ...]) -> _Fit:

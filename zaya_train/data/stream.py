@@ -70,7 +70,7 @@ class PhaseStream:
         first = next(iter(self._sources.values()))
         self.row_tokens: int = phase.context_tokens
         self.vocab_size: int = first.corpus.manifest.vocab_size
-        self.pad_id: int = first.pad_id
+        self.pad_id: int = first.corpus.manifest.pad_id
         self.tokenizer_path: Path = first.corpus.tokenizer_path
         for source in self._sources.values():
             _log_plan(phase_name, source)
