@@ -1,0 +1,242 @@
+"""The shell side of the project: set-up checks, the counting line, launchers, pins."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COUNT = REPOSITORY / ".ci" / "count"
+
+
+def shell(
+    command: list[str], path: Path | str, cwd: Path = REPOSITORY, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run with nothing but the given PATH and variables."""
+    environment = {"PATH": str(path), "HOME": str(cwd), **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def executable(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{shutil.which('bash')}\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def checkout(root: Path) -> Path:
+    """A copy of what .ci/setup reads, so that no test can touch the real .venv."""
+    for name in ("pyproject.toml", "docker/pins.env", ".ci/setup"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, root / name)
+    return root
+
+
+def only(directory: Path, *tools: str) -> Path:
+    """A directory for PATH that holds these tools and no other."""
+    directory.mkdir()
+    for tool in tools:
+        (directory / tool).symlink_to(shutil.which(tool) or tool)
+    return directory
+
+
+def write_junit(
+    directory: Path, name: str, tests: int, failures: int, errors: int, skips: int
+) -> None:
+    numbers = f'tests="{tests}" failures="{failures}" errors="{errors}" skipped="{skips}"'
+    (directory / f"{name}.xml").write_text(f"<testsuites><testsuite {numbers}/></testsuites>")
+
+
+def count(directory: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(COUNT), str(directory)], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_count_adds_all_suites(tmp_path: Path) -> None:
+    write_junit(tmp_path, "unit", 10, 1, 2, 3)
+    write_junit(tmp_path, "dist", 5, 0, 0, 1)
+    done = count(tmp_path)
+    assert (done.returncode, done.stdout) == (0, "8 passed, 3 failed, 4 skipped\n")
+    assert (tmp_path / "counts.txt").read_text() == done.stdout
+
+
+def test_no_tests_at_all_is_a_failure(tmp_path: Path) -> None:
+    done = count(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "0 passed, 0 failed, 0 skipped\n")
+    write_junit(tmp_path, "unit", 0, 0, 0, 0)
+    assert count(tmp_path).returncode == 1
+
+
+def test_the_count_reads_what_pytest_writes(tmp_path: Path) -> None:
+    (tmp_path / "test_sample.py").write_text(
+        "import pytest\n"
+        "def test_pass(): pass\n"
+        "def test_fail(): assert False\n"
+        "def test_skip(): pytest.skip('x')\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError\n"
+        "def test_error(broken): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=."]
+    command += ["--junitxml=unit.xml", "test_sample.py", "-p", "no:cacheprovider"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert count(tmp_path).stdout == "1 passed, 2 failed, 1 skipped\n"
+
+
+def test_setup_refuses_an_old_python(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    old = 'case "$1" in --version) echo "Python 3.9.2" ;; *) exit 1 ;; esac'
+    python = executable(tmp_path / "python3.9", old)
+    done = shell(["bash", ".ci/setup"], os.environ["PATH"], root, PYTHON=str(python))
+    assert done.returncode == 1
+    assert "setup: Python 3.9.2 is too old; Python >= 3.11 is needed" in done.stderr
+    assert not (root / ".venv").exists()
+
+
+def test_setup_refuses_a_machine_without_python(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    done = shell(["bash", ".ci/setup"], only(tmp_path / "bin", "bash", "dirname"), root)
+    assert done.returncode == 1 and "no python3 found; Python >= 3.11 is needed" in done.stderr
+
+
+def test_setup_refuses_a_machine_without_a_compiler(tmp_path: Path) -> None:
+    root = checkout(tmp_path / "checkout")
+    tools = only(tmp_path / "bin", "bash", "dirname", "sed")
+    done = shell(["bash", ".ci/setup"], tools, root, PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert "setup: no C compiler (cc, gcc or clang)" in done.stderr
+    assert not (root / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "index"),
+    [("", ""), ("nvidia-smi", ""), ("rocminfo", "https://download.pytorch.org/whl/rocm")],
+)
+def test_setup_names_an_index_for_rocm_alone_and_pins_torch(
+    tmp_path: Path, tool: str, index: str
+) -> None:
+    if Path("/opt/rocm").exists() and tool != "rocminfo":
+        pytest.skip("this machine has ROCm")
+    root = checkout(tmp_path / "checkout")
+    tools = only(tmp_path / "bin", "bash", "dirname", "sed", "cat")
+    executable(tools / "cc", "exit 0")
+    if tool:
+        executable(tools / tool, "exit 0")
+    # A Python that notes what it is asked to do, in place of .venv's.
+    log = tmp_path / "calls"
+    executable(root / ".venv" / "bin" / "python", f'echo "$*" >> {log}; cat > {os.devnull}')
+    done = shell(["bash", ".ci/setup"], tools, root, PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    pip = [line for line in log.read_text().splitlines() if line.startswith("-m pip install")]
+    assert len(pip) == 2 and pip[0].endswith("torch==2.13.0")
+    assert ("--index-url" in pip[0]) == bool(index) and index in pip[0]
+    assert pip[1] == "-m pip install --editable .[dev]"
+
+
+def test_images_use_the_pins() -> None:
+    pins = dict(
+        line.split("=", 1)
+        for line in (REPOSITORY / "docker/pins.env").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    explained = (REPOSITORY / "docker/pins.md").read_text()
+    for image in ("ROCM", "CPU"):
+        dockerfile = (REPOSITORY / f"docker/{image.lower()}.Dockerfile").read_text()
+        assert f"ARG {image}_IMAGE={pins[f'{image}_IMAGE']}\n" in dockerfile
+        assert f"FROM ${{{image}_IMAGE}}\n" in dockerfile
+    assert all(f"`{name}`" in explained for name in pins)
+    dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert f"torch {torch_pin(dependencies['dependencies'])} for ROCm" in explained
+
+
+def torch_pin(dependencies: list[str]) -> str:
+    (pin,) = [entry.removeprefix("torch==") for entry in dependencies if entry.startswith("torch=")]
+    return pin
+
+
+def launch_with_stand_ins(
+    tmp_path: Path, code: int
+) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Run the batch script where srun starts two tasks that exit with `code`."""
+    root = tmp_path / "checkout"
+    shutil.copytree(REPOSITORY / "launch", root / "launch")
+    seen = tmp_path / "seen"
+    ranks = "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE"
+    note = f'echo "{ranks} $MASTER_ADDR:$MASTER_PORT $*" >> {seen}'
+    executable(root / ".venv" / "bin" / "python", f"{note}; exit {code}")
+    tools = only(tmp_path / "bin", "bash", "head", "date", "cat")
+    executable(
+        tools / "srun",
+        "while [[ $1 == --* ]]; do shift; done\n"
+        "worst=0\n"
+        "for task in 0 1; do\n"
+        '  SLURM_PROCID=$task SLURM_LOCALID=$task "$@"; code=$?\n'
+        "  ((code > worst)) && worst=$code\n"
+        "done\n"
+        "exit $worst",
+    )
+    executable(tools / "scontrol", f'[ "$1" = requeue ] && echo "requeue $2" >> {seen}; echo node7')
+    slurm = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NTASKS": "2"}
+    slurm |= {"SLURM_JOB_ID": "40123", "SLURM_NTASKS_PER_NODE": "2"}
+    script = ["bash", "launch/slurm/train.sbatch", "recipe=smoke_cpu", "run.name=two words"]
+    done = shell(script, tools, root, **slurm)
+    return done, seen.read_text()
+
+
+@pytest.mark.parametrize("code", [0, 3, 75])
+def test_the_batch_script_requeues_on_75_alone(tmp_path: Path, code: int) -> None:
+    done, seen = launch_with_stand_ins(tmp_path, code)
+    assert done.returncode == code, done.stderr
+    call = "node7:20123 -m zaya_train train recipe=smoke_cpu run.name=two words"
+    assert seen.splitlines()[:2] == [f"0/2 0/2 {call}", f"1/2 1/2 {call}"]
+    assert ("requeue 40123" in seen) == (code == 75)
+
+
+def test_torchrun_launcher_hands_its_arguments_on(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
+    executable(tmp_path / ".venv" / "bin" / "python", 'printf "%s|" "$@"')
+    script = str(tmp_path / "launch" / "torchrun.sh")
+    path = os.environ["PATH"]
+    one = shell([script, "a=b c"], path, tmp_path, NPROC_PER_NODE="2")
+    begin = "-m|torch.distributed.run|--standalone|--nproc-per-node|2|-m|zaya_train|train|"
+    assert one.stdout == begin + "a=b c|"
+    several = shell([script], path, tmp_path, NNODES="4", RDZV_ENDPOINT="node0:29400")
+    assert "--nnodes|4|--rdzv-backend|c10d|--rdzv-endpoint|node0:29400|" in several.stdout
+    lost = shell([script], path, tmp_path, NNODES="4")
+    assert lost.returncode != 0 and "RDZV_ENDPOINT=host:port must name" in lost.stderr
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck")
+    scripts = [*(REPOSITORY / "launch").rglob("*.sh"), *(REPOSITORY / "launch").rglob("*.sbatch")]
+    scripts += [REPOSITORY / ".ci" / name for name in ("run", "setup", "test")]
+    assert len(scripts) >= 6
+    done = subprocess.run(
+        [shellcheck, *map(str, scripts)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_environment_variable_has_a_reason() -> None:
+    lines = (REPOSITORY / "launch/env/mi300x.sh").read_text().splitlines()
+    exports = [number for number, line in enumerate(lines) if line.startswith("export ")]
+    assert len(exports) >= 5
+    for number in exports:
+        assert lines[number - 1].startswith("# "), lines[number]
+        name = lines[number].split()[1].split("=")[0]
+        # Overridable: the default applies only where the site has set nothing.
+        assert re.fullmatch(rf'export {name}="\$\{{{name}:-\w+\}}"', lines[number])
