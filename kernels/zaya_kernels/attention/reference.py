@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_kernels.attention.segments import Segment
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,7 +22,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) ->
     flat_k = k.flatten(0, 1).repeat_interleave(group, dim=1)
     flat_v = v.flatten(0, 1).repeat_interleave(group, dim=1)
     pieces = []
-    for s in plan.segments:
+    segments = [Segment(*row) for row in plan.segments.tolist()]
+    for s in segments:
         queries = flat_q[s.query_start : s.query_start + s.query_count]
         keys = flat_k[s.key_start : s.key_start + s.key_count]
         values = flat_v[s.key_start : s.key_start + s.key_count]
@@ -30,6 +33,6 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) ->
         weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
         pieces.append(torch.einsum("hqk,khd->qhd", weights, values))
     order = torch.cat(
-        [torch.arange(s.query_start, s.query_start + s.query_count) for s in plan.segments]
+        [torch.arange(s.query_start, s.query_start + s.query_count) for s in segments]
     ).to(q.device)
     return out.index_copy(0, order, torch.cat(pieces)).view_as(q)

@@ -50,7 +50,9 @@ class SegmentGroup:
 class AttentionPlan:
     """How to compute packed attention; built once per batch, used by every layer."""
 
-    segments: tuple[Segment, ...]
+    segments: Tensor
+    """[segments, 4] int64 on the CPU: the fields of Segment. A tensor and not a tuple of dataclasses,
+    because FSDP walks through every container among a module's arguments, every forward pass."""
     groups: tuple[SegmentGroup, ...]
     inverse: Tensor
     """[B * S] int64: where each query's output lies in the groups' concatenated outputs."""
@@ -84,11 +86,14 @@ def _indices(starts: Tensor, counts: Tensor, width: int) -> Tensor:
     return starts[:, None] + torch.where(steps < counts[:, None], steps, 0)
 
 
+def _table(segments: Sequence[Segment]) -> Tensor:
+    """[N, 4] int64."""
+    rows = [(s.query_start, s.query_count, s.key_start, s.key_count) for s in segments]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+
 def _group(segments: Sequence[Segment], queries: int, keys: int) -> SegmentGroup:
-    table = torch.tensor(
-        [(s.query_start, s.query_count, s.key_start, s.key_count) for s in segments]
-    )
-    query_start, query_count, key_start, key_count = table.unbind(1)
+    query_start, query_count, key_start, key_count = _table(segments).unbind(1)
     causal = all(s.query_count == s.key_count for s in segments) and queries == keys
     mask = None
     if not causal:
@@ -131,7 +136,7 @@ def plan_attention(
             f"attention segments cover {covered} queries of {num_queries}, each must be covered once"
         )
     return AttentionPlan(
-        segments=tuple(segments),
+        segments=_table(segments),
         groups=tuple(_to(group, device) for group in groups),
         inverse=inverse.to(device),
         whole_rows=whole_rows,
