@@ -38,7 +38,7 @@ def test_any_two_rows_overflow_together(lengths: list[int], row_tokens: int) -> 
 
 
 def test_best_fit_takes_the_fullest_row_that_fits() -> None:
-    sizes = np.array([6, 7, 3, 4])
+    sizes = np.array([6, 7, 3, 2])
     packed = pack_best_fit(np.arange(4), sizes, 10, UNCAPPED)
     assert [packed.row(i).tolist() for i in range(len(packed))] == [[1, 2], [0, 3]]
 

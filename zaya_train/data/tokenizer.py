@@ -96,7 +96,6 @@ class Tokenizer:
             "eos_token": END,
             "pad_token": PAD,
             "chat_template": CHAT_TEMPLATE,
-            "clean_up_tokenization_spaces": False,
         }
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
