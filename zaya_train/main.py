@@ -1,5 +1,8 @@
 """The `zaya` command. The only file that imports hydra.
 
+Every handler imports the tool it runs: `zaya train` starts on every rank of a cluster and must not
+load plotting, tokenizers and transformers there.
+
     zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
     zaya data prepare | synth | inspect
     zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -23,22 +27,17 @@ from rich.console import Console
 
 import zaya_train
 from zaya_train.config.build import build
+from zaya_train.config.defaults import defaults
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
-from zaya_train.config.schema import TrainConfig
-from zaya_train.data.inspect import inspect_corpus
-from zaya_train.data.prepare import FieldOverrides, PrepareRequest, prepare
-from zaya_train.data.synth import SynthRequest, families, write_jsonl
+from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.run import train
-from zaya_train.tools.evaluate import EvalRequest, exact_match, print_report, read_rows, write_report
-from zaya_train.tools.generate import GenerateArgs, GenerateRequest
-from zaya_train.tools.generate import run as generate
-from zaya_train.tools.plan import PlanRequest, show_plan
-from zaya_train.tools.report import report
-from zaya_train.tools.smoke import SmokeRequest, smoke
-from zaya_train.tools.transfer import ExportRequest, ImportRequest, export_hf, import_hf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+_FIELDS = ("messages", "prompt", "response", "text")
+"""Columns `zaya data prepare` can be told about; see data.fields.FieldOverrides."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +62,13 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
+def _register_defaults() -> None:
+    """Give Hydra the schema's defaults: `schema` below the whole run, `phase/base` below a phase."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=defaults(TrainConfig))
+    store.store(group="phase", name="base", node=defaults(PhaseConfig))
+
+
 def _typed(values: DictConfig) -> TrainConfig:
     """Resolved YAML to the typed configuration."""
     try:
@@ -83,6 +89,7 @@ def _train(overrides: list[str]) -> int:
             sys.stderr.write(f"error: {error}\n")
             codes.append(error.exit_code)
 
+    _register_defaults()
     sys.argv = ["zaya train", *overrides]
     started = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)
     try:
@@ -104,6 +111,7 @@ def _for_job(config: TrainConfig) -> TrainConfig:
 
 def compose(overrides: Sequence[str]) -> TrainConfig:
     """The typed configuration of a list of Hydra overrides, without running anything."""
+    _register_defaults()
     try:
         with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
             return _typed(hydra.compose("train", overrides=list(overrides)))
@@ -152,7 +160,7 @@ def _add_data(commands: Any) -> None:
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--document-characters", type=int, help="cut text files into documents")
     parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
-    for name in FieldOverrides.__dataclass_fields__:
+    for name in _FIELDS:
         parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
 
     parser = _command(data, "synth", _data_synth, "generate reasoning problems as JSONL")
@@ -160,7 +168,7 @@ def _add_data(commands: Any) -> None:
     parser.add_argument("--count", required=True, type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--families", nargs="+", choices=sorted(families()))
+    parser.add_argument("--families", nargs="+", help="names of problem families; all by default")
 
     parser = _command(data, "inspect", _data_inspect, "show a corpus and one document's sections")
     parser.add_argument("corpus", type=Path)
@@ -169,8 +177,9 @@ def _add_data(commands: Any) -> None:
 
 
 def _data_prepare(options: argparse.Namespace) -> None:
-    names = FieldOverrides.__dataclass_fields__
-    fields = FieldOverrides(**{name: getattr(options, f"{name}_field") for name in names})
+    from zaya_train.data.prepare import FieldOverrides, PrepareRequest, prepare
+
+    fields = FieldOverrides(**{name: getattr(options, f"{name}_field") for name in _FIELDS})
     request = PrepareRequest(
         input=options.input,
         output=options.output,
@@ -186,6 +195,8 @@ def _data_prepare(options: argparse.Namespace) -> None:
 
 
 def _data_synth(options: argparse.Namespace) -> None:
+    from zaya_train.data.synth import SynthRequest, write_jsonl
+
     chosen = tuple(options.families) if options.families else None
     request = SynthRequest(options.count, options.seed, options.split, chosen)
     size = write_jsonl(request, options.output)
@@ -193,6 +204,8 @@ def _data_synth(options: argparse.Namespace) -> None:
 
 
 def _data_inspect(options: argparse.Namespace) -> None:
+    from zaya_train.data.inspect import inspect_corpus
+
     inspect_corpus(options.corpus, options.index, options.budget, Console())
 
 
@@ -209,10 +222,14 @@ def _add_hub(commands: Any) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from zaya_train.tools.transfer import ImportRequest, import_hf
+
     import_hf(ImportRequest(options.folder, options.model_yaml), Console())
 
 
 def _export(options: argparse.Namespace) -> None:
+    from zaya_train.tools.transfer import ExportRequest, export_hf
+
     export_hf(ExportRequest(options.source, options.output, options.dtype), Console())
 
 
@@ -232,21 +249,27 @@ def _add_model_use(commands: Any) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from zaya_train.tools.generate import GenerateArgs, GenerateRequest, run
+
     request = GenerateRequest(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
     )
-    generate(GenerateArgs(model_dir=options.model, prompts=tuple(options.prompts), request=request), Console())
+    prompts = tuple(options.prompts)
+    run(GenerateArgs(model_dir=options.model, prompts=prompts, request=request), Console())
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from zaya_train.tools import evaluate
+
     console = Console()
-    result = exact_match(options.model, read_rows(options.rows)[: options.count], EvalRequest())
-    print_report(result, console)
+    rows = evaluate.read_rows(options.rows)[: options.count]
+    result = evaluate.exact_match(options.model, rows, evaluate.EvalRequest())
+    evaluate.print_report(result, console)
     if options.output:
-        write_report(result, options.output)
+        evaluate.write_report(result, options.output)
 
 
 def _add_runs(commands: Any) -> None:
@@ -264,15 +287,21 @@ def _add_runs(commands: Any) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from zaya_train.tools.plan import PlanRequest, show_plan
+
     show_plan(PlanRequest(compose(options.overrides), options.ranks), Console())
 
 
 def _report(options: argparse.Namespace) -> None:
+    from zaya_train.tools.report import report
+
     output = options.output or options.runs[0] / "report.html"
     Console().print(str(report(options.runs, output)))
 
 
 def _smoke(options: argparse.Namespace) -> int:
+    from zaya_train.tools.smoke import SmokeRequest, smoke
+
     request = SmokeRequest(
         output=options.output,
         data=options.data,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 from zaya_train.config.errors import CheckpointError, StorageError
 from zaya_train.hub.config import config_from_hf, config_to_hf
@@ -144,12 +144,14 @@ def write_hf(
 
 def _special_ids(tokenizer: Path) -> dict[str, int | None]:
     """bos, eos and pad ids of a tokenizer folder, for config.json."""
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    return {
-        "bos_token_id": loaded.bos_token_id,
-        "eos_token_id": loaded.eos_token_id,
-        "pad_token_id": loaded.pad_token_id,
-    }
+    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    ids: dict[str, int | None] = {}
+    for kind in ("bos", "eos", "pad"):
+        token = settings.get(f"{kind}_token")
+        text = token["content"] if isinstance(token, dict) else token
+        ids[f"{kind}_token_id"] = None if text is None else loaded.token_to_id(text)
+    return ids
 
 
 def _common_dtype(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,114 @@
+"""Preview of a run: `zaya plan recipe=... --ranks N`. Nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from zaya_train.config.check import problems
+from zaya_train.config.derive import layout, phase_sequences
+from zaya_train.config.errors import ConfigError
+from zaya_train.model.flops import model_size, train_flops_per_token
+from zaya_train.phases.carry import carry_over
+from zaya_train.phases.plan import steps_in
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zaya_train.config.schema import TrainConfig
+
+_GIB = 2**30
+_FP32_BYTES, _BF16_BYTES = 4, 2
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A configuration and the number of ranks it is meant for."""
+
+    config: TrainConfig
+    ranks: int
+
+
+def show_plan(request: PlanRequest, console: Console) -> None:
+    """Print model, phases, state memory and carry-over; ConfigError with every broken rule."""
+    broken = list(problems(request.config, request.ranks))
+    if broken:
+        raise ConfigError("; ".join(broken))
+    size = model_size(request.config.model)
+    console.print(
+        f"model: {size.total:,} parameters, {size.embedding:,} of them embedding, "
+        f"{size.active:,} active per token without it",
+        highlight=False,
+    )
+    console.print(_phase_table(request))
+    console.print(_memory_table(request))
+    for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
+        table = Table(title=f"{before_name} -> {name}", title_justify="left")
+        for column in ("item", "fate", "detail"):
+            table.add_column(column)
+        for row in carry_over(before, after):
+            table.add_row(row.item, row.fate, row.detail)
+        console.print(table)
+
+
+def _phase_table(request: PlanRequest) -> Table:
+    table = Table(title=f"phases on {request.ranks} ranks", title_justify="left")
+    columns = ("phase", "tokens", "context", "RoPE base", "steps", "rows/step", "replicate", "shard")
+    for column in (*columns, "context ranks", "accumulation", "PFLOP/step"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name, phase in request.config.plan.phases.items():
+        degrees = layout(phase, request.config.parallel, request.ranks)
+        unit = degrees.data * phase.micro_batch_sequences
+        rows = phase.global_batch_tokens // phase.context_tokens
+        # Upper end: every document as long as the context.
+        flops = train_flops_per_token(request.config.model, phase.context_tokens)
+        table.add_row(
+            name,
+            f"{phase_sequences(phase) * phase.context_tokens:,}",
+            f"{phase.context_tokens:,}",
+            f"{phase.rope_base:,.0f}",
+            f"{steps_in(phase, unit):,}",
+            f"{rows:,}",
+            str(degrees.replicate),
+            str(degrees.shard),
+            str(degrees.context),
+            str(rows // unit),
+            f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
+        )
+    return table
+
+
+def state_bytes(config: TrainConfig, fsdp_ranks: int) -> dict[str, float]:
+    """Bytes per rank of what lives from step to step, sharded over `fsdp_ranks`.
+
+    Muon keeps one fp32 momentum per matrix element, AdamW two moments; matrices are everything but
+    the embedding here, whose moments dominate AdamW's (vectors are under 0.1 %).
+    """
+    size = model_size(config.model)
+    matrices = size.total - size.embedding
+    gathered = _BF16_BYTES if config.precision.compute_dtype == "bf16" else _FP32_BYTES
+    return {
+        "fp32 master weights": size.total * _FP32_BYTES / fsdp_ranks,
+        "fp32 gradients": size.total * _FP32_BYTES / fsdp_ranks,
+        "Muon momentum": matrices * _FP32_BYTES / fsdp_ranks,
+        "AdamW moments": 2 * size.embedding * _FP32_BYTES / fsdp_ranks,
+        "gathered weights": (
+            0.0 if config.parallel.reshard_after_forward else float(size.total * gathered)
+        ),
+    }
+
+
+def _memory_table(request: PlanRequest) -> Table:
+    group = request.config.parallel.shard or request.ranks
+    table = Table(title=f"state per rank, sharded over {group} ranks", title_justify="left")
+    table.add_column("component")
+    table.add_column("GiB", justify="right")
+    parts = state_bytes(request.config, group)
+    for name, count in parts.items():
+        table.add_row(name, f"{count / _GIB:.2f}")
+    table.add_section()
+    table.add_row("sum, activations not included", f"{sum(parts.values()) / _GIB:.2f}")
+    return table

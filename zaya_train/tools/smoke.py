@@ -1,0 +1,268 @@
+"""The whole main job in miniature: `zaya smoke`.
+
+Data, untrained baseline, an unbroken training run, the same run killed by SIGKILL and resumed, a
+comparison of the two bit for bit, export, reload through transformers, sampled answers, report.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from zaya_train.config.derive import phase_sequences
+from zaya_train.config.errors import DataError
+from zaya_train.hub.convert import to_hf
+from zaya_train.model.init import initialise
+from zaya_train.model.zaya import ZayaModel
+from zaya_train.run import CHECKPOINTS
+from zaya_train.runtime.device import usable_cores
+from zaya_train.tools.compare import compare_runs
+from zaya_train.tools.evaluate import (
+    EvalReport,
+    EvalRequest,
+    exact_match,
+    print_report,
+    read_rows,
+    write_report,
+)
+from zaya_train.tools.generate import GenerateArgs, GenerateRequest
+from zaya_train.tools.generate import run as print_samples
+from zaya_train.tools.launch import Launch, kill_tree, run_to_end, start, watch
+from zaya_train.tools.report import report
+from zaya_train.tools.smoke_data import SmokeData, given_data, synthetic_data
+from zaya_train.tools.transfer import ExportRequest, export_hf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Console
+
+    from zaya_train.config.schema import TrainConfig
+
+    Compose = Callable[[Sequence[str]], TrainConfig]
+
+_PROBLEMS = 200
+_UNTRAINED_TOKENS = 160
+"""An untrained model never ends a reply; long enough to hold nearly all right ones."""
+_SAMPLES = 3
+
+
+@dataclass(frozen=True)
+class SmokeRequest:
+    """What `zaya smoke` is asked for."""
+
+    output: Path
+    """Replaced when it holds an earlier smoke run."""
+    data: str | None
+    """Dataset to train on; None for generated problems."""
+    tokenizer: str
+    overrides: tuple[str, ...]
+    """Hydra overrides for the training runs."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    request: SmokeRequest
+    compose: Compose
+    console: Console
+    data: SmokeData
+    ranks: int
+
+    def overrides(self, run_dir: Path) -> list[str]:
+        return [
+            "recipe=smoke_cpu",
+            f"run.dir={run_dir}",
+            *self.data.overrides,
+            *self.request.overrides,
+        ]
+
+    def config(self, run_dir: Path) -> TrainConfig:
+        # The limit is read from the launcher's environment, which is not here yet.
+        limit = f"parallel.context_parallel_limit={self.ranks}"
+        return self.compose([*self.overrides(run_dir), limit])
+
+
+def smoke(request: SmokeRequest, compose: Compose, console: Console) -> int:
+    """Run the main job; 0 when the killed and the unbroken run agree bit for bit, else 1."""
+    begin = time.perf_counter()
+    out = request.output
+    _make_room(out)
+    _say(console, 1, "data")
+    data = given_data(out, request, console) if request.data else synthetic_data(out, console)
+    job = _Job(request, compose, console, data, _ranks())
+    run_dir, unbroken_dir = out / "run", out / "unbroken"
+    job.config(run_dir)
+
+    _say(console, 2, "untrained model")
+    untrained = _untrained(job, out)
+    _say(console, 3, f"unbroken training run on {job.ranks} processes")
+    _train(job, unbroken_dir)
+    _say(console, 4, "the same run, killed in the middle and resumed")
+    killed_at = _train_with_kill(job, run_dir)
+    _say(console, 5, "comparison of the two runs")
+    comparison = compare_runs(run_dir, unbroken_dir)
+    console.print(comparison.text())
+    _say(console, 6, "export, reload through transformers, sampled answers")
+    model_dir = export_hf(ExportRequest(run_dir, out / "model"), console)
+    trained = _trained(job, model_dir, run_dir)
+    _say(console, 7, "report")
+    page = report([run_dir], out / "report.html")
+    seconds = time.perf_counter() - begin
+    _summary(job, page, (untrained, trained), (killed_at, comparison.equal), seconds)
+    return 0 if comparison.equal else 1
+
+
+def _make_room(out: Path) -> None:
+    """Remove an earlier smoke run; refuse to touch anything else."""
+    marker = out / ".zaya-smoke"
+    if out.exists() and any(out.iterdir()):
+        if not marker.exists():
+            raise DataError(f"{out}: exists and is not an earlier smoke run; choose another --output")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
+def _ranks() -> int:
+    """Two processes where the machine has two devices of the kind that is used."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else usable_cores()
+    return min(2, count)
+
+
+def _say(console: Console, number: int, text: str) -> None:
+    console.rule(f"[bold]{number}/7 {text}", align="left")
+
+
+def _untrained(job: _Job, out: Path) -> EvalReport | None:
+    """Exact match of the run's own initial weights."""
+    if job.data.heldout is None:
+        return None
+    config = job.config(out / "run")
+    model = ZayaModel(config.model)
+    initialise(model, config.run.seed)
+    folder = out / "untrained"
+    to_hf(model, folder, job.data.tokenizer)
+    request = EvalRequest(max_new_tokens=_UNTRAINED_TOKENS)
+    result = exact_match(folder, _problems(job), request)
+    job.console.print(f"exact match {result.correct} of {result.total}")
+    write_report(result, out / "run" / "evaluation" / "untrained.json")
+    return result
+
+
+def _trained(job: _Job, model_dir: Path, run_dir: Path) -> EvalReport | None:
+    if job.data.heldout is None:
+        prompts = tuple(job.data.prompts)
+        request = GenerateRequest(max_new_tokens=200)
+        print_samples(GenerateArgs(model_dir=model_dir, prompts=prompts, request=request), job.console)
+        return None
+    rows = _problems(job)
+    result = exact_match(model_dir, rows, EvalRequest())
+    for sample in result.samples[:_SAMPLES]:
+        job.console.print(f"  {sample.prompt}  ->  {sample.reply}  (expected {sample.answer})", markup=False)
+    print_report(result, job.console)
+    write_report(result, run_dir / "evaluation" / "trained.json")
+    return result
+
+
+def _problems(job: _Job) -> list[dict[str, Any]]:
+    assert job.data.heldout is not None
+    return read_rows(job.data.heldout)[:_PROBLEMS]
+
+
+def _progress(job: _Job) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=job.console,
+    )
+
+
+def _plan_tokens(config: TrainConfig) -> int:
+    return sum(phase_sequences(p) * p.context_tokens for p in config.plan.phases.values())
+
+
+def _train(job: _Job, run_dir: Path) -> None:
+    launch = Launch(run_dir, job.overrides(run_dir), job.ranks, run_dir / "logs" / "launch.log")
+    with _progress(job) as bar:
+        run_to_end(launch, _follow(bar, job, run_dir))
+
+
+def _train_with_kill(job: _Job, run_dir: Path) -> int:
+    """SIGKILL to every process about half way, between two checkpoints, then a plain restart."""
+    config = job.config(run_dir)
+    every = config.checkpoint.every_steps
+    steps = sum(
+        -(-phase_sequences(p) * p.context_tokens // p.global_batch_tokens)
+        for p in config.plan.phases.values()
+    )
+    kill_at = max(1, steps // 2 // every) * every + every // 2
+    launch = Launch(run_dir, job.overrides(run_dir), job.ranks, run_dir / "logs" / "launch.log")
+    with _progress(job) as bar:
+        follow = _follow(bar, job, run_dir)
+        process = start(launch)
+        try:
+            code = watch(process, launch, follow, kill_at_step=kill_at)
+        except BaseException:
+            kill_tree(process.pid)
+            raise
+        if code is None:
+            bar.console.print(f"killed every process after step {kill_at}; starting again")
+        run_to_end(launch, follow)
+    return kill_at
+
+
+def _follow(bar: Progress, job: _Job, run_dir: Path) -> Callable[[dict[str, Any]], None]:
+    """Progress of a training process, from its metrics rows."""
+    task = bar.add_task("starting", total=_plan_tokens(job.config(run_dir)), note="")
+
+    def on_row(row: dict[str, Any]) -> None:
+        if row["kind"] == "step":
+            note = f"step {row['step']}  loss {row['loss']:.3f}"
+            bar.update(task, completed=row["tokens"], description=row["phase"], note=note)
+        elif row["kind"] == "resume":
+            bar.console.print(f"resumed at step {row['step']}")
+
+    return on_row
+
+
+def _summary(
+    job: _Job,
+    page: Path,
+    results: tuple[EvalReport | None, EvalReport | None],
+    killed: tuple[int, bool],
+    seconds: float,
+) -> None:
+    out, (killed_at, equal) = job.request.output, killed
+    table = Table(title=f"smoke run, {seconds:.0f} seconds", show_header=False)
+    for label, result in zip(("untrained", "trained"), results, strict=True):
+        if result is not None:
+            score = f"{result.accuracy:.1%}  ({result.correct} of {result.total})"
+            table.add_row(f"exact match {label}", score)
+    verdict = "equal" if equal else "NOT EQUAL"
+    table.add_row("killed and resumed", f"after step {killed_at}; {verdict} bit for bit to unbroken")
+    table.add_row("report", str(page))
+    table.add_row("model (Hugging Face)", str(out / "model"))
+    table.add_row("run, metrics, logs", str(out / "run"))
+    table.add_row("checkpoints", str(out / "run" / CHECKPOINTS))
+    table.add_row("data", str(out / "data"))
+    job.console.print(table)
+    job.console.print(f"ask it: zaya generate {out / 'model'} '{job.data.prompts[0]}'", markup=False)
+
