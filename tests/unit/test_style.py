@@ -98,14 +98,22 @@ def missing_return_types(source: str) -> list[str]:
 
 
 def broad_excepts(source: str) -> list[str]:
-    """Handlers that would catch anything: bare, Exception or BaseException, alone or in a tuple."""
+    """Handlers that catch anything: bare, Exception or BaseException, alone or in a tuple.
+
+    One that tidies up and ends in a plain `raise` hides nothing and is not counted.
+    """
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ExceptHandler):
+        if isinstance(node, ast.ExceptHandler) and not _raises_again(node):
             kinds = re.findall(r"\w+", ast.unparse(node.type)) if node.type else ["BaseException"]
             if {"Exception", "BaseException"} & set(kinds):
                 found.append(f"{node.lineno}: broad except")
     return found
+
+
+def _raises_again(handler: ast.ExceptHandler) -> bool:
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
 
 
 def prints(source: str) -> list[str]:
@@ -243,6 +251,8 @@ HOME = "/ho" + "me/someone/data"
         ("broad_excepts", "try: f()\nexcept Exception as error: g()"),
         ("broad_excepts", "try: f()\nexcept (ValueError, BaseException): g()"),
         ("broad_excepts", "try: f()\nexcept: g()"),
+        ("broad_excepts", "try: f()\nexcept Exception as e:\n  raise ValueError from e"),
+        ("broad_excepts", "try: f()\nexcept Exception:\n  if g(): raise"),
         ("broad_excepts", "try: f()\nexcept builtins.Exception: g()"),
         ("prints", "def f() -> None:\n    print('hello')"),
         ("global_statements", "def f() -> None:\n    global x\n    x = 1"),
@@ -267,6 +277,7 @@ def test_a_planted_offence_is_caught(rule: str, offence: str) -> None:
         ("wide_functions", f"class A(autograd.Function):\n  def forward(ctx, {NINE}) -> None: ..."),
         ("wide_functions", f"@triton.jit\ndef kernel({NINE}) -> None: ..."),
         ("broad_excepts", "try: f()\nexcept (OSError, CheckpointException): g()"),
+        ("broad_excepts", "try: f()\nexcept BaseException:\n  g()\n  raise"),
         ("prints", "console.print('hello')"),
         ("unfinished_marks", "todos = 3"),
         ("machine_paths", "runs/work/a.txt and ${ROOT}/tmp/x and https://host.org/home/page"),
