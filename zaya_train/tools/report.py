@@ -36,7 +36,10 @@ _KNOWN_FILES = {
     "export": "the model in Hugging Face format",
     "tensorboard": "the same curves for TensorBoard",
     "wandb": "the same curves for Weights & Biases; `wandb sync` uploads an offline run",
-    "config.yaml": "the configuration as resolved",
+    "config.json": "the configuration as resolved",
+    "logs": "what every rank said",
+    "tokenizer": "the tokenizer the data was made with",
+    "data": "the prepared corpora",
     "report": "the plots of this page as PNG files",
 }
 

@@ -121,7 +121,7 @@ def _smooth_by_phase(run: RunData) -> Array:
     parts = []
     for phase in run.phases:
         part = loss[(run.step > phase.first_step) & (run.step <= phase.last_step)]
-        parts.append(smooth(part, span=max(1, len(part) // 50)))
+        parts.append(smooth(part, span=max(5, len(part) // 20)))
     return np.concatenate(parts)
 
 
@@ -201,7 +201,7 @@ def _load(run: RunData, several: bool) -> Plot:
     # The gap must be thinner than the classes are tall: one row of ten per class.
     tall = np.repeat(even, 10, axis=2)
     image = np.concatenate([tall, np.repeat(gaps, 6, axis=2)], axis=2).reshape(count, -1).T
-    height = min(8.0, 1.0 + layers * max(0.16, 0.035 * classes))
+    height = min(8.0, max(3.2, 1.0 + 0.045 * layers * classes))
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots()
     extent = (steps[0] - 0.5, steps[-1] + 0.5, layers - 0.5, -0.5)
