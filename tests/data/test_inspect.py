@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def shown(path: Path, index: int, budget: int | None = None) -> str:
     buffer = io.StringIO()
     console = Console(file=buffer, width=200, force_terminal=True, color_system="standard")
-    inspect_corpus(path, index, console, budget)
+    inspect_corpus(path, index, budget, console)
     return buffer.getvalue()
 
 

@@ -33,16 +33,14 @@ REMOVED_STYLE = "red strike"
 _BAR_CHARACTERS = 40
 
 
-def inspect_corpus(
-    path: str | Path, index: int, console: Console, budget: int | None = None
-) -> None:
+def inspect_corpus(path: str | Path, index: int, budget: int | None, console: Console) -> None:
     """Print a summary, a length histogram, and document `index`.
 
     Args:
         path: corpus directory.
         index: document to show, from 0.
+        budget: tokens; what trimming to it would remove is struck out. None shows all.
         console: where to print.
-        budget: tokens; what trimming to it would remove is struck out.
 
     Raises:
         DataError: no readable corpus, or no such document.
