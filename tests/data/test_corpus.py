@@ -38,7 +38,7 @@ def test_documents_and_sections_come_back(
         assert corpus.supervised_tokens[number] == written.supervised().sum()
     assert corpus.manifest.tokens == corpus.lengths.sum()
     assert corpus.manifest.supervised_tokens == corpus.supervised_tokens.sum()
-    assert corpus.tokenizer().sha256 == corpus.manifest.tokenizer_sha256
+    assert corpus.tokenizer.sha256 == corpus.manifest.tokenizer_sha256
 
 
 def test_megatron_core_reads_it(corpora: CorpusFactory) -> None:

@@ -30,7 +30,7 @@ def write_jsonl(file: Path, rows: Sequence[Any]) -> Path:
 
 def texts(corpus: Path) -> list[str]:
     opened = Corpus.open(corpus, verify="hashes")
-    tokenizer = opened.tokenizer()
+    tokenizer = opened.tokenizer
     return [tokenizer.decode(opened.tokens(number)) for number in range(len(opened))]
 
 

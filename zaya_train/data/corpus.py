@@ -139,6 +139,7 @@ class Corpus:
         """A whole document with its sections."""
         return Sample(self.tokens(document), self.sections(document))
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
         return load_tokenizer(str(self.tokenizer_path))

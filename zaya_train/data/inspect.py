@@ -120,7 +120,7 @@ def _outcome(kept: Trimmed | Rejected | None, length: int, budget: int) -> str:
 
 def _document_text(corpus: Corpus, index: int, kept: Trimmed | Rejected | None) -> Text:
     """The document with one style per section; what `kept` leaves out is struck out."""
-    tokenizer, tokens = corpus.tokenizer(), corpus.tokens(index)
+    tokenizer, tokens = corpus.tokenizer, corpus.tokens(index)
     removed = np.zeros(len(tokens), dtype=bool)
     if kept is not None:
         removed[:] = True

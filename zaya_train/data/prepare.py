@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+__all__ = ["FieldOverrides", "PrepareRequest", "prepare"]
+
 TRAIN, HELDOUT = "train", "heldout"
 HELDOUT_TEXT, RECEIPT = "heldout.jsonl", "prepare.json"
 RECEIPT_VERSION = 1
