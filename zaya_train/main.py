@@ -63,7 +63,8 @@ def config_dir() -> Path:
 
 
 def _register_defaults() -> None:
-    """Give Hydra the schema's defaults: `schema` below the whole run, `phase/base` below a phase."""
+    """Give Hydra the schema's defaults: `schema` below the whole run, `phase/base` below a
+    phase."""
     store = ConfigStore.instance()
     store.store(name="schema", node=defaults(TrainConfig))
     store.store(group="phase", name="base", node=defaults(PhaseConfig))
@@ -91,7 +92,9 @@ def _train(overrides: list[str]) -> int:
 
     _register_defaults()
     sys.argv = ["zaya train", *overrides]
-    started = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(task)
+    started = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(
+        task
+    )
     try:
         started()
     except SystemExit as stop:
@@ -152,11 +155,19 @@ def _add_data(commands: Any) -> None:
         metavar="COMMAND", required=True
     )
     parser = _command(data, "prepare", _data_prepare, "tokenize a dataset into a corpus")
-    parser.add_argument("--input", required=True, help="JSONL, JSON, text, Parquet, Arrow or a hub name")
-    parser.add_argument("--output", required=True, type=Path, help="directory for train/ and heldout/")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name")
+    parser.add_argument(
+        "--input", required=True, help="JSONL, JSON, text, Parquet, Arrow or a hub name"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="directory for train/ and heldout/"
+    )
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
+    )
     parser.add_argument("--heldout-fraction", type=float, default=0.0)
-    parser.add_argument("--answer-marker", help="line start that separates worked steps from the answer")
+    parser.add_argument(
+        "--answer-marker", help="line start that separates worked steps from the answer"
+    )
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--document-characters", type=int, help="cut text files into documents")
     parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
@@ -211,7 +222,10 @@ def _data_inspect(options: argparse.Namespace) -> None:
 
 def _add_hub(commands: Any) -> None:
     parser = _command(
-        commands, "import-hf", _import, "check a Hugging Face `zaya` folder and write its model config"
+        commands,
+        "import-hf",
+        _import,
+        "check a Hugging Face `zaya` folder and write its model config",
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model-yaml", required=True, type=Path)

@@ -1,4 +1,5 @@
-"""Composition root of a training run: runtime, then phase by phase mesh, model, optimizer, data, loop.
+"""Composition root of a training run: runtime, then phase by phase mesh, model, optimizer, data,
+loop.
 
 Every phase starts from the newest checkpoint that verifies, whether the process lived on from the
 phase before or was started again: one code path for the first start, a resume and a phase change.

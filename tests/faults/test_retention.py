@@ -77,9 +77,11 @@ def test_a_damaged_future_neither_counts_nor_vanishes(tmp_path: Path) -> None:
     ]
     assert differing(load_full(tmp_path / "step-00000005"), plain_state(5)) == []
     assert verify(tmp_path / "step-00000005.bad")
-    assert run_ranks(_resume_and_save, 2, tmp_path, [6, 7], 0) == ["saved"] * 2
+    _flip(tmp_path / "step-00000005" / "__0_0.distcp")
+    assert run_ranks(_resume_and_save, 2, tmp_path, [5, 6, 7], 0) == ["saved"] * 2
     assert _names(tmp_path) == [
         "step-00000005.bad",
+        "step-00000005.bad-2",
         "step-00000006",
         "step-00000006.bad",
         "step-00000007",
@@ -124,3 +126,17 @@ def test_a_skipped_checkpoint_cannot_block_the_run_that_skipped_it(tmp_path: Pat
     expected = ["step-00000001", "step-00000002", "step-00000002.bad"]
     assert run_ranks(_damage_then_heal, 2, tmp_path) == [expected] * 2
     assert differing(load_full(tmp_path / "step-00000002"), plain_state(9)) == []
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_kept(tmp_path: Path) -> None:
+    run_ranks(_save_many, 2, tmp_path, 2, 0)
+    run_ranks(_resume_and_save, 2, tmp_path / "other", [3], 0)
+    (tmp_path / "other" / "step-00000003").rename(tmp_path / "step-00000003")
+    _flip(tmp_path / "step-00000003" / "__0_0.distcp")
+    assert run_ranks(_resume_and_save, 2, tmp_path, [4], 0) == ["saved"] * 2
+    assert _names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_a_later_checkpoint_does_not_push_out_the_new_one(tmp_path: Path) -> None:
+    run_ranks(_resume_and_save, 2, tmp_path, [8, 9, 3, 4, 5], 0)
+    assert _names(tmp_path) == [f"step-{step:08d}" for step in (4, 5, 8, 9)]

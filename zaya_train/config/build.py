@@ -1,5 +1,5 @@
-"""Plain dictionaries to frozen dataclasses, strictly: unknown keys, missing keys and wrong types are
-ConfigErrors that name the key by its full path."""
+"""Plain dictionaries to frozen dataclasses, strictly: unknown keys, missing keys and wrong types
+are ConfigErrors that name the key by its full path."""
 
 from __future__ import annotations
 

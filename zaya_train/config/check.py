@@ -212,7 +212,7 @@ def _phase_fits_ranks(
         if unit > 0 and tokens % (unit * phase.context_tokens):
             yield (
                 f"{key}.{name}: {tokens} is not a multiple of {unit * phase.context_tokens} = "
-                f"{phase.context_tokens} tokens x {phase.micro_batch_sequences} micro_batch_sequences"
+                f"{phase.context_tokens} tokens x {phase.micro_batch_sequences} rows a micro-batch"
                 f" x {unit // phase.micro_batch_sequences} data ranks"
             )
 

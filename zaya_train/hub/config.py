@@ -70,13 +70,17 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "partial_rotary_factor": config.rope_fraction,
     }
     result: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SAME.items()}
-    return result | _FIXED | {
-        "architectures": ["ZayaForCausalLM"],
-        "model_type": "zaya",
-        "layer_types": ["hybrid"] * config.num_layers,
-        "rope_parameters": {"hybrid": rope},
-        "use_cache": True,
-    }
+    return (
+        result
+        | _FIXED
+        | {
+            "architectures": ["ZayaForCausalLM"],
+            "model_type": "zaya",
+            "layer_types": ["hybrid"] * config.num_layers,
+            "rope_parameters": {"hybrid": rope},
+            "use_cache": True,
+        }
+    )
 
 
 def config_from_hf(folder: Path) -> ModelConfig:
@@ -96,7 +100,9 @@ def config_from_hf(folder: Path) -> ModelConfig:
     values = {ours: raw.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _SAME.items()}
     rope = (raw.get("rope_parameters") or {}).get("hybrid") or {}
     if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{path}: rope_type {rope['rope_type']!r}, only 'default' is supported")
+        raise CheckpointError(
+            f"{path}: rope_type {rope['rope_type']!r}, only 'default' is supported"
+        )
     return ModelConfig(
         **values,
         rope_base=float(rope.get("rope_theta", 5_000_000.0)),

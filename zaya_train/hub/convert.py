@@ -20,6 +20,7 @@ from zaya_train.model.zaya import ZayaModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
     from zaya_train.config.schema import ModelConfig
@@ -176,7 +177,7 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

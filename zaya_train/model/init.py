@@ -57,15 +57,17 @@ def initialise(
 def _initial(name: str, parameter: Tensor, model: ZayaModel, seed: int) -> Tensor:
     """Full initial value of one parameter, on its device."""
     leaf = name.rsplit(".", 1)[-1]
-    make = {"size": parameter.shape, "device": parameter.device, "dtype": torch.float32}
+    full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
     if leaf.endswith("bias"):
-        return torch.zeros(**make)
+        return full.zero_()
     std = _std(leaf, name, parameter, model)
     if std is None:
-        return torch.ones(**make)
+        return full.fill_(1.0)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(**make, generator=generator).mul_(std)
+    generator = torch.Generator(parameter.device).manual_seed(
+        int.from_bytes(digest[:8], "big") >> 1
+    )
+    return full.normal_(std=std, generator=generator)
 
 
 def _std(leaf: str, name: str, parameter: Tensor, model: ZayaModel) -> float | None:

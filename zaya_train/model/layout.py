@@ -103,7 +103,9 @@ def _row_segments(
             first, last = max(start, chunk_start), min(end, chunk_end)
             if first < last:
                 segments.append(
-                    Segment(local + first - chunk_start, last - first, key_base + start, last - start)
+                    Segment(
+                        local + first - chunk_start, last - first, key_base + start, last - start
+                    )
                 )
         local += chunk_end - chunk_start
     return segments

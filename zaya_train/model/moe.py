@@ -32,9 +32,7 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(
-        self, x: Tensor, previous: Tensor | None, valid: Tensor
-    ) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, previous: Tensor | None, valid: Tensor) -> tuple[Tensor, Routing]:
         """x [B, S, D] normalised, previous router state, valid [B, S] -> [B, S, D], routing."""
         routing = self.router(x, previous, valid)
         tokens, choice = x.flatten(0, 1), routing.choice.flatten()

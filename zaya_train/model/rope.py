@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def rotary_tables(
-    positions: Tensor, base: float, rotated_channels: int
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, base: float, rotated_channels: int) -> tuple[Tensor, Tensor]:
     """positions [B, S] -> cos, sin [B, S, rotated_channels / 2] fp32.
 
     Angles are formed in fp32 from fp32 inverse frequencies, as transformers' `zaya` does.

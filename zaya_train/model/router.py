@@ -56,6 +56,7 @@ class Router(nn.Module):
         self.fc2 = nn.Parameter(torch.empty(size, size))
         self.fc2_bias = nn.Parameter(torch.empty(size))
         self.out = nn.Parameter(torch.empty(self.num_classes, size))
+        self.balancing_bias: Tensor
         self.register_buffer("balancing_bias", torch.empty(self.num_classes))
 
     def forward(self, x: Tensor, previous: Tensor | None, valid: Tensor) -> Routing:

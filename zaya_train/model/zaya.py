@@ -81,14 +81,13 @@ class ZayaModel(nn.Module):
         """tokens and labels [B, S] int64 (labels already shifted; IGNORE_LABEL unsupervised)."""
         hidden, load = self._hidden(tokens, layout)
         backend = self.around.kernels.linear_cross_entropy
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.embedding, labels.flatten(), backend
-        )
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.embedding, labels.flatten(), backend)
         return ModelOutput(loss, load)
 
     def logits(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Tensor:
         """tokens [B, S] int64 -> [B, S, V] fp32; without a layout every row is one document."""
-        layout = layout or SequenceLayout.whole_rows(*tokens.shape, tokens.device)
+        batch, sequence = tokens.shape
+        layout = layout or SequenceLayout.whole_rows(batch, sequence, tokens.device)
         hidden, _ = self._hidden(tokens, layout)
         work = torch.promote_types(hidden.dtype, torch.float32)
         return hidden.to(work) @ self.embedding.to(work).t()

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class AdamW:
     """AdamW over the given shards; `decays[i]` says whether weight decay applies to shard i."""
 
-    def __init__(self, shards: Sequence[Shard], decays: Sequence[bool], config: AdamWConfig) -> None:
+    def __init__(
+        self, shards: Sequence[Shard], decays: Sequence[bool], config: AdamWConfig
+    ) -> None:
         self.config = config
         self.shards = list(shards)
         self.decays = list(decays)

@@ -1,7 +1,8 @@
 """The controller of the routers' balancing biases (2605.05365, II-A2).
 
-The bias of expert e in layer l gets the gradient p_le - 1/E, with p_le the share of the global batch's
-tokens routed to e; AdamW applies it. An overloaded expert's bias falls, an idle one's rises.
+The bias of expert e in layer l gets the gradient p_le - 1/E, with p_le the share of the global
+batch's tokens routed to e; AdamW applies it. An overloaded expert's bias falls, an idle one's
+rises.
 
 Legend: L layers, C router classes, E experts.
 """

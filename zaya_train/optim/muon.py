@@ -119,9 +119,7 @@ class _Exchange:
         mine = self._of(self.rank)
         back = [sum(self._numel(i, r) for i in mine) for r in range(self.ranks)]
         received = all_to_all(send, sizes, back, self.group).split(back)
-        pieces = [
-            part.split([self._numel(i, r) for i in mine]) for r, part in enumerate(received)
-        ]
+        pieces = [part.split([self._numel(i, r) for i in mine]) for r, part in enumerate(received)]
         return [
             torch.cat([pieces[r][k] for r in range(self.ranks)]).view(self.shapes[i])
             for k, i in enumerate(mine)

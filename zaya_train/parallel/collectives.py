@@ -1,4 +1,5 @@
-"""The collectives this project uses, each a plain function of a group, and the arithmetic of shards."""
+"""The collectives this project uses, each a plain function of a group, and the arithmetic of
+shards."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def sum_over(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 class _GatherDim0(torch.autograd.Function):
-    """All-gather along dim 0; the backward sums every rank's gradient and keeps this rank's part."""
+    """All-gather along dim 0; the backward sums every rank's gradient and keeps this rank's
+    part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:

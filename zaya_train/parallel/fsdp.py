@@ -25,8 +25,9 @@ def shard(
 ) -> None:
     """Shard every layer, then the root (embedding and final norm), in place.
 
-    Gradients are summed, never averaged: the loss is divided by the global count of supervised tokens
-    beforehand, and AVG would be wrong once expert parallelism makes groups of different size.
+    Gradients are summed, never averaged: the loss is divided by the global count of supervised
+    tokens beforehand, and AVG would be wrong once expert parallelism makes groups of different
+    size.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[precision.compute_dtype],
@@ -38,7 +39,9 @@ def shard(
         fully_shard(
             layer, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward
         )
-    fully_shard(model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(
+        model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -61,4 +64,3 @@ def local_row_start(tensor: DTensor) -> int:
     (axis,) = (i for i, p in enumerate(tensor.placements) if p.is_shard())
     rank, ranks = tensor.device_mesh.get_local_rank(axis), tensor.device_mesh.size(axis)
     return sum(row_counts(tensor.shape[0], ranks)[:rank])
-

@@ -12,8 +12,8 @@ world = replicate x shard x context. Derived groups:
                 reduce-scattered (summed) over it
     data        replicate x shard: ranks that read different rows; rank number in it says which
 
-A rank's context peers are neighbours in world order, so they share a node when the degree divides the
-ranks of a node. `config.check` refuses degrees that do not divide; nothing here checks again.
+A rank's context peers are neighbours in world order, so they share a node when the degree divides
+the ranks of a node. `config.check` refuses degrees that do not divide; nothing here checks again.
 """
 
 from __future__ import annotations

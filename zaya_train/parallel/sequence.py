@@ -1,8 +1,8 @@
 """Which part of a row each context-parallel rank holds.
 
-A row of S tokens is cut into equal chunks. `head_tail`: 2 n chunks for n ranks, rank r holds chunks r
-and 2n - 1 - r, so that every rank has the same amount of causal attention. `contiguous`: n chunks, one
-each.
+A row of S tokens is cut into equal chunks. `head_tail`: 2 n chunks for n ranks, rank r holds
+chunks r and 2n - 1 - r, so that every rank has the same amount of causal attention. `contiguous`:
+n chunks, one each.
 
 Legend: B batch, S row tokens, n ranks, c chunks per rank, L chunk tokens.
 """
@@ -58,8 +58,8 @@ def local_part(x: Tensor, chunking: Chunking, rank: int) -> Tensor:
 class SharedRows:
     """ContextExchange of ranks that each hold chunks of the same rows.
 
-    Everything moves by all-gather: one communicator, no send/receive order to get wrong. A layer moves
-    its compressed keys and values once, and a halo of a few tokens per chunk.
+    Everything moves by all-gather: one communicator, no send/receive order to get wrong. A layer
+    moves its compressed keys and values once, and a halo of a few tokens per chunk.
     """
 
     def __init__(self, group: ProcessGroup, chunking: Chunking) -> None:

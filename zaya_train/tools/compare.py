@@ -36,8 +36,8 @@ class Comparison:
         """One or two lines for a person."""
         if self.equal:
             return (
-                f"losses and gradient norms of all {self.steps} steps and all {self.tensors} tensors "
-                "of the final checkpoints are bitwise equal"
+                f"losses and gradient norms of all {self.steps} steps and all {self.tensors} "
+                "tensors of the final checkpoints are bitwise equal"
             )
         steps = ", ".join(map(str, self.differing_steps[:5])) or "none"
         names = ", ".join(self.differing_tensors[:5]) or "none"

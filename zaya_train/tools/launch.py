@@ -1,4 +1,5 @@
-"""Training as a child process of `zaya smoke`: started, watched through its metrics, killed for real."""
+"""Training as a child process of `zaya smoke`: started, watched through its metrics, killed for
+real."""
 
 from __future__ import annotations
 
@@ -59,8 +60,8 @@ def watch(
 ) -> int | None:
     """Report metrics rows until the process ends; its exit code.
 
-    With `kill_at_step`, every process of the launch gets SIGKILL once that step is reported, and the
-    result is None.
+    With `kill_at_step`, every process of the launch gets SIGKILL once that step is reported, and
+    the result is None.
     """
     reader = _Tail(launch.run_dir / METRICS_FILE)
     while True:

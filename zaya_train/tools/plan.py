@@ -56,7 +56,16 @@ def show_plan(request: PlanRequest, console: Console) -> None:
 
 def _phase_table(request: PlanRequest) -> Table:
     table = Table(title=f"phases on {request.ranks} ranks", title_justify="left")
-    columns = ("phase", "tokens", "context", "RoPE base", "steps", "rows/step", "replicate", "shard")
+    columns = (
+        "phase",
+        "tokens",
+        "context",
+        "RoPE base",
+        "steps",
+        "rows/step",
+        "replicate",
+        "shard",
+    )
     for column in (*columns, "context ranks", "accumulation", "PFLOP/step"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, phase in request.config.plan.phases.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +47,7 @@ from zaya_train.tools.transfer import ExportRequest, export_hf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -131,7 +131,9 @@ def _make_room(out: Path) -> None:
     marker = out / ".zaya-smoke"
     if out.exists() and any(out.iterdir()):
         if not marker.exists():
-            raise DataError(f"{out}: exists and is not an earlier smoke run; choose another --output")
+            raise DataError(
+                f"{out}: exists and is not an earlier smoke run; choose another --output"
+            )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     marker.touch()
@@ -167,12 +169,16 @@ def _trained(job: _Job, model_dir: Path, run_dir: Path) -> EvalReport | None:
     if job.data.heldout is None:
         prompts = tuple(job.data.prompts)
         request = GenerateRequest(max_new_tokens=200)
-        print_samples(GenerateArgs(model_dir=model_dir, prompts=prompts, request=request), job.console)
+        print_samples(
+            GenerateArgs(model_dir=model_dir, prompts=prompts, request=request), job.console
+        )
         return None
     rows = _problems(job)
     result = exact_match(model_dir, rows, EvalRequest())
     for sample in result.samples[:_SAMPLES]:
-        job.console.print(f"  {sample.prompt}  ->  {sample.reply}  (expected {sample.answer})", markup=False)
+        job.console.print(
+            f"  {sample.prompt}  ->  {sample.reply}  (expected {sample.answer})", markup=False
+        )
     print_report(result, job.console)
     write_report(result, run_dir / "evaluation" / "trained.json")
     return result
@@ -257,12 +263,15 @@ def _summary(
             score = f"{result.accuracy:.1%}  ({result.correct} of {result.total})"
             table.add_row(f"exact match {label}", score)
     verdict = "equal" if equal else "NOT EQUAL"
-    table.add_row("killed and resumed", f"after step {killed_at}; {verdict} bit for bit to unbroken")
+    table.add_row(
+        "killed and resumed", f"after step {killed_at}; {verdict} bit for bit to unbroken"
+    )
     table.add_row("report", str(page))
     table.add_row("model (Hugging Face)", str(out / "model"))
     table.add_row("run, metrics, logs", str(out / "run"))
     table.add_row("checkpoints", str(out / "run" / CHECKPOINTS))
     table.add_row("data", str(out / "data"))
     job.console.print(table)
-    job.console.print(f"ask it: zaya generate {out / 'model'} '{job.data.prompts[0]}'", markup=False)
-
+    job.console.print(
+        f"ask it: zaya generate {out / 'model'} '{job.data.prompts[0]}'", markup=False
+    )

@@ -14,9 +14,9 @@ from zaya_train.data.synth import SynthRequest, generate, write_jsonl
 from zaya_train.tools.evaluate import read_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
     from rich.console import Console
 
 _TRAIN_PROBLEMS = 24_000
@@ -120,9 +120,9 @@ def given_data(out: Path, request: DataRequest, console: Console) -> SmokeData:
     )
 
 
-def _base_context(lengths: Sequence[int]) -> int:
+def _base_context(lengths: NDArray[np.integer]) -> int:
     """Smallest first-phase context that holds nine tenths of the documents whole, within limits."""
-    wanted = float(np.quantile(np.asarray(lengths), 0.9))
+    wanted = float(np.quantile(lengths, 0.9))
     return next((size for size in _BASE_CONTEXTS if size >= wanted), _BASE_CONTEXTS[-1])
 
 

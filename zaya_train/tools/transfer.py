@@ -59,8 +59,8 @@ def export_hf(request: ExportRequest, console: Console) -> Path:
     )
     if config.skip_output != "zero":
         console.print(
-            "note: transformers' `zaya` gives zero where this model gives a skipped token its input "
-            "(model.skip_output=identity); the two differ on tokens routed to the skip class"
+            "note: transformers' `zaya` gives zero where this model gives a skipped token its "
+            "input (model.skip_output=identity); the two differ on tokens routed to the skip class"
         )
     return request.output
 
@@ -126,4 +126,3 @@ def _yaml(value: object) -> str:
         # YAML 1.1 reads 1e-05 as a string without the dot.
         return repr(value) if "e" not in repr(value) else f"{value:.17e}"
     return str(value)
-

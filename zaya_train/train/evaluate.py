@@ -35,7 +35,9 @@ def validation_losses(
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for start in range(0, len(rows), mesh.layout.data):
             index = start + mesh.data_rank
-            batch = make_batch([rows[min(index, len(rows) - 1)]], chunking, mesh.context_rank, device)
+            batch = make_batch(
+                [rows[min(index, len(rows) - 1)]], chunking, mesh.context_rank, device
+            )
             if index >= len(rows):
                 batch = without_labels(batch)
             with torch.no_grad():

@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zaya_train.phases.plan import batch_sequences, schedule_factor
 from zaya_train.config.derive import phase_sequences
 from zaya_train.config.errors import NumericsError
+from zaya_train.phases.plan import batch_sequences, schedule_factor
 from zaya_train.train.step import Rates, StepResult, train_step
 
 if TYPE_CHECKING:

@@ -62,9 +62,9 @@ def train_step(
 ) -> StepResult:
     """Count supervised tokens globally, forward and backward, clip, check finite, update.
 
-    `batches` are the rank's micro-batches. The loss is a sum over supervised tokens divided by their
-    global count, so neither accumulation nor layout changes its weights. `stop_signal` rides along on
-    the step's own reduction.
+    `batches` are the rank's micro-batches. The loss is a sum over supervised tokens divided by
+    their global count, so neither accumulation nor layout changes its weights. `stop_signal`
+    rides along on the step's own reduction.
     """
     device = batches[0].tokens.device
     count = sum_over(torch.tensor(sum(b.supervised for b in batches), device=device))

@@ -1,8 +1,8 @@
 """Which queries meet which keys in a packed, possibly context-parallel batch.
 
-A segment is one document's run of local queries with the keys they may see: the queries are the last
-`query_count` positions of the key range, so causality is bottom-right aligned. Without context
-parallelism a segment is a whole document and both ranges coincide.
+A segment is one document's run of local queries with the keys they may see: the queries are the
+last `query_count` positions of the key range, so causality is bottom-right aligned. Without
+context parallelism a segment is a whole document and both ranges coincide.
 
 Tokens are numbered over the flattened batch: local query token b * S + s, key token b * S_keys + s.
 """
@@ -51,8 +51,9 @@ class AttentionPlan:
     """How to compute packed attention; built once per batch, used by every layer."""
 
     segments: Tensor
-    """[segments, 4] int64 on the CPU: the fields of Segment. A tensor and not a tuple of dataclasses,
-    because FSDP walks through every container among a module's arguments, every forward pass."""
+    """[segments, 4] int64 on the CPU: the fields of Segment. A tensor and not a tuple of
+    dataclasses, because FSDP walks through every container among a module's arguments, every
+    forward pass."""
     groups: tuple[SegmentGroup, ...]
     inverse: Tensor
     """[B * S] int64: where each query's output lies in the groups' concatenated outputs."""
@@ -133,7 +134,7 @@ def plan_attention(
     covered = sum(s.query_count for s in segments)
     if covered != num_queries or bool((inverse < 0).any()):
         raise ValueError(
-            f"attention segments cover {covered} queries of {num_queries}, each must be covered once"
+            f"attention segments cover {covered} queries of {num_queries}; each must be met once"
         )
     return AttentionPlan(
         segments=_table(segments),

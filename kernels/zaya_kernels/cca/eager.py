@@ -1,8 +1,8 @@
 """CCA in vectorised torch operations; the CPU path.
 
-The convolutions are sums over taps of shifted rows instead of library convolutions: no transposition
-to channels-first, and document starts are a mask on the shifted rows. The per-head mix is one batched
-matrix product per tap over strided views.
+The convolutions are sums over taps of shifted rows instead of library convolutions: no
+transposition to channels-first, and document starts are a mask on the shifted rows. The per-head
+mix is one batched matrix product per tap over strided views.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ def _depthwise(x: Tensor, positions: Tensor, weight: Tensor, bias: Tensor) -> Te
     return out
 
 
-def _grouped(
-    x: Tensor, positions: Tensor, weight: Tensor, outside: Tensor, heads: int
-) -> Tensor:
+def _grouped(x: Tensor, positions: Tensor, weight: Tensor, outside: Tensor, heads: int) -> Tensor:
     """x [B, n, taps - 1 + L, C], `outside` [C] for rows before a document -> [heads, B n L, d]."""
     head_dim = weight.shape[1]
     taps = weight.shape[2] // head_dim

@@ -37,7 +37,9 @@ def _convolve(chunk: Tensor, positions: Tensor, weights: CCAWeights, head_dim: i
             for i in range(taps0):
                 if position - j - i >= 0:
                     inner = inner + weights.depthwise[:, taps0 - 1 - i] * chunk[rows + t - j - i]
-            per_head = torch.einsum("hoi,hi->ho", grouped[..., taps1 - 1 - j], inner.view(heads, -1))
+            per_head = torch.einsum(
+                "hoi,hi->ho", grouped[..., taps1 - 1 - j], inner.view(heads, -1)
+            )
             mixed = mixed + per_head.flatten()
         outputs.append(mixed)
     return torch.stack(outputs)
@@ -74,7 +76,9 @@ def cca_reference(
     chunks = extended.shape[1]
     positions = context.positions.view(batch, chunks, -1)
     rows = [
-        torch.cat([_convolve(extended[b, c], positions[b, c], weights, head_dim) for c in range(chunks)])
+        torch.cat(
+            [_convolve(extended[b, c], positions[b, c], weights, head_dim) for c in range(chunks)]
+        )
         for b in range(batch)
     ]
     convolved = torch.stack(rows).view(batch, sequence, -1, head_dim)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 BACKENDS = {"eager": grouped_mlp_eager, "reference": grouped_mlp_reference}
 
 
-def grouped_mlp(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, backend: str) -> Tensor:
+def grouped_mlp(
+    rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, backend: str
+) -> Tensor:
     """rows [R, D] sorted by expert, counts [E] int64 summing to R, gate_up [E, 2F, D] (gate first),
     down [E, D, F] -> [R, D]. Experts without rows are allowed; their gradients are zero."""
     return pick("grouped_mlp", BACKENDS, backend)(rows, counts, gate_up, down)

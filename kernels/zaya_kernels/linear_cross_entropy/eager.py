@@ -76,7 +76,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy: backward ran twice; its gradients were used up")
+            raise RuntimeError(
+                "linear_cross_entropy: backward ran twice; its gradients were used up"
+            )
         # Scaled in place: a second [V, D] tensor would double the loss's memory.
         grad_rows, grad_weight = (g.mul_(grad) for g in ctx.gradients)
         ctx.gradients = None
