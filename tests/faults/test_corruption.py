@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import shutil
+import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +15,7 @@ from tests.faults.states import make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import EXIT_NO_CHECKPOINT, CheckpointError
 from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.manifest import METADATA_NAME, FileEntry, encode, read
 from zaya_train.train.restore import find_newest, load_full, verify
 
 if TYPE_CHECKING:
@@ -205,9 +209,25 @@ def test_nothing_saved_is_not_an_error_but_only_bad_ones_are(root: Path, tmp_pat
         find_newest(root)
 
 
+def test_a_manifest_may_neither_leave_its_directory_nor_lack_the_metadata(root: Path) -> None:
+    directory = root / "step-00000030"
+    manifest = read(directory)
+    outside = FileEntry(name="../x.distcp", size_bytes=1, sha256=hashlib.sha256(b"x").hexdigest())
+    (root / "x.distcp").write_bytes(b"x")
+    data_files = tuple(entry for entry in manifest.files if entry.name != METADATA_NAME)
+    forged = replace(manifest, files=(*data_files, outside))
+    (directory / "MANIFEST.json").write_bytes(encode(forged))
+    assert verify(directory) == [
+        "../x.distcp: not a plain file name",
+        "MANIFEST.json: lists no .metadata",
+    ]
+
+
 def test_load_full_verifies_first_and_selects_by_prefix(root: Path) -> None:
     directory = root / "step-00000030"
-    part = load_full(directory, "model.layers.1.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        part = load_full(directory, "model.layers.1.")
     assert sorted(part) == [
         f"model.layers.1.{k}" for k in ("attn.weight", "norm.weight", "router.bias")
     ]

@@ -51,13 +51,13 @@ def _failing_save(
 
 
 def _fail_then_go_on(
-    root: Path, failing_rank: int, limit_bytes: int, changes: dict[str, Any]
+    root: Path, failing_rank: int, limit_bytes: int, changes: dict[str, Any], width: int
 ) -> tuple[str, list[str], list[str]]:
     store = CheckpointStore(root, keep_last=2)
     mesh = make_mesh()
     for step in (1, 2):
         store.save(shard(plain_state(step), mesh), record(step))
-    state = shard(plain_state(3), mesh)
+    state = shard(plain_state(3, width=width), mesh)
     message = _failing_save(store, state, failing_rank, limit_bytes, **changes)
     dist.barrier()
     after_failure = _names(root)
@@ -66,23 +66,29 @@ def _fail_then_go_on(
     found = store.newest()
     assert found is not None
     assert found.record.step == 3
-    return message, after_failure, differing(load_full(found.path), plain_state(3))
+    return message, after_failure, differing(load_full(found.path), plain_state(3, width=width))
 
 
 @pytest.mark.parametrize(
-    ("failing_rank", "limit_bytes", "changes", "file"),
+    ("failing_rank", "limit_bytes", "changes", "width", "file"),
     [
-        (0, 500, {}, "__0_0.distcp"),
-        (1, 500, {}, "__1_0.distcp"),
-        (1, 0, {}, "__1_0.distcp"),
-        (0, 60_000, {"train_state": {"note": "x" * 100_000}}, "MANIFEST.json"),
+        (0, 500, {}, 7, "__0_0.distcp"),
+        (1, 500, {}, 7, "__1_0.distcp"),
+        (1, 0, {}, 7, "__1_0.distcp"),
+        (1, 100_000, {}, 20_000, "__1_0.distcp"),
+        (0, 60_000, {"train_state": {"note": "x" * 100_000}}, 7, "MANIFEST.json"),
     ],
-    ids=["rank 0", "rank 1", "first byte", "manifest"],
+    ids=["rank 0", "rank 1", "first byte", "inside a large tensor", "manifest"],
 )
 def test_every_rank_fails_and_older_ones_stay(
-    tmp_path: Path, failing_rank: int, limit_bytes: int, changes: dict[str, Any], file: str
+    tmp_path: Path,
+    failing_rank: int,
+    limit_bytes: int,
+    changes: dict[str, Any],
+    width: int,
+    file: str,
 ) -> None:
-    outcomes = run_ranks(_fail_then_go_on, 2, tmp_path, failing_rank, limit_bytes, changes)
+    outcomes = run_ranks(_fail_then_go_on, 2, tmp_path, failing_rank, limit_bytes, changes, width)
     assert outcomes[0][0] == outcomes[1][0]
     for message, after_failure, bad in outcomes:
         assert "\n" not in message

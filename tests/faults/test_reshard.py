@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tests.faults.states import MODEL, blank, differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import CheckpointError, NumericsError
+from zaya_train.train import dcp
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.manifest import METADATA_NAME, FileEntry, Manifest, encode, read
 from zaya_train.train.restore import Found, load_full, verify
@@ -205,6 +206,22 @@ def test_records_that_are_not_plain_json_are_refused(
     (message,) = run_ranks(save, 1, tmp_path)
     assert "not plain JSON" in message or "at most 8 digits" in message
     assert list(tmp_path.glob("step-*")) == []
+
+
+def _write_twice(directory: Path) -> str:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    dcp.write(plain_state(1), directory, group)
+    try:
+        dcp.write(plain_state(2), directory, group)
+    except CheckpointError as error:
+        return str(error)
+    return "overwritten"
+
+
+def test_files_are_never_written_over_others(tmp_path: Path) -> None:
+    (said,) = run_ranks(_write_twice, 1, tmp_path / "x")
+    assert "already exists" in said
 
 
 class _Forged:

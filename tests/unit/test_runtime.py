@@ -26,7 +26,7 @@ from zaya_train.config.errors import EXIT_CONFIG, ConfigError, StorageError
 from zaya_train.config.schema import RuntimeConfig
 from zaya_train.runtime import dist as runtime
 from zaya_train.runtime.device import describe, pick_device, usable_cores
-from zaya_train.runtime.log import log_path, logging_to
+from zaya_train.runtime.log import FILE_ONLY, log_path, logging_to
 from zaya_train.runtime.seeds import derive_seed, seed_rank
 from zaya_train.runtime.signals import STOP_SIGNALS, StopFlag
 
@@ -294,6 +294,7 @@ def test_every_rank_logs_to_its_file_and_rank_0_to_the_console(tmp_path: Path) -
         console = Console(file=StringIO(), width=200)
         with logging_to(tmp_path, rank, console):
             logging.getLogger("zaya_train.x").info("from rank %d", rank)
+            logging.getLogger("zaya_train").error("said elsewhere", extra=FILE_ONLY)
             logging.getLogger("other").info("chatter")
             logging.getLogger("other").warning("matters")
             warnings.warn(f"old habit of {rank}", stacklevel=1)
@@ -304,6 +305,8 @@ def test_every_rank_logs_to_its_file_and_rank_0_to_the_console(tmp_path: Path) -
         lines = log_path(tmp_path, rank).read_text()
         assert f"INFO zaya_train.x: from rank {rank}" in lines
         assert "matters" in lines
+        assert "said elsewhere" in lines
+        assert "said elsewhere" not in shown[rank]
         assert f"old habit of {rank}" in lines
         assert "chatter" not in lines
         assert "after the context" not in lines
