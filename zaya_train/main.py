@@ -11,6 +11,7 @@ load plotting, tokenizers and transformers there.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,23 +93,35 @@ def _train(overrides: list[str]) -> int:
 
     _register_defaults()
     sys.argv = ["zaya train", *overrides]
+    # Hydra raises what it would otherwise print over many lines and turn into exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     started = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(
         task
     )
     try:
         started()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
     except SystemExit as stop:
         if stop.code not in (0, None):
             return EXIT_CONFIG
     return max(codes, default=EXIT_OK)
 
 
+def _one_line(error: Exception) -> str:
+    """Hydra's message with its cause, without its list of places searched."""
+    texts = [str(error).split("Config search path:")[0]]
+    if error.__cause__ and str(error.__cause__) not in texts[0]:
+        texts.append(str(error.__cause__))
+    return "; ".join(" ".join(text.split()) for text in texts)
+
+
 def _for_job(config: TrainConfig) -> TrainConfig:
-    """In a sweep every job gets a directory of its own below the run's."""
+    """In a sweep every job gets a directory of its own below the run's, named by its number: the
+    overrides may hold paths and exceed the length of a file name."""
     if HydraConfig.get().mode != RunMode.MULTIRUN:
         return config
-    job = HydraConfig.get().job
-    run_dir = Path(config.run.dir) / (job.override_dirname or str(job.num))
+    run_dir = Path(config.run.dir) / str(HydraConfig.get().job.num)
     return replace(config, run=replace(config.run, dir=str(run_dir)))
 
 
@@ -119,7 +132,7 @@ def compose(overrides: Sequence[str]) -> TrainConfig:
         with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
             return _typed(hydra.compose("train", overrides=list(overrides)))
     except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(_one_line(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

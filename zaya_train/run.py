@@ -31,8 +31,9 @@ from zaya_train.config.derive import (
     phase_sequences,
 )
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
+from zaya_train.data.check import check_corpora
 from zaya_train.data.stream import PhaseStream, prefetch, validation_rows
-from zaya_train.hub.config import config_from_hf
+from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.optim.table import summary
@@ -110,13 +111,17 @@ def train(config: TrainConfig) -> int:
 
     ConfigError and friends are raised before anything is allocated.
     """
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check(config, _launched_ranks())
+    check_corpora(config)
     ranks = start(config.runtime)
-    with fail_fast(ranks), ExitStack() as stack:
+    with ExitStack() as stack:
         stack.callback(stop)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))
+        # Inside the log, so that the failure is in it; a failing rank never reaches `stop`, which
+        # would wait for its peers.
+        stack.enter_context(fail_fast(ranks))
         flag = stack.enter_context(StopFlag())
         seed_rank(config.run.seed, ranks.rank)
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
@@ -125,6 +130,13 @@ def train(config: TrainConfig) -> int:
         context = Context(config, ranks, run_dir, console, store, metrics, flag)
         _describe(context)
         return _run_plan(context)
+
+
+def _launched_ranks() -> int:
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal():
+        raise ConfigError(f"launch environment: WORLD_SIZE={value!r} is not an integer")
+    return int(value)
 
 
 def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWriter:
@@ -199,7 +211,6 @@ def _run_phase(
     config = context.config
     degrees = layout(phase, config.parallel, context.ranks.world_size)
     stream = PhaseStream(config.data, name, phase, config.run.seed)
-    _check_vocabulary(config, stream)
     built = _build(context, name, phase, degrees)
     if found:
         context.store.load(found, built.tensors(), to_dict(built.model_config))
@@ -250,17 +261,10 @@ def _build(context: Context, name: str, phase: PhaseConfig, degrees: Layout) -> 
     return Built(name, phase, mesh, model, model_config, optimizer)
 
 
-def _check_vocabulary(config: TrainConfig, stream: PhaseStream) -> None:
-    if stream.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is smaller than the tokenizer's "
-            f"{stream.vocab_size} ids ({stream.tokenizer_path})"
-        )
-
-
 def _load_initial_weights(built: Built, folder: Path) -> None:
     """Weights of a Hugging Face folder into the sharded model, tensor by tensor."""
     theirs = config_from_hf(folder)
+    require_same_model(folder, theirs, built.model_config)
     shapes = {n: tuple(t.shape) for n, t in built.model.state_dict().items()}
     targets = dict(built.model.named_parameters()) | dict(built.model.named_buffers())
     with torch.no_grad():

@@ -29,7 +29,7 @@ def build(cls: type[T], values: object, path: str = "") -> T:
         required = field.default is dataclasses.MISSING and (
             field.default_factory is dataclasses.MISSING
         )
-        if required and values.get(name, "???") == "???":
+        if values.get(name, "???" if required else None) == "???":
             raise ConfigError(f"{_join(path, name)}: missing, and it has no default")
     built = {k: _convert(hints[k], v, _join(path, k)) for k, v in values.items()}
     return cls(**built)

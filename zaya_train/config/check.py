@@ -5,6 +5,7 @@ Every message gives the keys, the rule and the numbers.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from zaya_train.config.derive import context_degree, layout
@@ -41,7 +42,7 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
         key = f"plan.phases.{name}"
         yield from _phase(key, phase)
         yield from _phase_fits_model(key, phase, config.model)
-        yield from _phase_fits_ranks(key, phase, config.parallel, world)
+        yield from _phase_fits_ranks(key, phase, config, world)
         yield from _mixture(key, phase, config)
         if previous and phase.context_tokens < previous[1].context_tokens:
             yield (
@@ -54,8 +55,18 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
 def _positive(prefix: str, config: object, names: tuple[str, ...]) -> Iterator[str]:
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
-            yield f"{prefix}.{name}: {value} must be positive"
+        # NaN fails every comparison, so the rule is stated as what must hold.
+        if not 0 < value < math.inf:
+            yield f"{prefix}.{name}: {value} must be positive{_finite(value)}"
+
+
+def _not_negative(key: str, value: float) -> Iterator[str]:
+    if not 0 <= value < math.inf:
+        yield f"{key}: {value} must not be negative{_finite(value)}"
+
+
+def _finite(value: float) -> str:
+    return "" if math.isfinite(value) else " and finite"
 
 
 def _unit(prefix: str, config: object, names: tuple[str, ...]) -> Iterator[str]:
@@ -105,8 +116,7 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
         ("optim.adamw.weight_decay", optim.adamw.weight_decay),
         ("optim.clip_norm", optim.clip_norm),
     ):
-        if value < 0:
-            yield f"{key}: {value} must not be negative"
+        yield from _not_negative(key, value)
 
 
 def _settings(config: TrainConfig) -> Iterator[str]:
@@ -117,8 +127,15 @@ def _settings(config: TrainConfig) -> Iterator[str]:
             "checkpoint remains while the next is being written"
         )
     yield from _positive("logging", config.logging, ("every_steps",))
-    if config.logging.eval_every_steps < 0:
-        yield f"logging.eval_every_steps: {config.logging.eval_every_steps} must not be negative"
+    for key, number in (
+        ("logging.eval_every_steps", config.logging.eval_every_steps),
+        ("run.seed", config.run.seed),
+        ("runtime.threads", config.runtime.threads),
+    ):
+        yield from _not_negative(key, number)
+    for key, text in (("run.name", config.run.name), ("run.dir", config.run.dir)):
+        if not text:
+            yield f"{key}: must not be empty"
     yield from _positive("data", config.data, ("validation_sequences", "max_documents_per_row"))
     yield from _positive("data", config.data, ("prefetch_batches",))
     runtime = config.runtime
@@ -126,9 +143,9 @@ def _settings(config: TrainConfig) -> Iterator[str]:
 
 
 def _parallel(parallel: ParallelConfig, world: int) -> Iterator[str]:
-    if parallel.shard < 0 or parallel.context_parallel_limit < 0:
-        yield "parallel: shard and context_parallel_limit must not be negative"
-    elif parallel.shard and world % parallel.shard:
+    yield from _not_negative("parallel.shard", parallel.shard)
+    yield from _not_negative("parallel.context_parallel_limit", parallel.context_parallel_limit)
+    if parallel.shard > 0 and world % parallel.shard:
         yield f"parallel.shard: {parallel.shard} does not divide the {world} ranks of this launch"
 
 
@@ -147,8 +164,8 @@ def _phase(key: str, phase: PhaseConfig) -> Iterator[str]:
             f"context_tokens {phase.context_tokens}"
         )
     schedule = phase.schedule
-    if min(schedule.warmup_tokens, schedule.decay_tokens) < 0:
-        yield f"{key}.schedule: warmup_tokens and decay_tokens must not be negative"
+    yield from _not_negative(f"{key}.schedule.warmup_tokens", schedule.warmup_tokens)
+    yield from _not_negative(f"{key}.schedule.decay_tokens", schedule.decay_tokens)
     if schedule.warmup_tokens + schedule.decay_tokens > phase.tokens:
         yield (
             f"{key}.schedule: warmup_tokens {schedule.warmup_tokens} + decay_tokens "
@@ -186,12 +203,13 @@ def _phase_fits_model(key: str, phase: PhaseConfig, model: ModelConfig) -> Itera
 
 
 def _phase_fits_ranks(
-    key: str, phase: PhaseConfig, parallel: ParallelConfig, world: int
+    key: str, phase: PhaseConfig, config: TrainConfig, world: int
 ) -> Iterator[str]:
+    parallel = config.parallel
     context = context_degree(phase, parallel)
     group = parallel.shard or world
-    if context <= 0 or group <= 0:
-        return
+    if min(context, group, phase.context_tokens, phase.micro_batch_sequences) <= 0:
+        return  # said already
     if group % context:
         yield (
             f"{key}.context_parallel: {context} does not divide the {group} ranks of an FSDP group "
@@ -203,6 +221,13 @@ def _phase_fits_ranks(
         yield (
             f"{key}.context_tokens: {phase.context_tokens} does not divide into {chunks} chunks "
             f"for context_parallel {context} ({parallel.context_chunks})"
+        )
+    halo = config.model.conv_depthwise_taps + config.model.conv_grouped_taps - 2
+    if context > 1 and phase.context_tokens // chunks < max(halo, 1):
+        yield (
+            f"{key}.context_tokens: {phase.context_tokens} in {chunks} chunks for context_parallel "
+            f"{context} leaves {phase.context_tokens // chunks} tokens a chunk, fewer than the "
+            f"{max(halo, 1)} that the convolutions reach back"
         )
     unit = layout(phase, parallel, world).data * phase.micro_batch_sequences
     sizes = {"global_batch_tokens": phase.global_batch_tokens}
@@ -218,11 +243,10 @@ def _phase_fits_ranks(
 
 
 def _mixture(key: str, phase: PhaseConfig, config: TrainConfig) -> Iterator[str]:
-    if not phase.mixture or sum(phase.mixture.values()) <= 0:
+    if not any(weight > 0 for weight in phase.mixture.values()):
         yield f"{key}.mixture: weights {dict(phase.mixture)} sum to nothing"
     for name, weight in phase.mixture.items():
         if name not in config.data.sources:
             known = ", ".join(config.data.sources) or "none"
             yield f"{key}.mixture.{name}: no such source in data.sources (known: {known})"
-        if weight < 0:
-            yield f"{key}.mixture.{name}: weight {weight} must not be negative"
+        yield from _not_negative(f"{key}.mixture.{name}", weight)

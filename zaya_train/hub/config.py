@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import CheckpointError
@@ -55,6 +56,24 @@ _FIXED = {
     "attention_dropout": 0.0,
     "hidden_act": "silu",
 }
+
+
+_MAY_DIFFER = frozenset({"rope_base", "max_context_tokens", "init_std", "skip_output"})
+"""Phases set the RoPE base and the context, initialisation is over, and the format does not say
+what a skipped token receives."""
+
+
+def require_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """CheckpointError naming each field in which the folder's model differs from the configured
+    one; equal shapes do not make equal models (norm_eps, rope_fraction)."""
+    differing = [
+        f"{field.name} is {getattr(theirs, field.name)} there, {getattr(ours, field.name)} here"
+        for field in fields(ours)
+        if field.name not in _MAY_DIFFER
+        and getattr(theirs, field.name) != getattr(ours, field.name)
+    ]
+    if differing:
+        raise CheckpointError(f"{folder}: of another model: {', '.join(differing)}")
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,14 @@ def compare_runs(first: Path, second: Path) -> Comparison:
     return Comparison(len(steps), differing, len(names), unequal)
 
 
-def _curve(run: Path) -> dict[int, tuple[float, float]]:
+def _curve(run: Path) -> dict[int, bytes]:
+    """Bits of loss and gradient norm by step: a NaN of a skipped step equals itself."""
     rows = read_metrics(run)
-    return {r["step"]: (r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "step"}
+    return {
+        r["step"]: struct.pack("<dd", r["loss"], r["grad_norm"])
+        for r in rows
+        if r["kind"] == "step"
+    }
 
 
 def _final(run: Path) -> dict[str, torch.Tensor]:
@@ -71,4 +77,9 @@ def _final(run: Path) -> dict[str, torch.Tensor]:
 
 
 def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
-    return first is not None and second is not None and torch.equal(first, second)
+    """Equal bits: torch.equal would call 0.0 and -0.0 the same."""
+    if first is None or second is None:
+        return False
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (first, second)))
