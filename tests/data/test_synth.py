@@ -73,7 +73,7 @@ def test_explanation_and_solver_agree_with_hand_made_cases(
         ("count", "C 7 a7b1c7", "a71b11c72"),
         ("sort", "O 5091", "0+1+2-3-4-5+6-7-8-9+"),
         ("jump", "J AbBcCa a 2", "2a1b0c"),
-        ("add", "A b9a8+B0A7", "a8A71515b9B00910"),
+        ("add", "A b9a8+B0A7", "a8A71515b9B00910=1b0a5"),
     ],
 )
 def test_traces_step_by_step(family: str, prompt: str, reasoning: str) -> None:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-LONG_SHARE = 0.08
+LONG_SHARE = 0.06
 """Share of problems with long traces within the families that have them; with the weights below
-about 3 % of all problems."""
+about 2 % of all problems."""
 LONGEST_TRACE_BYTES = 2400
 """Upper end of the long traces, in round numbers; their lengths are log-uniform."""
 
@@ -159,7 +159,7 @@ def _solve_min(prompt: str) -> str:
 
 def _draw_count(rng: random.Random) -> str:
     wanted = rng.choice(digits)
-    size = rng.randint(4, 9)
+    size = rng.randint(4, 8)
     items = [wanted if rng.random() < 0.4 else rng.choice(digits) for _ in range(size)]
     return f"C {wanted} {_labelled(''.join(items))}"
 
@@ -175,7 +175,7 @@ def _solve_count(prompt: str) -> str:
 
 
 def _draw_reverse(rng: random.Random) -> str:
-    return f"R {''.join(rng.sample(ascii_lowercase, rng.randint(3, 10)))}"
+    return f"R {''.join(rng.sample(ascii_lowercase, rng.randint(3, 8)))}"
 
 
 def _explain_reverse(prompt: str) -> Explained:
@@ -189,7 +189,7 @@ def _solve_reverse(prompt: str) -> str:
 
 
 def _draw_sort(rng: random.Random) -> str:
-    return f"O {''.join(rng.sample(digits, rng.randint(4, 8)))}"
+    return f"O {''.join(rng.sample(digits, rng.randint(4, 7)))}"
 
 
 def _explain_sort(prompt: str) -> Explained:
@@ -249,7 +249,8 @@ def _numbered(number: str) -> str:
 
 
 def _explain_add(prompt: str) -> Explained:
-    """Least significant digit first: both items, their sum, that sum with the carry.
+    """Least significant digit first: both items, their sum, that sum with the carry; then the
+    result's digits under their labels, most significant first, ready to be copied.
 
     Both sums have two digits, so every step is eight bytes and the carry, the first digit of the
     last sum, is always as far away. The second number's labels are capitals: were they the same,
@@ -263,7 +264,9 @@ def _explain_add(prompt: str) -> Explained:
         carry, digit = divmod(total, 10)
         trace.append(f"{''.join(one + other)}{partial:02}{total:02}")
         result = f"{digit}{result}"
-    return Explained("".join(trace), f"{carry}{result}")
+    labels = [label for label, _ in reversed(first)]
+    collected = "".join(label + digit for label, digit in zip(labels, result, strict=True))
+    return Explained(f"{''.join(trace)}={carry}{collected}", f"{carry}{result}")
 
 
 def _solve_add(prompt: str) -> str:
@@ -274,9 +277,9 @@ def _solve_add(prompt: str) -> str:
 _ALL = (
     Family("sum", "digit sum mod 10, repeated", 1.5, _draw_sum, _explain_sum, _solve_sum),
     Family("parity", "parity of bits, repeated", 0.8, _draw_parity, _explain_parity, _solve_parity),
-    Family("max", "largest digit", 0.7, _draw_max, _explain_max, _solve_max),
-    Family("min", "smallest digit", 0.7, _draw_min, _explain_min, _solve_min),
-    Family("count", "occurrences of a digit", 1.3, _draw_count, _explain_count, _solve_count),
+    Family("max", "largest digit", 0.6, _draw_max, _explain_max, _solve_max),
+    Family("min", "smallest digit", 0.6, _draw_min, _explain_min, _solve_min),
+    Family("count", "occurrences of a digit", 1.4, _draw_count, _explain_count, _solve_count),
     Family("reverse", "letters backwards", 1, _draw_reverse, _explain_reverse, _solve_reverse),
     Family("sort", "digits in order", 1.3, _draw_sort, _explain_sort, _solve_sort),
     Family("jump", "follow a table", 1.2, _draw_jump, _explain_jump, _solve_jump),
