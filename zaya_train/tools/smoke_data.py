@@ -27,6 +27,8 @@ _PHASES = ("pretrain_1", "pretrain_2", "midtrain", "sft")
 _CONTEXT_RATIO = (1, 1, 8, 32)
 """The published contexts, 4K : 4K : 32K : 131K."""
 _BASE_CONTEXTS = (128, 256, 512, 1024)
+_STEP_TOKENS = 4096
+"""Tokens of a step over two ranks, as in configs/plan/smoke.yaml."""
 
 
 class DataRequest(Protocol):
@@ -127,16 +129,14 @@ def _base_context(lengths: NDArray[np.integer]) -> int:
 
 
 def _phase_overrides(base: int) -> list[str]:
-    """Every phase on the one source, one row of the longest context per step."""
-    batch = base * _CONTEXT_RATIO[-1]
+    """Every phase on the one source; a step is a row, or several where rows are short."""
     overrides = []
     for name, ratio in zip(_PHASES, _CONTEXT_RATIO, strict=True):
-        key = f"plan.phases.{name}"
-        micro = max(1, 2048 // (base * ratio))
+        key, context = f"plan.phases.{name}", base * ratio
         overrides += [
-            f"{key}.context_tokens={base * ratio}",
-            f"{key}.global_batch_tokens={batch}",
-            f"{key}.micro_batch_sequences={micro}",
+            f"{key}.context_tokens={context}",
+            f"{key}.global_batch_tokens={max(_STEP_TOKENS, context)}",
+            f"{key}.micro_batch_sequences={max(1, _STEP_TOKENS // 2 // context)}",
         ]
         if name != _PHASES[-1]:
             overrides.append(f"~{key}.mixture.text")
