@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from zaya_kernels.attention.op import attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.products import linear
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import gelu
 from zaya_kernels.norm_residual.op import rms_norm
+from zaya_kernels.products import linear
 
 if TYPE_CHECKING:
     from torch import Tensor

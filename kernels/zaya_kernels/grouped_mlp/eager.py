@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zaya_kernels.products import by_onednn, product
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+_WINDOW_STEP = 16
+"""Row counts are rounded up to this, or to a sixteenth of the next power of two."""
 
 
 def _spans(counts: list[int]) -> Iterator[tuple[int, slice]]:
@@ -25,6 +30,40 @@ def _spans(counts: list[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
+def _window(span: slice, total: int) -> slice:
+    """`span` widened into its neighbours' rows to one of few sizes, within [0, total).
+
+    oneDNN compiles a kernel for every new size; experts' counts differ in every step.
+    """
+    count = span.stop - span.start
+    step = max(_WINDOW_STEP, (1 << (count - 1).bit_length()) // 16)
+    width = min(total, -(-count // step) * step)
+    start = min(span.start, total - width)
+    return slice(start, start + width)
+
+
+def _rows_times(rows: Tensor, span: slice, matrix: Tensor, out: Tensor) -> None:
+    """out[span] = rows[span] @ matrix; rows [R, k], matrix [k, n], out [R, n]."""
+    if not by_onednn(rows[span], matrix.shape[1]):
+        torch.mm(rows[span], matrix, out=out[span])
+        return
+    window = _window(span, rows.shape[0])
+    first = span.start - window.start
+    out[span] = product(rows[window], matrix)[first : first + span.stop - span.start]
+
+
+def _outer(grad: Tensor, rows: Tensor, span: slice, out: Tensor) -> None:
+    """out = grad[span].T @ rows[span]; grad [R, n], rows [R, k], out [n, k]."""
+    if not by_onednn(grad[span].t(), rows.shape[1]):
+        torch.mm(grad[span].t(), rows[span], out=out)
+        return
+    window = _window(span, rows.shape[0])
+    first = span.start - window.start
+    alone = grad.new_zeros(window.stop - window.start, grad.shape[1])
+    alone[first : first + span.stop - span.start] = grad[span]
+    out.copy_(product(alone.t(), rows[window]))
+
+
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -33,10 +72,10 @@ class _GroupedMLP(torch.autograd.Function):
         hidden = rows.new_empty(rows.shape[0], 2 * width)
         out = torch.empty_like(rows)
         for expert, span in _spans(sizes):
-            torch.mm(rows[span], gate_up[expert].t(), out=hidden[span])
+            _rows_times(rows, span, gate_up[expert].t(), hidden)
         activated = torch.nn.functional.silu(hidden[:, :width]).mul_(hidden[:, width:])
         for expert, span in _spans(sizes):
-            torch.mm(activated[span], down[expert].t(), out=out[span])
+            _rows_times(activated, span, down[expert].t(), out)
         ctx.save_for_backward(rows, hidden, gate_up, down)
         ctx.sizes = sizes
         return out
@@ -51,7 +90,7 @@ class _GroupedMLP(torch.autograd.Function):
         grad = grad.contiguous()
         grad_activated = torch.empty_like(silu)
         for expert, span in _spans(ctx.sizes):
-            torch.mm(grad[span], down[expert], out=grad_activated[span])
+            _rows_times(grad, span, down[expert], grad_activated)
         grad_hidden = torch.empty_like(hidden)
         torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
         # d silu(g) / dg = s + silu(g) (1 - s) with s = sigmoid(g).
@@ -62,9 +101,9 @@ class _GroupedMLP(torch.autograd.Function):
         make = torch.zeros_like if empty else torch.empty_like
         grad_rows, grad_gate_up, grad_down = torch.empty_like(rows), make(gate_up), make(down)
         for expert, span in _spans(ctx.sizes):
-            torch.mm(grad[span].t(), activated[span], out=grad_down[expert])
-            torch.mm(grad_hidden[span].t(), rows[span], out=grad_gate_up[expert])
-            torch.mm(grad_hidden[span], gate_up[expert], out=grad_rows[span])
+            _outer(grad, activated, span, grad_down[expert])
+            _outer(grad_hidden, rows, span, grad_gate_up[expert])
+            _rows_times(grad_hidden, span, gate_up[expert], grad_rows)
         return grad_rows, None, grad_gate_up, grad_down
 
 

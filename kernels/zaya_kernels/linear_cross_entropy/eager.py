@@ -11,23 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zaya_kernels.products import product
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK_BYTES = 128 * 2**20
-"""Logits held at once; large enough that the products run at full speed (V = 262,272: 128 rows)."""
+"""Most logits held at once (V = 262,272: 127 rows)."""
+_CACHED_BYTES = 32 * 2**20
+"""Logits that a processor's last-level cache holds; more rows than this allows only slow down."""
+_CHUNK_ROWS = 128
+"""Fewest rows within _CHUNK_BYTES: every chunk reads and writes the weight's whole gradient."""
 _VOCAB_BLOCK = 16_384
-"""Rows of a low-precision weight widened at once: 128 MiB at D = 2,048."""
+"""Rows of the weight or its gradient treated at once: 128 MiB at D = 2,048."""
 
 
 def _chunk_rows(vocab: int, itemsize: int) -> int:
-    return max(1, _CHUNK_BYTES // (vocab * itemsize))
+    row = vocab * itemsize
+    return max(1, min(_CHUNK_BYTES // row, max(_CHUNK_ROWS, _CACHED_BYTES // row)))
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [c, D] in the working precision, weight [V, D] -> [c, V]."""
     if weight.dtype == hidden.dtype:
-        return hidden @ weight.t()
+        return product(hidden, weight.t())
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(hidden.dtype)
@@ -38,12 +45,19 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     """grad_logits [c, V] -> [c, D]."""
     if weight.dtype == grad_logits.dtype:
-        return grad_logits @ weight
+        return product(grad_logits, weight)
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(grad_logits.dtype)
         out.addmm_(grad_logits[:, start : start + _VOCAB_BLOCK], block)
     return out
+
+
+def _add_grad_weight(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """grad_weight [V, D] += grad_logits [c, V].T @ hidden [c, D], without a second [V, D]."""
+    for start in range(0, grad_weight.shape[0], _VOCAB_BLOCK):
+        block = slice(start, start + _VOCAB_BLOCK)
+        grad_weight[block].add_(product(grad_logits[:, block].t(), hidden))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,14 +73,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = _chunk_rows(weight.shape[0], rows.element_size())
         for start in range(0, rows.shape[0], step):
             chunk, target = rows[start : start + step], targets[start : start + step, None]
-            logits = _logits(chunk, weight)
-            norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-            loss += (norm - logits.gather(1, target)).sum()
+            scores = torch.log_softmax(_logits(chunk, weight), dim=-1)
+            chosen = scores.gather(1, target)
+            loss -= chosen.sum()
             if grad_rows is not None and grad_weight is not None:
-                logits.sub_(norm).exp_()
-                logits.scatter_add_(1, target, -torch.ones_like(norm))
-                grad_rows[start : start + step] = _grad_hidden(logits, weight)
-                grad_weight.addmm_(logits.t(), chunk)
+                grad_logits = scores.exp_()
+                grad_logits.scatter_add_(1, target, -torch.ones_like(chosen))
+                grad_rows[start : start + step] = _grad_hidden(grad_logits, weight)
+                _add_grad_weight(grad_weight, grad_logits, chunk)
         if need_grad:
             ctx.save_for_backward(kept)
             ctx.gradients = (grad_rows, grad_weight)
