@@ -97,12 +97,12 @@ class Built:
     optimizer: Optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint holds, by stable name."""
+        """Everything a checkpoint holds, by stable name. Weights are the optimizer's, always the
+        fp32 shards; the model's own are the gathered copies between forward and backward."""
         state: dict[str, Tensor] = {
-            f"model.{name}": value
-            for named in (self.model.named_parameters(), self.model.named_buffers())
-            for name, value in named
+            f"model.{name}": shard.parameter for name, shard in self.optimizer.shards.items()
         }
+        state |= {f"model.{name}": value for name, value in self.model.named_buffers()}
         return state | self.optimizer.tensors()
 
 

@@ -49,6 +49,14 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: ZayaModel) -> None:
+    """Free gathered weights that no backward pass will free, as after a forward pass alone; until
+    then the model's parameters are the gathered copies in the compute dtype."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def write_full(target: Tensor, full: Tensor) -> None:
     """Store a full tensor into a sharded (or plain) one, keeping this rank's rows."""
     if not isinstance(target, DTensor):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zaya_train.parallel.collectives import sum_over
+from zaya_train.parallel.fsdp import reshard
 from zaya_train.train.batch import make_batch, without_labels
 
 if TYPE_CHECKING:
@@ -45,4 +46,5 @@ def validation_losses(
             total += torch.stack([loss.double(), loss.new_tensor(batch.supervised).double()])
         total = sum_over(total)
         results[name] = float(total[0] / total[1].clamp_min(1))
+    reshard(model)
     return results
