@@ -243,6 +243,21 @@ def test_bf16_computes_in_bf16_and_keeps_the_stream_and_all_state_in_fp32() -> N
         assert seen["kept"] == seen["biases"] == {"torch.float32"}
 
 
+def parameters_around_an_evaluation() -> tuple[set[str], set[str], bool]:
+    setup = Setup.of(Case(shard=2), **{"precision.compute_dtype": "bf16"})
+    before = dict(setup.model.named_parameters())
+    setup.validation()
+    after = dict(setup.model.named_parameters())
+    same = all(after[name] is parameter for name, parameter in before.items())
+    kinds = {type(p).__name__ for p in after.values()}
+    return kinds, {str(p.dtype) for p in after.values()}, same
+
+
+def test_an_evaluation_leaves_the_sharded_weights_in_place() -> None:
+    for kinds, dtypes, same in run_ranks(parameters_around_an_evaluation, 2):
+        assert (kinds, dtypes, same) == ({"DTensor"}, {"torch.float32"}, True)
+
+
 def batch_parts() -> list[tuple[int, list[list[int]], list[list[int]]]]:
     parts = []
     setup = Setup.of(Case(context=2))

@@ -1,0 +1,165 @@
+"""Every `zaya` command once, from data to sampled answers, through `main`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.tiny import tiny
+from zaya_train.hub.convert import from_hf, to_hf
+from zaya_train.main import main
+from zaya_train.model.init import initialise
+from zaya_train.model.zaya import ZayaModel
+from zaya_train.train.metrics import MetricsWriter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """problems.jsonl, a corpus of it with a held-out part, and an untrained exported model."""
+    root = tmp_path_factory.mktemp("cli")
+    problems, corpus = root / "problems.jsonl", root / "corpus"
+    assert main(["data", "synth", "--output", str(problems), "--count", "30"]) == 0
+    prepare = ["data", "prepare", "--input", str(problems), "--output", str(corpus)]
+    assert main([*prepare, "--heldout-fraction", "0.2"]) == 0
+    model = ZayaModel(tiny().model)
+    initialise(model, seed=0)
+    to_hf(model, root / "model", corpus / "train" / "tokenizer")
+    return root
+
+
+def test_data_commands_leave_corpora(folder: Path) -> None:
+    assert len((folder / "problems.jsonl").read_text().splitlines()) == 30
+    for part in ("train", "heldout"):
+        assert (folder / "corpus" / part / "manifest.json").is_file()
+
+
+def test_inspect_shows_a_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data", "inspect", str(folder / "corpus" / "train"), "--index", "1", "--budget", "40"]
+    assert main(words) == 0
+    assert "documents" in capsys.readouterr().out
+
+
+def test_generate_answers_every_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(folder / "model"), "2+2?", "3+3?", "--max-new-tokens", "4"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "2+2?" in out
+    assert "3+3?" in out
+
+
+def test_evaluate_writes_a_report(folder: Path) -> None:
+    rows, output = folder / "corpus" / "heldout.jsonl", folder / "evaluation.json"
+    few = folder / "few.jsonl"
+    few.write_text("".join(line + "\n" for line in rows.read_text().splitlines()[:2]))
+    words = ["evaluate", str(folder / "model"), str(few), "--count", "1", "--output", str(output)]
+    assert main(words) == 0
+    report = json.loads(output.read_text())
+    assert report["total"] == 1
+
+
+def test_import_checks_a_folder_and_writes_its_configuration(folder: Path) -> None:
+    yaml = folder / "models" / "imported.yaml"
+    assert main(["import-hf", str(folder / "model"), "--model-yaml", str(yaml)]) == 0
+    assert "vocab_size: 264" in yaml.read_text()
+    again = folder / "again"
+    to_hf(from_hf(folder / "model"), again, folder / "corpus" / "train" / "tokenizer")
+    for name in ("model.safetensors", "config.json"):
+        assert (again / name).read_bytes() == (folder / "model" / name).read_bytes(), name
+
+
+def test_plan_previews_phases_memory_and_edges(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "recipe=zaya1_8b", "--ranks", "1024"]) == 0
+    out = capsys.readouterr().out
+    assert "8,840,488,784 parameters" in out
+    for phase in ("pretrain_1", "pretrain_2", "midtrain", "sft"):
+        assert phase in out
+    assert "midtrain -> sft" in out
+
+
+def test_plan_names_every_broken_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "recipe=zaya1_8b", "run.seed=-1", "checkpoint.keep_last=1", "--ranks", "24"]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    for key in ("run.seed: -1", "checkpoint.keep_last: 1", "global_batch_tokens: 16777216"):
+        assert key in line
+
+
+def test_report_is_one_page(folder: Path) -> None:
+    run_dir = folder / "run"
+    with MetricsWriter(run_dir, [], enabled=True) as metrics:
+        metrics.write("start", step=0, world_size=1, device="cpu", config_hash="x")
+        metrics.write("phase", name="short", event="begin", step=0)
+        for step in (1, 2):
+            metrics.write(
+                "step",
+                step=step,
+                phase="short",
+                phase_step=step,
+                tokens=64 * step,
+                loss=5.0 / step,
+                grad_norm=1.0,
+                muon_lr=0.1,
+                adamw_lr=0.1,
+                supervised_tokens=60,
+                step_seconds=0.1,
+                data_seconds=0.0,
+                tokens_per_second=640.0,
+                applied=True,
+                load=[[0.5, 0.25, 0.25, 0.0]],
+                load_entropy=0.9,
+                skip_rate=0.0,
+                max_violation=0.5,
+                memory_bytes=1,
+            )
+    assert main(["report", str(run_dir)]) == 0
+    assert "<html" in (run_dir / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["export-hf", "nowhere", "--output", "out"], 3),
+        (["import-hf", "nowhere", "--model-yaml", "m.yaml"], 3),
+        (["generate", "nowhere", "hello"], 3),
+        (["data", "inspect", "nowhere"], 2),
+        (["data", "prepare", "--input", "nowhere.jsonl", "--output", "out"], 2),
+        (["report", "nowhere"], 2),
+    ],
+)
+def test_what_is_not_there_is_told_in_one_line(
+    words: list[str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert "nowhere" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], [], ["data"], ["generate"], ["plan", "--rank", "2"]]
+)
+def test_wrong_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "usage: zaya" in capsys.readouterr().err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for command in ("train", "data", "import-hf", "export-hf", "generate", "plan", "report"):
+        assert command in out
