@@ -60,27 +60,41 @@ def _add_grad_weight(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -
         grad_weight[block].add_(product(grad_logits[:, block].t(), hidden))
 
 
+def _one_chunk(
+    rows: Tensor, target: Tensor, weight: Tensor, grad_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of rows [c, D] with target [c, 1], and their gradient if there is a `grad_weight` to add
+    to. A function of its own, so that a chunk's logits are gone before the next one's are made."""
+    scores = torch.log_softmax(_logits(rows, weight), dim=-1)
+    chosen = scores.gather(1, target)
+    loss = -chosen.sum()
+    if grad_weight is None:
+        return loss, None
+    grad_logits = scores.exp_()
+    grad_logits.scatter_add_(1, target, -torch.ones_like(chosen))
+    _add_grad_weight(grad_weight, grad_logits, rows)
+    return loss, _grad_hidden(grad_logits, weight)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, recorded: bool
+    ) -> Tensor:
         work = torch.promote_types(hidden.dtype, torch.float32)
         kept = (labels != ignore).nonzero().squeeze(1)
         rows, targets = hidden.index_select(0, kept).to(work), labels[kept]
-        need_grad = any(ctx.needs_input_grad[:2])
+        need_grad = recorded and any(ctx.needs_input_grad[:2])
         grad_rows = torch.empty_like(rows) if need_grad else None
         grad_weight = torch.zeros_like(weight, dtype=work) if need_grad else None
         loss = torch.zeros((), dtype=work, device=hidden.device)
         step = _chunk_rows(weight.shape[0], rows.element_size())
         for start in range(0, rows.shape[0], step):
             chunk, target = rows[start : start + step], targets[start : start + step, None]
-            scores = torch.log_softmax(_logits(chunk, weight), dim=-1)
-            chosen = scores.gather(1, target)
-            loss -= chosen.sum()
-            if grad_rows is not None and grad_weight is not None:
-                grad_logits = scores.exp_()
-                grad_logits.scatter_add_(1, target, -torch.ones_like(chosen))
-                grad_rows[start : start + step] = _grad_hidden(grad_logits, weight)
-                _add_grad_weight(grad_weight, grad_logits, chunk)
+            chunk_loss, chunk_grad = _one_chunk(chunk, target, weight, grad_weight)
+            loss += chunk_loss
+            if grad_rows is not None and chunk_grad is not None:
+                grad_rows[start : start + step] = chunk_grad
         if need_grad:
             ctx.save_for_backward(kept)
             ctx.gradients = (grad_rows, grad_weight)
@@ -88,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy: backward ran twice; its gradients were used up"
@@ -99,11 +113,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype = ctx.like
         grad_hidden = grad_rows.new_zeros(shape).index_copy_(0, kept, grad_rows)
-        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), None, None
+        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), None, None, None
 
 
 def linear_cross_entropy_eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int
 ) -> Tensor:
     """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`."""
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore)
+    # Within forward grad mode is always off and needs_input_grad ignores it, so it is asked here.
+    recorded = torch.is_grad_enabled()
+    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore, recorded)

@@ -1,0 +1,166 @@
+"""Training throughput on a CPU: ZayaModel against transformers' ZayaForCausalLM.
+
+Same weights (written by `hub.to_hf`, read back by transformers), same tokens and labels; forward and
+backward of both are timed alternately in one process, so that a busy machine slows both alike. The
+figure to read is the median of the pairwise ratios. Losses and embedding gradients of the two are
+compared before anything is timed.
+
+    python kernels/bench/cpu_model.py [--rounds 7] [--threads 2] [--profile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL
+
+from zaya_train.config.schema import ModelConfig
+from zaya_train.hub.convert import from_hf, to_hf
+from zaya_train.model import SequenceLayout, ZayaModel, initialise
+from zaya_train.model.flops import train_flops_per_token
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+CONFIG = ModelConfig(
+    vocab_size=8192,
+    num_layers=8,
+    hidden_size=512,
+    num_query_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    num_experts=16,
+    expert_ffn_size=512,
+    router_size=256,
+    max_context_tokens=1024,
+    skip_output="zero",
+)
+BATCH, SEQUENCE = 2, 1024
+
+
+def models(folder: Path) -> tuple[ZayaModel, transformers.ZayaForCausalLM]:
+    """Both models with one set of weights, both through the interchange format."""
+    source = ZayaModel(CONFIG)
+    initialise(source, seed=0)
+    to_hf(source, folder)
+    # Without a padding id transformers' embedding drops no token's gradient.
+    theirs = transformers.ZayaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, pad_token_id=None
+    )
+    return from_hf(folder), theirs.train()
+
+
+def passes(
+    ours: ZayaModel, theirs: transformers.ZayaForCausalLM
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Forward and backward of either model on one batch, each returning its mean loss."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(CONFIG.vocab_size, (BATCH, SEQUENCE), generator=generator)
+    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=IGNORE_LABEL)
+    count = int((labels != IGNORE_LABEL).sum())
+    layout = SequenceLayout.whole_rows(BATCH, SEQUENCE, torch.device("cpu"))
+
+    def run_ours() -> Tensor:
+        loss = ours(tokens, labels, layout).loss / count
+        loss.backward()
+        return loss.detach()
+
+    def run_theirs() -> Tensor:
+        # transformers shifts the labels itself; its routers' states need no cache here.
+        loss = theirs(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    return run_ours, run_theirs
+
+
+def agreement(losses: tuple[Tensor, Tensor], ours: ZayaModel, theirs: nn.Module) -> float:
+    """Relative difference of the embedding gradients; ValueError where the passes differ."""
+    a, b = ours.embedding.grad, theirs.get_parameter("model.embed_tokens.weight").grad
+    if a is None or b is None:
+        raise ValueError("a pass left the embedding without a gradient")
+    difference = float((a - b).norm() / b.norm())
+    if difference > 1e-3 or abs(float(losses[0] - losses[1])) > 1e-4:
+        raise ValueError(
+            f"the models disagree: losses {float(losses[0])} and {float(losses[1])}, "
+            f"embedding gradients {difference:.1e} apart"
+        )
+    return difference
+
+
+def seconds(run: Callable[[], object], model: nn.Module | None = None) -> float:
+    """Wall time of one call, on cleared gradients."""
+    if model is not None:
+        model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a plain fp32 product of 2,048 x 2,048 matrices, best of five."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def report(ours: list[float], theirs: list[float], console: Console) -> None:
+    """Print medians, rates and the pairwise ratio."""
+    flops = train_flops_per_token(CONFIG, SEQUENCE) * BATCH * SEQUENCE
+    table = Table(title=f"forward + backward, {BATCH} x {SEQUENCE} tokens, fp32")
+    for column in ("model", "median s", "GFLOP/s", "tokens/s"):
+        table.add_column(column, justify="right")
+    for name, times in (("zaya-train", ours), ("transformers", theirs)):
+        median = statistics.median(times)
+        rate, speed = flops / median / 1e9, BATCH * SEQUENCE / median
+        table.add_row(name, f"{median:.3f}", f"{rate:.0f}", f"{speed:,.0f}")
+    console.print(table)
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    console.print(
+        f"ratio transformers / zaya-train: median {statistics.median(ratios):.2f}, "
+        f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} pairs"
+    )
+    console.print(f"plain matrix product: {matmul_rate() / 1e9:.0f} GFLOP/s")
+
+
+def main() -> None:
+    """Run the comparison and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="timed pairs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="also print our time by operator")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = models(Path(folder) / "model")
+    run_ours, run_theirs = passes(ours, theirs)
+    losses = run_ours(), run_theirs()
+    difference = agreement(losses, ours, theirs)
+    console.print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    console.print(f"loss {float(losses[0]):.6f}, embedding gradients {difference:.1e} apart")
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(arguments.rounds):
+        times[0].append(seconds(run_ours, ours))
+        times[1].append(seconds(run_theirs, theirs))
+    report(*times, console)
+    if arguments.profile:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            seconds(run_ours, ours)
+        averages = recorded.key_averages(group_by_input_shape=True)
+        console.print(averages.table(sort_by="self_cpu_time_total", row_limit=40))
+
+
+if __name__ == "__main__":
+    main()

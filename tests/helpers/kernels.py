@@ -1,0 +1,74 @@
+"""Comparing an operation's back ends, outputs and every gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    Run = Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one forward and backward gave."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def run_pass(run: Run, backend: str, inputs: Mapping[str, Tensor]) -> Passed:
+    """Forward, and backward of a fixed random projection of the outputs."""
+    leaves = {name: value.detach().clone().requires_grad_(True) for name, value in inputs.items()}
+    outputs = list(run(backend, leaves))
+    weights = [random(*out.shape, seed=100 + i) for i, out in enumerate(outputs)]
+    total = sum(
+        ((out * weight.to(out.dtype)).sum() for out, weight in zip(outputs, weights, strict=True)),
+        start=torch.zeros((), dtype=outputs[0].dtype),
+    )
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=False)
+    return Passed([out.detach() for out in outputs], dict(zip(leaves, gradients, strict=True)))
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected (or 1e-3, for zeros)."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all(), "not finite: NaN, or memory never written"
+    gap = (found.double() - expected.double()).norm()
+    return float(gap / expected.double().norm().clamp_min(1e-3))
+
+
+def assert_close(found: Passed, expected: Passed, tolerance: float) -> None:
+    errors = {
+        f"output {i}": error(a, b)
+        for i, (a, b) in enumerate(zip(found.outputs, expected.outputs, strict=True))
+    }
+    assert found.gradients.keys() == expected.gradients.keys()
+    errors |= {name: error(g, expected.gradients[name]) for name, g in found.gradients.items()}
+    assert {name: e for name, e in errors.items() if not e <= tolerance} == {}
+
+
+def assert_backends_agree(run: Run, inputs: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
+    """Eager against reference on the inputs as they are."""
+    expected = run_pass(run, "reference", inputs)
+    assert_close(run_pass(run, "eager", inputs), expected, tolerance)
+
+
+def assert_low_precision(
+    run: Run, inputs: Mapping[str, Tensor], dtype: torch.dtype, tolerance: float
+) -> None:
+    """Eager on inputs rounded to `dtype` against the fp64 reference on the same rounded values."""
+    rounded = {name: value.to(dtype) for name, value in inputs.items()}
+    exact = run_pass(run, "reference", {name: value.double() for name, value in rounded.items()})
+    assert_close(run_pass(run, "eager", rounded), exact, tolerance)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+
+def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`make`, its result filled with NaN, or with an index no tensor has."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = make(*args, **kwargs)
+        with torch.no_grad():
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype == torch.int64:
+                tensor.fill_(-(2**40))
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that an operation forgets to write shows up as NaN instead of as luck."""
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)

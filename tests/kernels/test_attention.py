@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zaya_kernels.attention import segments as planning
+from zaya_kernels.attention.op import attention
+from zaya_kernels.attention.segments import AttentionPlan, Segment, plan_attention
+
+from zaya_train.model import SequenceLayout
+
+from ..helpers.kernels import (
+    assert_backends_agree,
+    assert_close,
+    assert_low_precision,
+    random,
+    run_pass,
+)
+from ..helpers.models import CPU, packed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+
+def inputs_of(batch: int, queries: int, keys: int, heads: tuple[int, int]) -> dict[str, Tensor]:
+    return {
+        "q": random(batch, queries, heads[0], 4, seed=1),
+        "k": random(batch, keys, heads[1], 4, seed=2),
+        "v": random(batch, keys, heads[1], 4, seed=3),
+    }
+
+
+def call(backend: str, x: Mapping[str, Tensor], plan: AttentionPlan) -> Sequence[Tensor]:
+    return [attention(x["q"], x["k"], x["v"], plan, backend)]
+
+
+def dense(x: Mapping[str, Tensor], sees: Tensor) -> Sequence[Tensor]:
+    """Attention with a mask [B, S, T] over everything, by its definition."""
+    group = x["q"].shape[2] // x["k"].shape[2]
+    k, v = (x[name].repeat_interleave(group, dim=2) for name in ("k", "v"))
+    scores = torch.einsum("bqhd,bkhd->bhqk", x["q"], k) / x["q"].shape[-1] ** 0.5
+    weights = scores.masked_fill(~sees[:, None], float("-inf")).softmax(dim=-1)
+    return [torch.einsum("bhqk,bkhd->bqhd", weights, v)]
+
+
+def sees(documents: Sequence[Sequence[int]], row_tokens: int) -> Tensor:
+    """[B, S, S]: same document, and not later."""
+    rows = []
+    for lengths in documents:
+        full = [*lengths, row_tokens - sum(lengths)]
+        owner = torch.repeat_interleave(torch.arange(len(full)), torch.tensor(full))
+        rows.append((owner[:, None] == owner[None]).tril())
+    return torch.stack(rows)
+
+
+LAYOUTS = {
+    "whole": ([[13], [13]], 13),
+    "packed": ([[5, 1, 7], [1, 12]], 13),
+    "padding": ([[5, 1], [13]], 13),
+    "singles": ([[1] * 9], 9),
+    "long_and_short": ([[70, 3, 17, 1, 9]], 100),
+}
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_packed_attention_equals_its_definition(name: str, heads: tuple[int, int]) -> None:
+    documents, row_tokens = LAYOUTS[name]
+    plan = packed(documents, row_tokens).attention
+    inputs = inputs_of(len(documents), row_tokens, row_tokens, heads)
+    mask = sees(documents, row_tokens)
+    expected = run_pass(lambda _, x: dense(x, mask), "dense", inputs)
+    for backend in ("eager", "reference"):
+        found = run_pass(lambda name, x: call(name, x, plan), backend, inputs)
+        assert_close(found, expected, 1e-10)
+
+
+CHUNKS = {
+    "tail": [(20, 32)],
+    "zigzag": [(0, 8), (24, 32)],
+    "reversed": [(16, 24), (0, 8)],
+    "one_token": [(5, 6)],
+}
+
+
+@pytest.mark.parametrize("documents", [[[32], [9, 23]], [[8, 1, 15, 8], [7, 2, 14]]], ids=str)
+@pytest.mark.parametrize("name", CHUNKS)
+def test_local_chunks_against_the_gathered_row(
+    name: str, documents: Sequence[Sequence[int]]
+) -> None:
+    chunks = CHUNKS[name]
+    local = torch.cat([torch.arange(start, end) for start, end in chunks])
+    plan = SequenceLayout.of_documents(documents, 32, CPU, chunks).attention
+    inputs = inputs_of(2, len(local), 32, (4, 2))
+    mask = sees(documents, 32)[:, local]
+    expected = run_pass(lambda _, x: dense(x, mask), "dense", inputs)
+    for backend in ("eager", "reference"):
+        found = run_pass(lambda name, x: call(name, x, plan), backend, inputs)
+        assert_close(found, expected, 1e-10)
+
+
+def test_long_runs_of_masked_queries_are_split() -> None:
+    """1,100 queries behind 37 earlier keys: blocks of at most 1,024 queries, the same result."""
+    plan = plan_attention([Segment(0, 1100, 0, 1137)], 1100, CPU, whole_rows=False)
+    masks = [group.mask for group in plan.groups if group.mask is not None]
+    assert len(masks) == len(plan.groups) == 2
+    assert max(mask.shape[2] for mask in masks) <= 1024
+    inputs = inputs_of(1, 1100, 1137, (1, 1))
+    assert_backends_agree(lambda name, x: call(name, x, plan), inputs)
+
+
+def test_plain_causal_segments_carry_no_mask_however_long() -> None:
+    plan = plan_attention([Segment(0, 2100, 0, 2100)], 2100, CPU, whole_rows=False)
+    assert [group.mask for group in plan.groups] == [None]
+
+
+def test_bf16_inputs_keep_bf16_accuracy() -> None:
+    documents, row_tokens = LAYOUTS["long_and_short"]
+    plan = packed(documents, row_tokens).attention
+    inputs = inputs_of(1, row_tokens, row_tokens, (4, 2))
+    assert_low_precision(lambda name, x: call(name, x, plan), inputs, torch.bfloat16, 2**-6)
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [Segment(0, 4, 0, 4)],
+        [Segment(0, 4, 0, 4), Segment(5, 3, 5, 3)],
+        [Segment(0, 4, 0, 4), Segment(3, 4, 3, 4)],
+        [Segment(0, 4, 0, 4), Segment(4, 4, 4, 4), Segment(0, 1, 0, 1)],
+    ],
+    ids=["missing", "gap", "overlap", "twice"],
+)
+def test_every_query_is_covered_once(segments: list[Segment]) -> None:
+    with pytest.raises(ValueError, match=r"cover \d+ queries of 8"):
+        plan_attention(segments, 8, CPU, whole_rows=False)
+
+
+@given(st.integers(1, 200_000))
+def test_buckets_hold_their_length_and_waste_little(length: int) -> None:
+    padded = planning._bucket(length)
+    assert length <= padded and padded % 8 == 0
+    assert padded - length < max(8, length / 4)
+
+
+def test_buckets_are_few() -> None:
+    assert len({planning._bucket(length) for length in range(4097, 8193)}) == 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.integers(1, 30), min_size=1, max_size=6).filter(lambda row: sum(row) <= 64),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_groups_hold_each_query_in_its_place(documents: list[list[int]]) -> None:
+    plan = packed(documents, 64).attention
+    queries = torch.cat([group.queries.flatten() for group in plan.groups])
+    assert torch.equal(queries[plan.inverse], torch.arange(64 * len(documents)))
+    assert all(group.mask is None for group in plan.groups)

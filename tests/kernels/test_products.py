@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from zaya_kernels import products
+from zaya_kernels.products import by_onednn, linear, product
+
+from ..helpers.kernels import assert_close, random, run_pass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+
+def call(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    function = linear if backend == "eager" else torch.nn.functional.linear
+    return [function(x["x"], x["weight"], x.get("bias"))]
+
+
+@pytest.mark.parametrize("smallest", [1, products.SMALLEST_PRODUCT], ids=["onednn", "torch"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1, 7), (0, 4, 7), (2, 33, 7)], ids=str)
+def test_linear_equals_torchs(
+    shape: tuple[int, int, int], bias: bool, smallest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "SMALLEST_PRODUCT", smallest)
+    inputs = {"x": random(*shape, seed=1), "weight": random(9, 7, seed=2)}
+    if bias:
+        inputs["bias"] = random(9, seed=3)
+    exact = run_pass(call, "torch", inputs)
+    single = {name: value.float() for name, value in inputs.items()}
+    assert_close(run_pass(call, "eager", single), exact, 1e-6)
+
+
+def test_strided_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALLEST_PRODUCT", 1)
+    a, b = random(40, 30, seed=1).float(), random(30, 20, seed=2).float()
+    pairs = [
+        (a[:, 5:15], b[5:15]),
+        (a.t()[:, 3:9], random(12, 20, seed=3).float()[::2]),
+        (a[::3], b.flip(1)),
+        (a[4:5], b),
+        (a, b.t().contiguous().t()),
+    ]
+    for left, right in pairs:
+        torch.testing.assert_close(
+            product(left, right).double(), left.double() @ right.double(), rtol=0, atol=1e-4
+        )
+
+
+def test_frozen_operands_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALLEST_PRODUCT", 1)
+    x, weight = random(4, 3, seed=1).float(), random(2, 3, seed=2).float().requires_grad_(True)
+    linear(x, weight).sum().backward()
+    assert x.grad is None
+    torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(2, 3))
+
+
+def test_onednn_takes_large_fp32_products_alone() -> None:
+    available = torch.backends.mkldnn.is_available()
+    assert by_onednn(torch.zeros(128, 128), 128) == available
+    assert not by_onednn(torch.zeros(127, 128), 128)
+    assert not by_onednn(torch.zeros(128, 128, dtype=torch.float64), 128)
+    assert not by_onednn(torch.zeros(128, 128, dtype=torch.bfloat16), 128)
+    assert not by_onednn(torch.zeros(128, 128, device="meta"), 128)
