@@ -159,7 +159,7 @@ class Setup:
 
     def full(self) -> dict[str, Tensor]:
         """Weights, biases and optimizer state, gathered."""
-        tensors = {f"model.{n}": p for n, p in self.model.named_parameters()}
+        tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
         tensors |= {f"model.{n}": b for n, b in self.model.named_buffers()}
         return {n: whole(t) for n, t in (tensors | self.optimizer.tensors()).items()}
 
@@ -173,7 +173,7 @@ class Setup:
             }
             inner(*arguments)
 
-        self.optimizer.step = step  # type: ignore[method-assign]
+        self.optimizer.step = step  # type: ignore[method-assign, assignment]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -191,9 +191,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
-    """What one rank saw of a case."""
+    """What one rank saw of a case; pytest shows arguments, and these arrays are long."""
 
     losses: list[float]
     norms: list[float]
@@ -240,8 +240,8 @@ def run_cases(cases: list[Case]) -> dict[str, Outcome]:
 
 def relative(value: NDArray[Any], reference: NDArray[Any]) -> float:
     """Norm of the difference over the reference's norm, in float64."""
-    difference = np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64))
-    return float(difference / max(np.linalg.norm(reference.astype(np.float64)), 1e-30))
+    difference = float(np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64)))
+    return difference / max(float(np.linalg.norm(reference.astype(np.float64))), 1e-30)
 
 
 def norm_of_gathered(case: Case) -> tuple[float, float]:

@@ -54,20 +54,19 @@ def exchange_on_rank(head_tail: bool, tokens: int, rows: int) -> dict[str, float
     mine = local_part(row, chunking, rank).requires_grad_()
     gathered, halo = exchange.gather(mine), exchange.halo(mine, rows)
     seeds = range(ranks)
-    (gathered * weights(gathered.shape, rank)).sum().backward(retain_graph=True)
+    torch.autograd.backward((gathered * weights(gathered.shape, rank)).sum(), retain_graph=True)
     assert mine.grad is not None
     gather_grad, mine.grad = mine.grad, None
-    (halo * weights(halo.shape, 10 + rank)).sum().backward()
+    torch.autograd.backward((halo * weights(halo.shape, 10 + rank)).sum())
 
     whole = row.clone().requires_grad_()
     loss = torch.stack([(whole * weights(row.shape, r)).sum() for r in seeds]).sum()
-    loss.backward()
+    torch.autograd.backward(loss)
     assert whole.grad is not None
     expected_gather_grad, whole.grad = local_part(whole.grad, chunking, rank), None
     halos = [halo_of_full(whole, chunking, r, rows) for r in seeds]
-    torch.stack(
-        [(h * weights(h.shape, 10 + r)).sum() for r, h in enumerate(halos)]
-    ).sum().backward()
+    upstream = [(h * weights(h.shape, 10 + r)).sum() for r, h in enumerate(halos)]
+    torch.autograd.backward(torch.stack(upstream).sum())
     assert mine.grad is not None
     return {
         "gather": float((gathered - row).abs().max()),

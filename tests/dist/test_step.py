@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def _to_nan(gradient: Tensor) -> Tensor:
+    return gradient * math.nan
+
+
 class NaNGradient:
     """While it is `on`, the gradient that flows back into the first layer is NaN on this rank."""
 
@@ -35,7 +39,7 @@ class NaNGradient:
 
     def _hook(self, module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
         if self.on and self.mine and outputs[0].requires_grad:
-            outputs[0].register_hook(lambda gradient: gradient * math.nan)
+            outputs[0].register_hook(_to_nan)  # type: ignore[no-untyped-call]
 
 
 def everything(setup: Setup) -> str:
@@ -227,7 +231,7 @@ def dtypes_in_bf16() -> dict[str, set[str]]:
 
     for layer in setup.model.layers:
         layer.register_forward_hook(layer_hook)
-        layer.attention.register_forward_hook(block_hook)
+        layer.get_submodule("attention").register_forward_hook(block_hook)
     losses = [setup.step(number).loss for number in range(3)]
     assert all(math.isfinite(loss) for loss in losses), losses
     tensors = dict(setup.model.named_parameters()) | setup.optimizer.tensors()

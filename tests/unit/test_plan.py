@@ -62,8 +62,9 @@ def test_constant_after_warmup() -> None:
 
 
 def test_a_phase_that_is_all_warmup() -> None:
-    for kind in ("wsd", "cosine", "linear", "constant"):
-        assert factor(TOTAL, ScheduleConfig(kind=kind, warmup_tokens=TOTAL)) == 1.0  # type: ignore[arg-type]
+    kinds: tuple[ScheduleKind, ...] = ("wsd", "cosine", "linear", "constant")
+    for kind in kinds:
+        assert factor(TOTAL, ScheduleConfig(kind=kind, warmup_tokens=TOTAL)) == 1.0
 
 
 @given(
