@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-LONG_SHARE = 0.06
+LONG_SHARE = 0.04
 """Share of problems with long traces within the families that have them; with the weights below
-about 2 % of all problems."""
+somewhat over 1 % of all problems."""
 LONGEST_TRACE_BYTES = 2400
 """Upper end of the long traces, in round numbers; their lengths are log-uniform."""
 
