@@ -7,6 +7,7 @@ phase before or was started again: one code path for the first start, a resume a
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -186,9 +187,10 @@ def _run_plan(context: Context) -> int:
             context.metrics.write("done", step=state.step)
             log.info("done after %d steps and %s tokens", state.step, f"{state.tokens:,}")
             return EXIT_OK
-        stopped = _run_phase(context, phases[state.phase_index], found, state)
-        if stopped:
+        if _run_phase(context, phases[state.phase_index], found, state):
             return EXIT_REQUEUE
+        # FSDP modules hang in reference cycles: without this two phases' weights would be alive.
+        gc.collect()
 
 
 def _announce(context: Context, state: TrainState, resumed: bool) -> None:

@@ -78,7 +78,9 @@ def test_the_reference_clips_and_learns(alone: Outcome) -> None:
         flat = np.concatenate([g.ravel() for g in gradients.values()])
         applied = np.linalg.norm(flat.astype(np.float64))
         assert applied == pytest.approx(min(norm, 0.5), rel=1e-6)
-    assert np.abs(alone.final["model.layers.0.moe.router.balancing_bias"]).max() > 0
+    bias = alone.final["model.layers.0.moe.router.balancing_bias"]
+    assert np.all(bias[:-1] != 0)
+    assert bias[-1] == -1
 
 
 @pytest.mark.parametrize(("world", "case"), ALL, ids=[case.name for _, case in ALL])

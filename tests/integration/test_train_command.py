@@ -132,7 +132,10 @@ def test_multirun_trains_two_jobs_in_directories_of_their_own(
     assert not compare_runs(*runs).equal
 
 
-def test_a_failing_job_of_a_sweep_is_told_in_the_exit_code(corpora: Path, tmp_path: Path) -> None:
+def test_a_failing_job_of_a_sweep_is_told_in_the_exit_code(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = overrides_for(values_for(tmp_path / "sweep", corpora, SHORT))
     log = tmp_path / "log"
     assert zaya(["train", "--multirun", *words, "run.seed=-1,2"], log) == 2

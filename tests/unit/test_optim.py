@@ -328,6 +328,15 @@ def test_a_step_moves_every_parameter_and_every_bias(alone: ProcessGroup) -> Non
         assert float(bias[0]) < 0 < float(bias[1])
 
 
+def test_decay_reaches_exactly_what_the_table_says(alone: ProcessGroup) -> None:
+    model, optimizer = model_and_optimizer(alone)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step(0.1, 0.1, torch.ones(2, 4))
+    for name, parameter in model.named_parameters():
+        kept = 1 - 0.1 * 0.1 if optimizer.table[name].decays else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * kept, msg=name)
+
+
 def test_state_names_are_stable_and_cover_every_parameter(alone: ProcessGroup) -> None:
     model, optimizer = model_and_optimizer(alone)
     fresh = optimizer.tensors()
