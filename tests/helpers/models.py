@@ -92,9 +92,11 @@ def with_kernels(model: ZayaModel, kernels: KernelsConfig) -> ZayaModel:
 def random_twin(config: ModelConfig, seed: int = 0) -> transformers.ZayaForCausalLM:
     """transformers' model of that shape with random weights; no padding id, for transformers'
     embedding drops the gradient of its padding token."""
-    settings = config_to_hf(config) | {"pad_token_id": None, "attn_implementation": "sdpa"}
+    settings = config_to_hf(config) | {"pad_token_id": None}
     torch.manual_seed(seed)
-    twin = transformers.ZayaForCausalLM(transformers.ZayaConfig(**settings))
+    # Its grouped products refuse odd widths, hence eager experts.
+    theirs = transformers.ZayaConfig(**settings, experts_implementation="eager")
+    twin = transformers.ZayaForCausalLM(theirs)
     randomise(twin, seed)
     # transformers starts the key temperature at zero, which hides whatever the keys are.
     with torch.no_grad():

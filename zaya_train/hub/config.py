@@ -107,7 +107,10 @@ def config_from_hf(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face `zaya` folder")
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
     if raw.get("model_type") != "zaya":
         raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'zaya'")
     for key, value in _FIXED.items():
@@ -117,15 +120,24 @@ def config_from_hf(folder: Path) -> ModelConfig:
     if kinds != {"hybrid"}:
         raise CheckpointError(f"{path}: layer_types {sorted(kinds)}, only 'hybrid' is supported")
     values = {ours: raw.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _SAME.items()}
-    rope = (raw.get("rope_parameters") or {}).get("hybrid") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(
-            f"{path}: rope_type {rope['rope_type']!r}, only 'default' is supported"
-        )
+    rope_base, rope_fraction = _rope(path, raw.get("rope_parameters"))
     return ModelConfig(
         **values,
-        rope_base=float(rope.get("rope_theta", 5_000_000.0)),
-        rope_fraction=float(rope.get("partial_rotary_factor", 0.5)),
+        rope_base=rope_base,
+        rope_fraction=rope_fraction,
         # What merged transformers computes for a skipped token.
         skip_output="zero",
     )
+
+
+def _rope(path: Path, parameters: dict[str, Any] | None) -> tuple[float, float]:
+    """(base, rotated fraction), with transformers' defaults for what is left out."""
+    if parameters is None:
+        return 5_000_000.0, 0.5
+    rope = parameters.get("hybrid")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        raise CheckpointError(f"{path}: rope_parameters has no rope_theta under 'hybrid'")
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise CheckpointError(f"{path}: rope_type {kind!r}, only 'default' is supported")
+    return float(rope["rope_theta"]), float(rope.get("partial_rotary_factor", 1.0))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -65,13 +65,25 @@ def read_hf(
     All names and shapes are compared with the folder before the first tensor is read.
     """
     files = dict(_tensor_files(folder))
-    # Tied: the head repeats the embedding in files that carry it.
-    files.pop("lm_head.weight", None)
+    _require_tied_head(folder, files)
     names = tensor_names(shapes, config)
     check_shapes({n.theirs: n.their_shape for n in names.values()}, _stored_shapes(files))
     for name in names.values():
         with safe_open(files[name.theirs], framework="pt") as handle:
             yield name.ours, handle.get_tensor(name.theirs).reshape(name.our_shape).contiguous()
+
+
+def _require_tied_head(folder: Path, files: dict[str, Path]) -> None:
+    """Take the head out of `files`: where it is stored it repeats the embedding, else it is lost."""
+    head = files.pop("lm_head.weight", None)
+    if head is None or "model.embed_tokens.weight" not in files:
+        return
+    with safe_open(head, framework="pt") as handle:
+        theirs = handle.get_tensor("lm_head.weight")
+    with safe_open(files["model.embed_tokens.weight"], framework="pt") as handle:
+        tied = torch.equal(theirs, handle.get_tensor("model.embed_tokens.weight"))
+    if not tied:
+        raise CheckpointError(f"{folder}: lm_head.weight differs from the embedding it is tied to")
 
 
 def _stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
@@ -93,9 +105,13 @@ def _tensor_files(folder: Path) -> Iterator[tuple[str, Path]]:
     if not files:
         raise CheckpointError(f"{folder}: no *.safetensors file")
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                yield key, file
+        try:
+            with safe_open(file, framework="pt") as handle:
+                keys = list(handle.keys())
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: not a whole safetensors file: {error}") from error
+        for key in keys:
+            yield key, file
 
 
 def to_hf(model: ZayaModel, path: Path | str, tokenizer: Path | None = None) -> None:
@@ -115,7 +131,8 @@ def write_hf(
     holds an earlier export; CheckpointError otherwise.
     """
     target = Path(path)
-    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+    ours = not target.exists() or (target / "config.json").is_file()
+    if not ours and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists and is not an exported model; not replaced")
     names = tensor_names({k: tuple(v.shape) for k, v in tensors.items()}, config)
     check_shapes(_shapes(meta_model(config)), {k: tuple(v.shape) for k, v in tensors.items()})
@@ -132,15 +149,31 @@ def write_hf(
             partial / "config.json", config_to_hf(config) | {"dtype": _common_dtype(out)} | special
         )
         if tokenizer:
-            shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
+            # A model's folder may serve as tokenizer; its weights and settings are not copied.
+            written = (file.name for file in partial.iterdir())
+            skip = shutil.ignore_patterns("*.safetensors*", "*.bin", *written)
+            shutil.copytree(tokenizer, partial, ignore=skip, dirs_exist_ok=True)
             _write_json(partial / "generation_config.json", special)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+        _replace(target, partial)
     except OSError as error:
         raise StorageError(f"{target}: export failed: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Rename `partial` to `target`; a folder that was there goes only when the new one stands."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    earlier = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    target.rename(earlier)
+    try:
+        partial.rename(target)
+    except OSError:
+        earlier.rename(target)
+        raise
+    shutil.rmtree(earlier)
 
 
 def _special_ids(tokenizer: Path) -> dict[str, int | None]:
