@@ -175,7 +175,7 @@ def _solve_count(prompt: str) -> str:
 
 
 def _draw_reverse(rng: random.Random) -> str:
-    return f"R {''.join(rng.sample(ascii_lowercase, rng.randint(3, 8)))}"
+    return f"R {''.join(rng.sample(ascii_lowercase, rng.randint(3, 7)))}"
 
 
 def _explain_reverse(prompt: str) -> Explained:
@@ -280,7 +280,7 @@ _ALL = (
     Family("max", "largest digit", 0.6, _draw_max, _explain_max, _solve_max),
     Family("min", "smallest digit", 0.6, _draw_min, _explain_min, _solve_min),
     Family("count", "occurrences of a digit", 1.4, _draw_count, _explain_count, _solve_count),
-    Family("reverse", "letters backwards", 1, _draw_reverse, _explain_reverse, _solve_reverse),
+    Family("reverse", "letters backwards", 1.5, _draw_reverse, _explain_reverse, _solve_reverse),
     Family("sort", "digits in order", 1.3, _draw_sort, _explain_sort, _solve_sort),
     Family("jump", "follow a table", 1.2, _draw_jump, _explain_jump, _solve_jump),
     Family("add", "sum of two numbers", 1.5, _draw_add, _explain_add, _solve_add),
