@@ -1,9 +1,9 @@
 """Training throughput on a CPU: ZayaModel against transformers' ZayaForCausalLM.
 
-Same weights (written by `hub.to_hf`, read back by transformers), same tokens and labels; forward and
-backward of both are timed alternately in one process, so that a busy machine slows both alike. The
-figure to read is the median of the pairwise ratios. Losses and embedding gradients of the two are
-compared before anything is timed.
+Same weights (written by `hub.to_hf`, read back by transformers), same tokens and labels; forward
+and backward of both are timed alternately in one process, so that a busy machine slows both alike.
+The figure to read is the median of the pairwise ratios. Losses and embedding gradients of the two
+are compared before anything is timed.
 
     python kernels/bench/cpu_model.py [--rounds 7] [--threads 2] [--profile]
 """
@@ -73,14 +73,14 @@ def passes(
     layout = SequenceLayout.whole_rows(BATCH, SEQUENCE, torch.device("cpu"))
 
     def run_ours() -> Tensor:
-        loss = ours(tokens, labels, layout).loss / count
-        loss.backward()
+        loss: Tensor = ours(tokens, labels, layout).loss / count
+        torch.autograd.backward(loss)
         return loss.detach()
 
     def run_theirs() -> Tensor:
         # transformers shifts the labels itself; its routers' states need no cache here.
-        loss = theirs(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+        loss: Tensor = theirs(input_ids=tokens, labels=tokens, use_cache=False).loss
+        torch.autograd.backward(loss)
         return loss.detach()
 
     return run_ours, run_theirs

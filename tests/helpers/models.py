@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -95,8 +95,8 @@ def random_twin(config: ModelConfig, seed: int = 0) -> transformers.ZayaForCausa
     settings = config_to_hf(config) | {"pad_token_id": None}
     torch.manual_seed(seed)
     # Its grouped products refuse odd widths, hence eager experts.
-    theirs = transformers.ZayaConfig(**settings, experts_implementation="eager")
-    twin = transformers.ZayaForCausalLM(theirs)
+    settings["experts_implementation"] = "eager"
+    twin = transformers.ZayaForCausalLM(transformers.ZayaConfig(**settings))
     randomise(twin, seed)
     # transformers starts the key temperature at zero, which hides whatever the keys are.
     with torch.no_grad():
@@ -104,6 +104,11 @@ def random_twin(config: ModelConfig, seed: int = 0) -> transformers.ZayaForCausa
             if name.endswith(".temp"):
                 parameter.add_(1.0)
     return twin
+
+
+def blocks(model: ZayaModel) -> list[Any]:
+    """The layers; a ModuleList yields what type checkers take for any module."""
+    return list(model.layers)
 
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> Tensor:

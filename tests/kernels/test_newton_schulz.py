@@ -20,7 +20,8 @@ def with_singular_values(n: int, m: int, low: float, seed: int) -> Tensor:
     v = torch.linalg.qr(random(2, m, m, seed=seed + 1))[0]
     rank = min(n, m)
     values = torch.linspace(low, 1.0, rank, dtype=torch.float64)
-    return (u[:, :, :rank] * values) @ v[:, :rank]
+    product: Tensor = (u[:, :, :rank] * values) @ v[:, :rank]
+    return product
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -63,7 +63,7 @@ def test_gradients_agree_with_finite_differences() -> None:
     )
     x, weight = random(2, 3, 5, seed=1), random(5, seed=2)
     assert torch.autograd.gradcheck(
-        lambda *values: rms_norm(*values, 1e-5, "eager"),
+        lambda x, weight: rms_norm(x, weight, 1e-5, "eager"),
         (x.requires_grad_(True), weight.requires_grad_(True)),
     )
 

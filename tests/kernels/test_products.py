@@ -54,14 +54,13 @@ def test_strided_operands(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_frozen_operands_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "SMALLEST_PRODUCT", 1)
     x, weight = random(4, 3, seed=1).float(), random(2, 3, seed=2).float().requires_grad_(True)
-    linear(x, weight).sum().backward()
+    torch.autograd.backward(linear(x, weight).sum())
     assert x.grad is None
     torch.testing.assert_close(weight.grad, x.sum(dim=0).expand(2, 3))
 
 
 def test_onednn_takes_large_fp32_products_alone() -> None:
-    available = torch.backends.mkldnn.is_available()
-    assert by_onednn(torch.zeros(128, 128), 128) == available
+    assert by_onednn(torch.zeros(128, 128), 128)
     assert not by_onednn(torch.zeros(127, 128), 128)
     assert not by_onednn(torch.zeros(128, 128, dtype=torch.float64), 128)
     assert not by_onednn(torch.zeros(128, 128, dtype=torch.bfloat16), 128)

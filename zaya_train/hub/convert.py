@@ -74,7 +74,7 @@ def read_hf(
 
 
 def _require_tied_head(folder: Path, files: dict[str, Path]) -> None:
-    """Take the head out of `files`: where it is stored it repeats the embedding, else it is lost."""
+    """Take the head out of `files`: stored, it must repeat the embedding, or it is lost."""
     head = files.pop("lm_head.weight", None)
     if head is None or "model.embed_tokens.weight" not in files:
         return
