@@ -43,7 +43,7 @@ STD = {
     "moe.router.down": 64**-0.5,
     "moe.router.fc1": 32**-0.5,
     "moe.router.fc2": 32**-0.5,
-    "moe.router.out": 32**-0.5,
+    "moe.router.out": CONFIG.init_std,
 }
 
 

@@ -4,12 +4,16 @@
 |---|---|
 | embedding (tied LM head) | N(0, init_std^2) |
 | matrices into a block: q, k, v, gate_up, router | N(0, 1 / fan_in) |
+| router's last matrix | N(0, init_std^2): nearly even probabilities, see below |
 | matrices back into the stream: out_proj, experts' down | N(0, 1 / (2 L fan_in)), L layers |
 | convolutions | N(0, 1 / fan_in), fan_in = taps, or d x taps |
 | key temperature | 1 (zero, as in transformers' `zaya`, would silence the keys) |
 | norm weights, residual, depth-averaging and embedding scales | 1 |
 | all biases | 0 |
 | balancing bias | 0; skip class -1 (2605.05365, II-A2) |
+
+With a wider last router matrix the GELU layers' positive means become constant preferences between
+experts, two or three of which then take all tokens for the first hundred steps (docs/lab-log.md).
 
 Every tensor has its own generator, seeded from (seed, name): values depend neither on the order of
 construction nor on the layout of ranks.
@@ -72,7 +76,7 @@ def _initial(name: str, parameter: Tensor, model: ZayaModel, seed: int) -> Tenso
 
 def _std(leaf: str, name: str, parameter: Tensor, model: ZayaModel) -> float | None:
     """Standard deviation of a random tensor; None for tensors of ones."""
-    if name == "embedding":
+    if name == "embedding" or name.endswith("router.out"):
         return model.config.init_std
     if leaf.endswith(_ONES):
         return None
