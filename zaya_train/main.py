@@ -92,6 +92,9 @@ def _train(overrides: list[str]) -> int:
             codes.append(error.exit_code)
 
     _register_defaults()
+    if {"-h", "--help"} & set(overrides) and not any(w.startswith("recipe=") for w in overrides):
+        # Hydra composes before it helps, and the recipe has no default.
+        overrides = ["recipe=smoke_cpu", *overrides]
     sys.argv = ["zaya train", *overrides]
     # Hydra raises what it would otherwise print over many lines and turn into exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -177,13 +180,18 @@ def _add_data(commands: Any) -> None:
     parser.add_argument(
         "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
     )
-    parser.add_argument("--heldout-fraction", type=float, default=0.0)
+    parser.add_argument(
+        "--heldout-fraction", type=float, default=0.0, help="share kept out of training, 0 to 1"
+    )
     parser.add_argument(
         "--answer-marker", help="line start that separates worked steps from the answer"
     )
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--document-characters", type=int, help="cut text files into documents")
     parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
+    parser.add_argument(
+        "--allow-rejects", action="store_true", help="accept that most documents are rejected"
+    )
     for name in _FIELDS:
         parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
 
@@ -214,6 +222,7 @@ def _data_prepare(options: argparse.Namespace) -> None:
         split=options.split,
         document_characters=options.document_characters,
         overwrite=options.overwrite,
+        allow_rejects=options.allow_rejects,
     )
     prepare(request, Console())
 

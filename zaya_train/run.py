@@ -8,11 +8,8 @@ phase before or was started again: one code path for the first start, a resume a
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
-import resource
-import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,8 +24,8 @@ from zaya_train.config.check import check
 from zaya_train.config.derive import (
     Layout,
     config_hash,
-    context_degree,
     layout,
+    layout_notes,
     phase_sequences,
 )
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
@@ -41,9 +38,11 @@ from zaya_train.optim.table import summary
 from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import write_full
 from zaya_train.parallel.mesh import Mesh
+from zaya_train.phases.lineage import changes, lineage
 from zaya_train.phases.plan import batch_sequences
-from zaya_train.runtime.device import describe
+from zaya_train.runtime.device import describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
+from zaya_train.runtime.files import copy_folder_once, write_json
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
@@ -144,15 +143,9 @@ def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWr
     main = ranks.rank == 0
     values = to_dict(config)
     if main:
-        _write_config(run_dir / CONFIG_FILE, values)
+        write_json(run_dir / CONFIG_FILE, values)
     followers = open_followers(config.logging, run_dir, config.run.name, values) if main else []
     return MetricsWriter(run_dir, followers, enabled=main)
-
-
-def _write_config(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _describe(context: Context) -> None:
@@ -163,15 +156,8 @@ def _describe(context: Context) -> None:
         context.ranks.world_size,
         describe(context.ranks.device),
     )
-    for name, phase in context.config.plan.phases.items():
-        degree = context_degree(phase, context.config.parallel)
-        if degree != phase.context_parallel:
-            log.info(
-                "phase %s: context_parallel %d lowered to %d by parallel.context_parallel_limit",
-                name,
-                phase.context_parallel,
-                degree,
-            )
+    for note in layout_notes(context.config, context.ranks.world_size):
+        log.info("%s", note)
 
 
 def _run_plan(context: Context) -> int:
@@ -180,6 +166,8 @@ def _run_plan(context: Context) -> int:
     while True:
         found = context.store.newest()
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
+        if found:
+            _check_lineage(found, context.config)
         if first:
             _announce(context, state, resumed=found is not None)
             first = False
@@ -191,6 +179,16 @@ def _run_plan(context: Context) -> int:
             return EXIT_REQUEUE
         # FSDP modules hang in reference cycles: without this two phases' weights would be alive.
         gc.collect()
+
+
+def _check_lineage(found: Found, config: TrainConfig) -> None:
+    """The phases behind the checkpoint must be those of the configuration."""
+    different = changes(found.record.lineage, config)
+    if different:
+        raise ConfigError(
+            f"{found.path}: was trained under another plan, so the run cannot continue it: "
+            f"{'; '.join(different)}; restore these keys or choose another run.dir"
+        )
 
 
 def _announce(context: Context, state: TrainState, resumed: bool) -> None:
@@ -219,7 +217,7 @@ def _run_phase(
     elif config.checkpoint.initial_weights:
         _load_initial_weights(built, Path(config.checkpoint.initial_weights))
     if context.ranks.rank == 0:
-        _keep_tokenizer(stream.tokenizer_path, context.run_dir / TOKENIZER)
+        copy_folder_once(stream.tokenizer_path, context.run_dir / TOKENIZER)
     context.metrics.write("phase", name=name, event="begin", step=state.step)
     unit = degrees.data * phase.micro_batch_sequences
     with ExitStack() as stack:
@@ -275,15 +273,6 @@ def _load_initial_weights(built: Built, folder: Path) -> None:
     log.info("weights from %s", folder)
 
 
-def _keep_tokenizer(source: Path, target: Path) -> None:
-    """The corpus's tokenizer beside the checkpoints, for export and generation."""
-    if not target.exists():
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(source, partial)
-        partial.rename(target)
-
-
 def _step_starts(phase: PhaseConfig, consumed: int, unit: int) -> Iterator[int]:
     """Rows consumed before each remaining step."""
     while consumed < phase_sequences(phase):
@@ -337,21 +326,14 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
         save=lambda state, keep: _save(context, built, state, keep),
         first_step_done=lambda: shorten_timeouts(
             config.runtime.step_timeout_seconds,
-            [built.mesh.fsdp_group, built.mesh.context_group],
+            built.mesh.groups,
         ),
         progress=lambda state, result: bar.update(
             state.phase_rows * built.phase.context_tokens, result.loss
         ),
         stop_signal=lambda: int(context.flag.received or 0),
-        memory_bytes=lambda: _memory_bytes(device),
+        memory_bytes=lambda: peak_memory_bytes(device),
     )
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Peak bytes: of the device's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _phase_run(context: Context, built: Built, hooks: Hooks, unit: int) -> PhaseRun:
@@ -387,6 +369,8 @@ def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None
             "context": degrees.context,
         },
         config_hash=config_hash(context.config),
+        # A phase that has not begun is not yet part of the past.
+        lineage=lineage(context.config, state.phase_index - int(state.phase_rows == 0)),
         keep=keep,
     )
     begin = time.perf_counter()
@@ -396,5 +380,10 @@ def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None
         step=state.step,
         path=str(path.relative_to(context.run_dir)),
         seconds=time.perf_counter() - begin,
-        bytes=sum(f.stat().st_size for f in path.iterdir()),
+        bytes=_directory_bytes(path) if context.ranks.rank == 0 else 0,
     )
+
+
+def _directory_bytes(path: Path) -> int:
+    """One rank's business: a thousand ranks would stat a thousand files each."""
+    return sum(file.stat().st_size for file in path.iterdir())

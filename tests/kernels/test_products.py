@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from zaya_kernels import products
-from zaya_kernels.products import by_onednn, linear, product
+from zaya_kernels.products import (
+    batched_product,
+    batched_sum,
+    by_onednn,
+    dense,
+    linear,
+    product,
+)
 
 from ..helpers.kernels import assert_close, random, run_pass
 
@@ -49,6 +56,38 @@ def test_strided_operands(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(
             product(left, right).double(), left.double() @ right.double(), rtol=0, atol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("operand", "copied"),
+    [
+        (torch.randn(6, 8), False),
+        (torch.randn(8, 6).t(), False),
+        (torch.randn(6, 16)[:, 4:12], True),
+        (torch.randn(8, 12)[:, 3:9].t(), True),
+        (torch.randn(12, 16)[::2, ::2], True),
+        (torch.randn(6, 1).expand(6, 8), True),
+    ],
+)
+def test_operands_are_made_dense(operand: Tensor, copied: bool) -> None:
+    """oneDNN falls back to reference loops for a second operand with gaps; nothing else tells."""
+    result = dense(operand)
+    assert torch.equal(result, operand)
+    assert result.is_contiguous() or result.t().is_contiguous()
+    assert (result.data_ptr() != operand.data_ptr()) == copied
+
+
+@pytest.mark.parametrize("smallest", [1, products.SMALLEST_PRODUCT], ids=["onednn", "torch"])
+def test_batched_products(smallest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALLEST_PRODUCT", smallest)
+    a, b = random(3, 5, 7, seed=1).float(), random(3, 7, 4, seed=2).float()
+    base = random(3, 5, 4, seed=3).float()
+    exact = a.double() @ b.double()
+    torch.testing.assert_close(batched_product(a, b).double(), exact, rtol=0, atol=1e-5)
+    found = batched_sum(base, a, b, beta=-2.0, alpha=3.0).double()
+    torch.testing.assert_close(found, 3 * exact - 2 * base.double(), rtol=0, atol=1e-5)
+    assert batched_product(a[:0], b[:0]).shape == (0, 5, 4)
+    assert torch.equal(base, random(3, 5, 4, seed=3).float())
 
 
 def test_frozen_operands_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,9 +156,11 @@ def test_defaults_hold_every_key_of_the_schema() -> None:
 
 def test_context_limit_lowers_and_never_raises_a_degree() -> None:
     phase = tiny().plan.phases["long"]
-    assert context_degree(phase, ParallelConfig()) == 2
-    assert context_degree(phase, ParallelConfig(context_parallel_limit=1)) == 1
-    assert context_degree(phase, ParallelConfig(context_parallel_limit=8)) == 2
+    assert context_degree(phase, ParallelConfig(), 4) == 2
+    assert context_degree(phase, ParallelConfig(context_parallel_limit=1), 4) == 1
+    assert context_degree(phase, ParallelConfig(context_parallel_limit=8), 4) == 2
+    fit = ParallelConfig(context_parallel_fit=True)
+    assert [context_degree(phase, fit, world) for world in (1, 2, 3, 4)] == [1, 2, 1, 2]
 
 
 def test_layout_multiplies_to_the_world() -> None:

@@ -226,7 +226,7 @@ def test_what_is_no_export_is_left_alone(tmp_path: Path, kind: str) -> None:
     keepsake = target / "notes.txt" if kind == "folder" else target
     keepsake.parent.mkdir(exist_ok=True)
     keepsake.write_text("mine", encoding="utf-8")
-    with pytest.raises(CheckpointError, match="exists and is not an exported model"):
+    with pytest.raises(CheckpointError, match="exists and is not an export of ours"):
         to_hf(random_model(MODEL), target)
     assert keepsake.read_text(encoding="utf-8") == "mine"
 

@@ -31,7 +31,7 @@ def check(config: TrainConfig, world: int) -> None:
 
 def problems(config: TrainConfig, world: int) -> Iterator[str]:
     """Every broken rule, one line each."""
-    yield from _model(config.model)
+    yield from model_problems(config.model)
     yield from _optim(config.optim)
     yield from _settings(config)
     yield from _parallel(config.parallel, world)
@@ -76,7 +76,8 @@ def _unit(prefix: str, config: object, names: tuple[str, ...]) -> Iterator[str]:
             yield f"{prefix}.{name}: {value} must lie in [0, 1)"
 
 
-def _model(model: ModelConfig) -> Iterator[str]:
+def model_problems(model: ModelConfig) -> Iterator[str]:
+    """Every rule that a model's shape breaks, one line each; keys are written `model.KEY`."""
     yield from _positive(
         "model",
         model,
@@ -206,14 +207,14 @@ def _phase_fits_ranks(
     key: str, phase: PhaseConfig, config: TrainConfig, world: int
 ) -> Iterator[str]:
     parallel = config.parallel
-    context = context_degree(phase, parallel)
+    context = context_degree(phase, parallel, world)
     group = parallel.shard or world
     if min(context, group, phase.context_tokens, phase.micro_batch_sequences) <= 0:
         return  # said already
     if group % context:
         yield (
             f"{key}.context_parallel: {context} does not divide the {group} ranks of an FSDP group "
-            f"(world {world}); set parallel.context_parallel_limit to lower it on few ranks"
+            f"(world {world}); parallel.context_parallel_limit or context_parallel_fit lower it"
         )
         return
     chunks = 2 * context if parallel.context_chunks == "head_tail" and context > 1 else context

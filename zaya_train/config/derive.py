@@ -33,17 +33,38 @@ class Layout:
         return self.data * self.context
 
 
-def context_degree(phase: PhaseConfig, parallel: ParallelConfig) -> int:
-    """The phase's context-parallel degree after the launch's limit."""
-    limit = parallel.context_parallel_limit
-    return min(phase.context_parallel, limit) if limit else phase.context_parallel
+def context_degree(phase: PhaseConfig, parallel: ParallelConfig, world: int) -> int:
+    """The phase's context-parallel degree on `world` ranks, lowered as the launch asks."""
+    degree, limit = phase.context_parallel, parallel.context_parallel_limit
+    if limit:
+        degree = min(degree, limit)
+    return math.gcd(degree, parallel.shard or world) if parallel.context_parallel_fit else degree
 
 
 def layout(phase: PhaseConfig, parallel: ParallelConfig, world: int) -> Layout:
     """Degrees of `phase` on `world` ranks; valid only where `check` passes."""
-    context = context_degree(phase, parallel)
+    context = context_degree(phase, parallel, world)
     group = parallel.shard or world
     return Layout(replicate=world // group, shard=group // context, context=context)
+
+
+def layout_notes(config: TrainConfig, world: int) -> list[str]:
+    """What works but wastes: said by `zaya plan` and in the log."""
+    group, experts = config.parallel.shard or world, config.model.num_experts
+    notes = []
+    if group > experts:
+        notes.append(
+            f"parallel.shard: groups of {group} ranks shard {experts} experts, so gathering moves "
+            f"padding ({group / experts:.0f} times the weights); a smaller parallel.shard is faster"
+        )
+    for name, phase in config.plan.phases.items():
+        degree = context_degree(phase, config.parallel, world)
+        if degree != phase.context_parallel:
+            notes.append(
+                f"phase {name}: context_parallel {phase.context_parallel} lowered to {degree} for "
+                "this launch"
+            )
+    return notes
 
 
 def sequences_per_step(phase: PhaseConfig) -> int:

@@ -197,6 +197,9 @@ class ParallelConfig:
     context_parallel_limit: int = 0
     """Largest context-parallel degree this launch can hold; phases that ask for more are lowered to
     it, and the log says so. 0 means no limit."""
+    context_parallel_fit: bool = False
+    """Lower a phase's degree to the largest that divides both it and the ranks of an FSDP group,
+    and log it, instead of refusing the launch: for recipes that run on any number of ranks."""
     reshard_after_forward: bool = False
     """Free gathered weights between forward and backward (ZeRO-3) instead of keeping them."""
     context_chunks: Literal["head_tail", "contiguous"] = "head_tail"

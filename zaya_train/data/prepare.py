@@ -12,7 +12,6 @@ tokenise. The directory appears under its name when all of it is on disk.
 from __future__ import annotations
 
 import json
-import logging
 from array import array
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +33,13 @@ from zaya_train.data.fields import (
     marked_answer,
     to_document,
 )
+from zaya_train.data.outcome import (
+    SHOWN_REJECTS,
+    Outcome,
+    describe_reject,
+    first_rejects,
+    read_outcome,
+)
 from zaya_train.data.reading import DEFAULT_DOCUMENT_CHARACTERS, Input, open_input
 from zaya_train.data.sections import Rejected, Sample
 from zaya_train.data.storage import atomic_directory
@@ -50,7 +56,8 @@ HELDOUT_TEXT, RECEIPT = "heldout.jsonl", "prepare.json"
 RECEIPT_VERSION = 1
 _BATCH_DOCUMENTS = 64
 _BATCH_CHARACTERS = 1 << 21
-_LOG = logging.getLogger(__name__)
+LocatedDocument = tuple[str, Document]
+"""(place such as `file:line`, document)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,8 @@ class PrepareRequest:
     0, or 8,192 when a held-out share is asked."""
     overwrite: bool = False
     """Replace an output that was prepared from something else."""
+    allow_rejects: bool = False
+    """Accept that more than half of the documents are rejected."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +98,42 @@ class Survey:
 
 
 def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
-    """Make the corpora; returns `request.output`.
+    """Make the corpora and print what they hold; returns `request.output`.
 
     An output that this input and these settings already made is kept as it is.
 
     Raises:
         DataError: input that breaks a rule, with file and line; unknown tokenizer; an output that
-            holds something else.
+            holds something else; no usable document, or more than half of them rejected without
+            `allow_rejects`.
         StorageError: the file system refused.
     """
     _check_request(request)
     source = open_input(request.input, request.split, _document_characters(request))
     tokenizer = load_tokenizer(request.tokenizer)
     receipt = _receipt(request, source, tokenizer)
-    if _already_made(request, receipt):
-        _LOG.info("%s: already prepared from %s", request.output, request.input)
-        return request.output
     console = console or Console(stderr=True)
-    with _progress(console) as progress:
-        survey = _survey(source, request, progress)
-        with atomic_directory(request.output) as folder:
-            _build(folder, source, tokenizer, survey, progress)
-            text = json.dumps(receipt, indent=2) + "\n"
-            (folder / RECEIPT).write_text(text, encoding="utf-8")
+    kept = _already_made(request, receipt)
+    if kept:
+        outcome = _outcome(request, request.output)
+    else:
+        with _progress(console) as progress:
+            survey = _survey(source, request, progress)
+            with atomic_directory(request.output) as folder:
+                examples = _build(folder, source, tokenizer, survey, progress)
+                outcome = _outcome(request, folder, examples)
+                text = json.dumps(receipt, indent=2) + "\n"
+                (folder / RECEIPT).write_text(text, encoding="utf-8")
+    outcome.show(console, request.output / TRAIN, kept)
     return request.output
+
+
+def _outcome(request: PrepareRequest, folder: Path, examples: Sequence[str] = ()) -> Outcome:
+    """What `folder` holds; DataError where too much of the input is not in it."""
+    outcome = read_outcome(folder / TRAIN, folder / HELDOUT, examples)
+    if not request.allow_rejects:
+        outcome.require_majority(request.input)
+    return outcome
 
 
 def _check_request(request: PrepareRequest) -> None:
@@ -208,9 +229,11 @@ def _heldout_below(hashes: array[int], request: PrepareRequest) -> int:
 
 def _build(
     folder: Path, source: Input, tokenizer: Tokenizer, survey: Survey, progress: Progress
-) -> None:
+) -> list[str]:
+    """Write the corpora into `folder`; returns the first rejected documents, with their places."""
     kind = survey.fields.kind
     names = [TRAIN, HELDOUT] if survey.heldout_below else [TRAIN]
+    examples: list[str] = []
     with ExitStack() as stack:
         writers: dict[str, CorpusWriter] = {}
         for name in names:
@@ -222,32 +245,37 @@ def _build(
             _documents(source, survey.fields), total=survey.rows, description="tokenising"
         )
         for batch in _batches(documents):
-            for document, sample in zip(batch, _encode(tokenizer, kind, batch), strict=True):
+            samples = _encode(tokenizer, kind, [document for _, document in batch])
+            for (place, document), sample in zip(batch, samples, strict=True):
                 held_out = document.group_hash() < survey.heldout_below
                 writers[HELDOUT if held_out else TRAIN].add(sample)
-                if held_out and kind == "chat" and isinstance(sample, Sample):
+                if isinstance(sample, Rejected):
+                    if len(examples) < SHOWN_REJECTS:
+                        examples.append(describe_reject(place, sample))
+                elif held_out and kind == "chat":
                     kept.append(document)
         for name, writer in writers.items():
             if not writer.documents:
                 raise DataError(
                     f"{source.spec}: no usable document for {name} among {survey.rows} rows; "
-                    f"rejected: {writer.rejects}"
+                    f"rejected: {writer.rejects}{first_rejects(examples)}"
                 )
     if kept:
         _write_heldout(folder / HELDOUT_TEXT, kept)
+    return examples
 
 
-def _documents(source: Input, fields: Fields) -> Iterator[Document]:
+def _documents(source: Input, fields: Fields) -> Iterator[LocatedDocument]:
     for place, row in source.rows():
-        yield to_document(row, fields, place)
+        yield place, to_document(row, fields, place)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[LocatedDocument]) -> Iterator[list[LocatedDocument]]:
     """Groups small enough that their encodings stay in bounded memory."""
-    batch: list[Document] = []
+    batch: list[LocatedDocument] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
+    for place, document in documents:
+        batch.append((place, document))
         characters += len(document.text)
         characters += sum(len(str(message["content"])) for message in document.messages)
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from zaya_train.config.errors import DataError
+from zaya_train.data.check import require_same_tokenizer
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.mixture import make_schedule
 from zaya_train.data.order import permuted, shuffled_row
@@ -99,13 +100,14 @@ def validation_rows(data: DataConfig, phase_name: str, context_tokens: int) -> d
     """The first `data.validation_sequences` rows of every validation corpus, in a fixed order.
 
     The order depends on the corpus and the context only, so that losses compare over a whole run
-    and between runs. A corpus with fewer rows gives all it has.
+    and between runs. A corpus with fewer rows gives all it has. That these corpora and the training
+    ones share a tokenizer is `check_corpora`'s to say, which knows what the plan draws from.
 
     Raises:
         DataError: as PhaseStream; `phase_name` is named in it.
     """
     rows: dict[str, list[Row]] = {}
-    for name, corpus in _open_all(data.validation, like=data.sources).items():
+    for name, corpus in _open_all(data.validation).items():
         order = ("validation", name)
         try:
             source = plan_rows(name, corpus, context_tokens, data.max_documents_per_row, order)
@@ -116,25 +118,11 @@ def validation_rows(data: DataConfig, phase_name: str, context_tokens: int) -> d
     return rows
 
 
-def _open_all(
-    sources: Mapping[str, SourceConfig], like: Mapping[str, SourceConfig] | None = None
-) -> dict[str, Corpus]:
-    """Corpora by name, all of one tokenizer; of that of `like`'s corpora where given."""
+def _open_all(sources: Mapping[str, SourceConfig]) -> dict[str, Corpus]:
+    """Corpora by name, all of one tokenizer."""
     corpora = {name: Corpus.open(sources[name].path) for name in sorted(sources)}
-    references = [Corpus.open(like[name].path) for name in sorted(like)[:1]] if like else []
-    first = next(iter([*references, *corpora.values()]), None)
-    for corpus in corpora.values():
-        ours, theirs = _tokenizer_identity(first or corpus), _tokenizer_identity(corpus)
-        if first and ours != theirs:
-            raise DataError(
-                f"{first.path} and {corpus.path} have different tokenizers: {ours} and {theirs}"
-            )
+    require_same_tokenizer(corpora)
     return corpora
-
-
-def _tokenizer_identity(corpus: Corpus) -> str:
-    manifest = corpus.manifest
-    return f"{manifest.vocab_size} ids with sha256 {manifest.tokenizer_sha256[:12]}"
 
 
 def _log_plan(phase_name: str, source: RowSource) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from zaya_train.config.errors import CheckpointError
+from zaya_train.config.build import build
+from zaya_train.config.check import model_problems
+from zaya_train.config.errors import CheckpointError, ConfigError
 from zaya_train.config.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -28,6 +31,12 @@ _SAME = {
     "norm_eps": "rms_norm_eps",
     "init_std": "initializer_range",
 }
+
+_THEIRS = _SAME | {
+    "rope_base": "rope_parameters.hybrid.rope_theta",
+    "rope_fraction": "rope_parameters.hybrid.partial_rotary_factor",
+}
+"""Our name of a field -> its place in config.json, for messages."""
 
 _DEFAULTS = {
     # transformers.ZayaConfig's defaults, for files that leave keys out.
@@ -103,41 +112,62 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_hf(folder: Path) -> ModelConfig:
-    """ModelConfig of a `zaya` folder; CheckpointError naming the key this model cannot honour."""
+    """ModelConfig of a `zaya` folder.
+
+    Raises:
+        CheckpointError: no such file, no `zaya` model, or a key of a wrong type, with a value that
+            cannot be, or that this model cannot honour; names file and key.
+    """
     path = folder / "config.json"
+    raw = _read(path)
+    if raw.get("model_type") != "zaya":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'zaya'")
+    for key, value in _FIXED.items():
+        if raw.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, only {value!r} is supported")
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "hybrid" for kind in kinds):
+        raise CheckpointError(f"{path}: layer_types is {kinds!r}, only 'hybrid' is supported")
+    values = {ours: raw.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _SAME.items()}
+    rope_base, rope_fraction = _rope(path, raw.get("rope_parameters"))
+    values |= {"rope_base": rope_base, "rope_fraction": rope_fraction}
+    # What merged transformers computes for a skipped token.
+    values["skip_output"] = "zero"
+    try:
+        config = build(ModelConfig, values, "model")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {_in_their_terms(str(error))}") from error
+    for problem in model_problems(config):
+        raise CheckpointError(f"{path}: {_in_their_terms(problem)}")
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face `zaya` folder")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if raw.get("model_type") != "zaya":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'zaya'")
-    for key, value in _FIXED.items():
-        if raw.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {raw[key]!r}, only {value!r} is supported")
-    kinds = set(raw.get("layer_types") or ["hybrid"])
-    if kinds != {"hybrid"}:
-        raise CheckpointError(f"{path}: layer_types {sorted(kinds)}, only 'hybrid' is supported")
-    values = {ours: raw.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _SAME.items()}
-    rope_base, rope_fraction = _rope(path, raw.get("rope_parameters"))
-    return ModelConfig(
-        **values,
-        rope_base=rope_base,
-        rope_fraction=rope_fraction,
-        # What merged transformers computes for a skipped token.
-        skip_output="zero",
-    )
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, found {type(raw).__name__}")
+    return raw
 
 
-def _rope(path: Path, parameters: dict[str, Any] | None) -> tuple[float, float]:
-    """(base, rotated fraction), with transformers' defaults for what is left out."""
+def _in_their_terms(message: str) -> str:
+    """A message about `model.KEY` with the keys of config.json."""
+    return re.sub(r"model\.(\w+)", lambda found: _THEIRS.get(found[1], found[0]), message)
+
+
+def _rope(path: Path, parameters: object) -> tuple[object, object]:
+    """(base, rotated fraction) as they stand there, with transformers' defaults for what is left
+    out."""
     if parameters is None:
         return 5_000_000.0, 0.5
-    rope = parameters.get("hybrid")
+    rope = parameters.get("hybrid") if isinstance(parameters, dict) else None
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         raise CheckpointError(f"{path}: rope_parameters has no rope_theta under 'hybrid'")
     kind = rope.get("rope_type", "default")
     if kind != "default":
         raise CheckpointError(f"{path}: rope_type {kind!r}, only 'default' is supported")
-    return float(rope["rope_theta"]), float(rope.get("partial_rotary_factor", 1.0))
+    return rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)

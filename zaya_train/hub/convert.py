@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from zaya_train import __version__
 from zaya_train.config.errors import CheckpointError, StorageError
 from zaya_train.hub.config import config_from_hf, config_to_hf
 from zaya_train.hub.names import check_shapes, tensor_names
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.interfaces import Surroundings
 
+RECEIPT = "zaya-export.json"
+"""Marks a folder as our export, which a later export may replace."""
 _SHARD_BYTES = 5 * 10**9
 """Largest safetensors file, as transformers' save_pretrained."""
 
@@ -128,12 +131,11 @@ def write_hf(
     """Write full tensors under our names as a `zaya` folder, with the files of a tokenizer folder.
 
     Written beside `path` and renamed when whole. A folder that is there is replaced only when it
-    holds an earlier export; CheckpointError otherwise.
+    carries our RECEIPT; CheckpointError otherwise.
     """
     target = Path(path)
-    ours = not target.exists() or (target / "config.json").is_file()
-    if not ours and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists and is not an exported model; not replaced")
+    if target.is_file() or (target.is_dir() and not _may_replace(target)):
+        raise CheckpointError(f"{target}: exists and is not an export of ours; not replaced")
     names = tensor_names({k: tuple(v.shape) for k, v in tensors.items()}, config)
     check_shapes(_shapes(meta_model(config)), {k: tuple(v.shape) for k, v in tensors.items()})
     out = {
@@ -154,11 +156,18 @@ def write_hf(
             skip = shutil.ignore_patterns("*.safetensors*", "*.bin", *written)
             shutil.copytree(tokenizer, partial, ignore=skip, dirs_exist_ok=True)
             _write_json(partial / "generation_config.json", special)
+        receipt = {"tensors": len(out), "values": sum(t.numel() for t in out.values())}
+        _write_json(partial / RECEIPT, {"writer": f"zaya-train {__version__}"} | receipt)
         _replace(target, partial)
     except OSError as error:
         raise StorageError(f"{target}: export failed: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _may_replace(folder: Path) -> bool:
+    """Only our own receipt says that a folder is an export; many folders hold a config.json."""
+    return (folder / RECEIPT).is_file() or not any(folder.iterdir())
 
 
 def _replace(target: Path, partial: Path) -> None:

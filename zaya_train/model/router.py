@@ -65,6 +65,10 @@ class Router(nn.Module):
         state = _wide(linear(x, self.down, self.down_bias))
         if self.depth_scale is not None and previous is not None:
             state = torch.addcmul(state, previous, self.depth_scale.to(state.dtype))
+        else:
+            # Leaves the layer as an output of its own: FSDP hooks outputs, and a view of the
+            # product (which `linear` gives) would make it warn about wrong gradients.
+            state = state.clone()
         probabilities = self._logits(state).softmax(dim=-1)
         with torch.no_grad():
             choice = (probabilities + self.balancing_bias).argmax(dim=-1)

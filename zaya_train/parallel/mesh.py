@@ -36,18 +36,34 @@ class Mesh:
     layout: Layout
     device_mesh: DeviceMesh
     """Axes (replicate, shard, context)."""
-    fsdp: DeviceMesh
-    """What `fully_shard` takes: (fsdp,) or, with replicas, (replicate, fsdp)."""
+    sharding: DeviceMesh
+    """The same ranks as axes (replicate, fsdp)."""
 
     @staticmethod
     def build(layout: Layout, device_type: str) -> Mesh:
         """Collective over the world."""
+        world = init_device_mesh(device_type, (layout.world,), mesh_dim_names=("world",))
         axes = ("replicate", "shard", "context")
         sizes = (layout.replicate, layout.shard, layout.context)
-        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=axes)
-        mesh["shard", "context"]._flatten("fsdp")
-        fsdp = mesh["fsdp"] if layout.replicate == 1 else mesh["replicate", "fsdp"]
-        return Mesh(layout, mesh, fsdp)
+        group = (layout.replicate, layout.shard * layout.context)
+        # Private in torch 2.13, and what torchtitan uses: both views share one root mesh, which
+        # FSDP and distributed checkpoints require.
+        return Mesh(
+            layout,
+            world._unflatten(0, sizes, axes),
+            world._unflatten(0, group, ("replicate", "fsdp")),
+        )
+
+    @property
+    def fsdp(self) -> DeviceMesh:
+        """What `fully_shard` takes: (fsdp,) or, with replicas, (replicate, fsdp)."""
+        return self.sharding["fsdp"] if self.layout.replicate == 1 else self.sharding
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Every group that training communicates over, besides the world."""
+        named = [self.device_mesh.get_group(axis) for axis in ("replicate", "shard", "context")]
+        return [*named, *(self.sharding.get_group(axis) for axis in ("replicate", "fsdp"))]
 
     @property
     def context_group(self) -> ProcessGroup:
@@ -61,7 +77,7 @@ class Mesh:
     @property
     def fsdp_group(self) -> ProcessGroup:
         """Ranks among which this rank's parameters are sharded."""
-        return self.device_mesh["fsdp"].get_group()
+        return self.sharding.get_group("fsdp")
 
     @property
     def data_rank(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,14 @@ def pick_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
             f"but this node shows {available}; start at most {available} ranks per node"
         )
     return torch.device("cuda", local_rank)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak bytes so far: of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux gives kibibytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def describe(device: torch.device) -> DeviceFacts:

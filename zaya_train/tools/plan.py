@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from zaya_train.config.check import problems
-from zaya_train.config.derive import layout, phase_sequences
+from zaya_train.config.derive import layout, layout_notes, phase_sequences
 from zaya_train.config.errors import ConfigError
 from zaya_train.model.flops import model_size, train_flops_per_token
 from zaya_train.phases.carry import carry_over
@@ -44,6 +44,8 @@ def show_plan(request: PlanRequest, console: Console) -> None:
         highlight=False,
     )
     console.print(_phase_table(request))
+    for note in layout_notes(request.config, request.ranks):
+        console.print(f"note: {note}", highlight=False)
     console.print(_memory_table(request))
     for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
         table = Table(title=f"{before_name} -> {name}", title_justify="left")
@@ -90,20 +92,29 @@ def _phase_table(request: PlanRequest) -> Table:
     return table
 
 
-def state_bytes(config: TrainConfig, fsdp_ranks: int) -> dict[str, float]:
-    """Bytes per rank of what lives from step to step, sharded over `fsdp_ranks`.
+def state_bytes(config: TrainConfig, world: int) -> dict[str, float]:
+    """Bytes per rank of what lives from step to step; activations are not in it.
 
     Muon keeps one fp32 momentum per matrix element, AdamW two moments; matrices are everything but
     the embedding here, whose moments dominate AdamW's (vectors are under 0.1 %).
     """
-    size = model_size(config.model)
+    size, fsdp_ranks = model_size(config.model), config.parallel.shard or world
     matrices = size.total - size.embedding
+    accumulates = any(
+        phase.global_batch_tokens // phase.context_tokens
+        > layout(phase, config.parallel, world).data * phase.micro_batch_sequences
+        for phase in config.plan.phases.values()
+    )
     gathered = _BF16_BYTES if config.precision.compute_dtype == "bf16" else _FP32_BYTES
     return {
         "fp32 master weights": size.total * _FP32_BYTES / fsdp_ranks,
         "fp32 gradients": size.total * _FP32_BYTES / fsdp_ranks,
         "Muon momentum": matrices * _FP32_BYTES / fsdp_ranks,
         "AdamW moments": 2 * size.embedding * _FP32_BYTES / fsdp_ranks,
+        # FSDP sums the micro-batches of a step before it reduces them.
+        "unsharded fp32 gradients while accumulating": float(
+            size.total * _FP32_BYTES if accumulates else 0
+        ),
         "gathered weights": (
             0.0 if config.parallel.reshard_after_forward else float(size.total * gathered)
         ),
@@ -115,7 +126,7 @@ def _memory_table(request: PlanRequest) -> Table:
     table = Table(title=f"state per rank, sharded over {group} ranks", title_justify="left")
     table.add_column("component")
     table.add_column("GiB", justify="right")
-    parts = state_bytes(request.config, group)
+    parts = state_bytes(request.config, request.ranks)
     for name, count in parts.items():
         table.add_row(name, f"{count / _GIB:.2f}")
     table.add_section()

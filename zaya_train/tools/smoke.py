@@ -22,12 +22,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from zaya_train.config.derive import phase_sequences
+from zaya_train.config.derive import layout, phase_sequences
 from zaya_train.config.errors import DataError
 from zaya_train.hub.convert import to_hf
 from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
-from zaya_train.parallel.fsdp import DTYPES
+from zaya_train.phases.plan import steps_in
 from zaya_train.run import CHECKPOINTS
 from zaya_train.runtime.device import usable_cores
 from zaya_train.tools.compare import compare_runs
@@ -41,10 +41,11 @@ from zaya_train.tools.evaluate import (
 )
 from zaya_train.tools.generate import GenerateArgs, GenerateRequest
 from zaya_train.tools.generate import run as print_samples
-from zaya_train.tools.launch import Launch, kill_tree, run_to_end, start, watch
+from zaya_train.tools.launch import Launch, TrainingFailed, kill_tree, run_to_end, start, watch
 from zaya_train.tools.report import report
 from zaya_train.tools.smoke_data import SmokeData, given_data, synthetic_data
 from zaya_train.tools.transfer import ExportRequest, export_hf
+from zaya_train.train.metrics import METRICS_FILE, iter_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,6 +60,9 @@ if TYPE_CHECKING:
 _PROBLEMS = 200
 _UNTRAINED_TOKENS = 160
 """An untrained model never ends a reply; long enough to hold nearly all right ones."""
+_TRAINED_TOKENS = 640
+"""Replies are cut here: the longest traces, about one problem in a hundred, count as wrong, and the
+evaluation stays a small part of the run."""
 _SAMPLES = 3
 
 
@@ -94,9 +98,7 @@ class _Job:
         ]
 
     def config(self, run_dir: Path) -> TrainConfig:
-        # The limit is read from the launcher's environment, which is not here yet.
-        limit = f"parallel.context_parallel_limit={self.ranks}"
-        return self.compose([*self.overrides(run_dir), limit])
+        return self.compose(self.overrides(run_dir))
 
 
 def smoke(request: SmokeRequest, compose: Compose, console: Console) -> int:
@@ -106,7 +108,7 @@ def smoke(request: SmokeRequest, compose: Compose, console: Console) -> int:
     _make_room(out)
     _say(console, 1, "data")
     data = given_data(out, request, console) if request.data else synthetic_data(out, console)
-    job = _Job(request, compose, console, data, _ranks(), faster_dtype(console))
+    job = _Job(request, compose, console, data, _ranks(), newton_schulz_dtype())
     run_dir, unbroken_dir = out / "run", out / "unbroken"
     job.config(run_dir)
 
@@ -148,26 +150,14 @@ def _ranks() -> int:
     return min(2, count)
 
 
-def faster_dtype(console: Console) -> str:
-    """fp32 or bf16, whichever multiplies the smoke model's expert matrices faster on this machine.
+def newton_schulz_dtype() -> str:
+    """bf16 where this machine has bf16 matrix instructions, else fp32.
 
-    CPUs with bf16 matrix units are several times faster in bf16, others many times slower.
+    CPUs with them are several times faster in bf16 (docs/lab-log.md), others many times slower.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = {}
-    for name, dtype in DTYPES.items():
-        x = torch.randn(16, 128, 256, device=device).to(dtype)
-        trials = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.bmm(x, x.transpose(1, 2)).sum().item()
-            trials.append(time.perf_counter() - start)
-        # The first trials load and compile kernels.
-        seconds[name] = min(trials[1:])
-    chosen = min(seconds, key=lambda name: seconds[name])
-    ratio = max(seconds.values()) / seconds[chosen]
-    console.print(f"Newton-Schulz in {chosen}: {ratio:.1f} times as fast as the other here")
-    return chosen
+    if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
 
 
 def _say(console: Console, number: int, text: str) -> None:
@@ -199,7 +189,7 @@ def _trained(job: _Job, model_dir: Path, run_dir: Path) -> EvalReport | None:
         )
         return None
     rows = _problems(job)
-    result = exact_match(model_dir, rows, EvalRequest())
+    result = exact_match(model_dir, rows, EvalRequest(max_new_tokens=_TRAINED_TOKENS))
     for sample in result.samples[:_SAMPLES]:
         job.console.print(
             f"  {sample.prompt}  ->  {sample.reply}  (expected {sample.answer})", markup=False
@@ -239,14 +229,11 @@ def _train(job: _Job, run_dir: Path) -> None:
 
 
 def _train_with_kill(job: _Job, run_dir: Path) -> int:
-    """SIGKILL to every process about half way, between two checkpoints, then a plain restart."""
+    """SIGKILL to every process about half way, between two checkpoints, then a plain restart; the
+    last step reported before the kill. TrainingFailed when the kill found nothing to kill."""
     config = job.config(run_dir)
     every = config.checkpoint.every_steps
-    steps = sum(
-        -(-phase_sequences(p) * p.context_tokens // p.global_batch_tokens)
-        for p in config.plan.phases.values()
-    )
-    kill_at = max(1, steps // 2 // every) * every + every // 2
+    kill_at = max(1, _plan_steps(config, job.ranks) // 2 // every) * every + every // 2
     launch = Launch(run_dir, job.overrides(run_dir), job.ranks, run_dir / "logs" / "launch.log")
     with _progress(job) as bar:
         follow = _follow(bar, job, run_dir)
@@ -256,10 +243,24 @@ def _train_with_kill(job: _Job, run_dir: Path) -> int:
         except BaseException:
             kill_tree(process.pid)
             raise
-        if code is None:
-            bar.console.print(f"killed every process after step {kill_at}; starting again")
+        if code is not None:
+            raise TrainingFailed(
+                f"training ended with code {code} before step {kill_at}, where it was to be "
+                f"killed; see {launch.log}"
+            )
+        killed_at = max(row["step"] for row in iter_rows(run_dir / METRICS_FILE))
+        bar.console.print(f"killed every process after step {killed_at}; starting again")
         run_to_end(launch, follow)
-    return kill_at
+    if not any(row["kind"] == "resume" for row in iter_rows(run_dir / METRICS_FILE)):
+        raise TrainingFailed(f"{run_dir}: the second start did not resume; see {launch.log}")
+    return killed_at
+
+
+def _plan_steps(config: TrainConfig, ranks: int) -> int:
+    return sum(
+        steps_in(phase, layout(phase, config.parallel, ranks).data * phase.micro_batch_sequences)
+        for phase in config.plan.phases.values()
+    )
 
 
 def _follow(bar: Progress, job: _Job, run_dir: Path) -> Callable[[dict[str, Any]], None]:

@@ -11,6 +11,7 @@ import torch
 from zaya_train.config.build import build, to_dict
 from zaya_train.config.errors import CheckpointError, StorageError
 from zaya_train.config.schema import ModelConfig
+from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub.config import config_from_hf
 from zaya_train.hub.convert import meta_model, read_hf, write_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MODEL_PREFIX = "model."
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,14 +38,19 @@ class ExportRequest:
     output: Path
     dtype: str = "fp32"
     """fp32 or bf16; balancing biases stay fp32."""
+    tokenizer: Path | None = None
+    """Folder with tokenizer.json and tokenizer_config.json; None: the one the run keeps."""
 
 
 def export_hf(request: ExportRequest, console: Console) -> Path:
     """Write a checkpoint as a Hugging Face `zaya` folder with its tokenizer.
 
-    CheckpointError (exit 3) where nothing verifies or a tensor has no place in the format.
+    CheckpointError (exit 3) where nothing verifies, a tensor has no place in the format, the output
+    would touch the source, or `request.tokenizer` is none or has ids that the model lacks.
     """
     checkpoint = _checkpoint_of(request.source)
+    _require_apart(request, checkpoint)
+    tokenizer = _tokenizer_of(request, checkpoint)
     tensors = load_full(checkpoint, _MODEL_PREFIX)
     record = read(checkpoint).record
     config = build(ModelConfig, record.model, "checkpoint.model")
@@ -51,18 +58,58 @@ def export_hf(request: ExportRequest, console: Console) -> Path:
         name.removeprefix(_MODEL_PREFIX): _cast(name, value, _DTYPES[request.dtype])
         for name, value in tensors.items()
     }
-    tokenizer = checkpoint.parent.parent / TOKENIZER
-    write_hf(weights, config, request.output, tokenizer if tokenizer.is_dir() else None)
+    if tokenizer:
+        _require_fit(tokenizer, config)
+    write_hf(weights, config, request.output, tokenizer)
     console.print(
         f"exported step {record.step} ({len(weights)} tensors, "
         f"{sum(t.numel() for t in weights.values()):,} values) to {request.output}"
     )
+    if tokenizer is None:
+        console.print(
+            f"note: no tokenizer exported, {request.source} keeps none; `zaya generate` and "
+            "transformers need one: export again and name its folder"
+        )
     if config.skip_output != "zero":
         console.print(
             "note: transformers' `zaya` gives zero where this model gives a skipped token its "
             "input (model.skip_output=identity); the two differ on tokens routed to the skip class"
         )
     return request.output
+
+
+def _require_apart(request: ExportRequest, checkpoint: Path) -> None:
+    """An export replaces its output folder, so that must not share a path with what it is made
+    from: the given directory, the checkpoint, and the run that the checkpoint belongs to."""
+    output = request.output.resolve()
+    sources = [request.source, checkpoint]
+    if checkpoint.resolve().parent.name == CHECKPOINTS:
+        sources.append(checkpoint.resolve().parent.parent)
+    for source in sources:
+        place = source.resolve()
+        if output.is_relative_to(place) or place.is_relative_to(output):
+            raise CheckpointError(
+                f"{request.output}: an export cannot be written at, into or around the directory "
+                f"it is made from ({source}); name another one"
+            )
+
+
+def _tokenizer_of(request: ExportRequest, checkpoint: Path) -> Path | None:
+    """The tokenizer folder asked for or kept by the run; None where the run keeps none."""
+    kept = checkpoint.resolve().parent.parent / TOKENIZER
+    folder = request.tokenizer or (kept if kept.is_dir() else None)
+    for name in _TOKENIZER_FILES if folder else ():
+        if folder and not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: no {name}; a tokenizer folder is expected")
+    return folder
+
+
+def _require_fit(tokenizer: Path, config: ModelConfig) -> None:
+    size = load_tokenizer(str(tokenizer)).vocab_size
+    if size > config.vocab_size:
+        raise CheckpointError(
+            f"{tokenizer}: its tokenizer has {size} ids, the model only {config.vocab_size}"
+        )
 
 
 def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

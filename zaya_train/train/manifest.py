@@ -40,6 +40,8 @@ class CheckpointRecord:
     mesh: dict[str, int]
     """Mesh axis -> size at the time of saving; for people, loading does not need it."""
     config_hash: str
+    lineage: dict[str, Any]
+    """Seed and phases behind the checkpoint; see phases.lineage."""
     keep: bool = False
     """Never deleted by retention: the end of a phase."""
 
