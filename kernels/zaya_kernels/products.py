@@ -31,11 +31,36 @@ def by_onednn(a: Tensor, n: int) -> bool:
     )
 
 
+def dense(x: Tensor) -> Tensor:
+    """x [m, k], copied unless it or its transpose is contiguous.
+
+    A second operand with gaps sends oneDNN to its reference loops, a thousand times slower.
+    """
+    if x.is_contiguous() or x.t().is_contiguous():
+        return x
+    return x.t().contiguous().t() if x.stride(0) == 1 else x.contiguous()
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [m, k] @ b [k, n] -> [m, n], outside autograd."""
     if by_onednn(a, b.shape[1]):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b).t(), None, "none", [], "")
     return torch.mm(a, b)
+
+
+def batched_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [g, m, k] @ b [g, k, n] -> [g, m, n], outside autograd; one oneDNN call per matrix, which
+    threads within a matrix and pays off even so."""
+    if a.shape[0] and by_onednn(a[0], b.shape[2]):
+        return torch.stack([product(left, right) for left, right in zip(a, b, strict=True)])
+    return torch.bmm(a, b)
+
+
+def batched_sum(base: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
+    """beta * base + alpha * a @ b, shapes as in `batched_product`."""
+    if a.shape[0] and by_onednn(a[0], b.shape[2]):
+        return batched_product(a, b).mul_(alpha).add_(base, alpha=beta)
+    return torch.baddbmm(base, a, b, beta=beta, alpha=alpha)
 
 
 class _Linear(torch.autograd.Function):

@@ -131,6 +131,9 @@ def test_every_tensor_is_accounted_for_on_export(
         ({"rope_parameters": {"hybrid": {"rope_type": "yarn", "rope_theta": 1e4}}}, "'yarn'"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "no rope_theta under 'hybrid'"),
         ({"rope_parameters": {"hybrid": {"rope_type": "default"}}}, "no rope_theta under 'hybrid'"),
+        ({"rope_parameters": ["hybrid"]}, "no rope_theta under 'hybrid'"),
+        ({"layer_types": 7}, "layer_types is 7"),
+        ({"layer_types": [["hybrid"]]}, "layer_types is"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -140,6 +143,48 @@ def test_configurations_this_model_lacks_are_refused(
     configure(folder, **changes)
     with pytest.raises(CheckpointError, match=message):
         from_hf(folder)
+
+
+def rope(**values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"hybrid": {"rope_theta": 1e4, **values}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": "x"}, "num_hidden_layers: expected int, got str 'x'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers: expected int, got NoneType"),
+        ({"num_experts": True}, "num_experts: expected int, got bool"),
+        ({"hidden_size": 32.0}, "hidden_size: expected int, got float"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected float, got str"),
+        (rope(rope_theta="x"), r"rope_parameters\.hybrid\.rope_theta: expected float, got str"),
+        (
+            rope(partial_rotary_factor=[]),
+            r"hybrid\.partial_rotary_factor: expected float, got list",
+        ),
+        (
+            {"num_attention_heads": 5},
+            "num_attention_heads: 5 is not a multiple of num_key_value_heads 2",
+        ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: 0 must be positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: nan must be positive and finite"),
+        (rope(partial_rotary_factor=0.3), r"partial_rotary_factor: 0\.3 of head_dim 8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_types_and_impossible_values_name_file_and_key(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    configure(folder, **changes)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        config_from_hf(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "7", "null"])
+def test_a_config_that_is_no_object_is_refused(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json: a JSON object is expected, found"):
+        config_from_hf(folder)
 
 
 def test_without_a_skip_class_nothing_is_exported(tmp_path: Path) -> None:
@@ -220,6 +265,15 @@ def test_an_earlier_export_is_replaced(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_folder_with_a_config_of_its_own_is_left_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="exists and is not an export of ours"):
+        to_hf(random_model(MODEL), run)
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "config.json"}
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_no_export_is_left_alone(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "model"
@@ -239,6 +293,23 @@ def test_a_failing_export_leaves_the_earlier_one(
 
     monkeypatch.setattr(convert, "save_file", full)
     with pytest.raises(StorageError, match=r"model: export failed: .*No space left"):
+        to_hf(random_model(MODEL, seed=1), folder)
+    assert torch.equal(from_hf(folder).embedding, random_model(MODEL).embedding)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_failing_rename_puts_the_earlier_export_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = type(folder).rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if ".partial-" in self.name:
+            raise OSError(5, "Input/output error")
+        return plain(self, target)
+
+    monkeypatch.setattr(type(folder), "rename", rename)
+    with pytest.raises(StorageError, match="Input/output error"):
         to_hf(random_model(MODEL, seed=1), folder)
     assert torch.equal(from_hf(folder).embedding, random_model(MODEL).embedding)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

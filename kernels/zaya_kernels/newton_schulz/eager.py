@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_kernels.products import batched_product, batched_sum
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,8 +22,8 @@ def newton_schulz_eager(
     norm = torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
     x = (x / norm).to(dtype)
     for _ in range(steps):
-        gram = torch.bmm(x, x.transpose(1, 2))
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        gram = batched_product(x, x.transpose(1, 2))
+        polynomial = batched_sum(gram, gram, gram, beta=b, alpha=c)
+        x = batched_sum(x, polynomial, x, beta=a)
     out = x.transpose(1, 2) if tall else x
     return out.to(torch.promote_types(dtype, torch.float32))
