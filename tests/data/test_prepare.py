@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import io
 import json
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import pytest
+from rich.console import Console
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.fields import FieldOverrides, marked_answer
 from zaya_train.data.prepare import PrepareRequest, prepare
+from zaya_train.main import main
 
 from .builders import problem
 
@@ -184,19 +187,96 @@ def test_text_file_is_one_document_or_pieces_that_join_to_it(tmp_path: Path) -> 
     assert not (out / "heldout.jsonl").exists()
 
 
+UNCLOSED = {"messages": [*problem("x")[:1], {"role": "assistant", "content": "<think>open"}]}
+
+
 def test_rejects_are_counted_not_fatal(tmp_path: Path) -> None:
-    bad = {"messages": [*problem("x")[:1], {"role": "assistant", "content": "<think>open"}]}
-    rows = [{"messages": problem("a")}, bad, {"messages": []}]
+    rows = [{"messages": problem("a")}, UNCLOSED, {"messages": []}, {"messages": problem("b")}]
     out = run(tmp_path, write_jsonl(tmp_path / "in.jsonl", rows))
     manifest = Corpus.open(out / "train").manifest
-    assert manifest.documents == 1
+    assert manifest.documents == 2
     assert manifest.rejects == {"no_messages": 1, "think_not_closed": 1}
 
 
-def test_nothing_but_rejects_is_an_error(tmp_path: Path) -> None:
+def run_and_read(tmp_path: Path, file: Path, **settings: Any) -> list[str]:
+    """Printed lines of a preparation, on a console narrower than they are."""
+    console = Console(record=True, width=40, file=io.StringIO())
+    request = PrepareRequest(input=str(file), output=tmp_path / "out[x]", **settings)
+    prepare(request, console)
+    return [line for line in console.export_text().splitlines() if line.strip()]
+
+
+def test_the_end_says_what_was_made_and_what_was_left_out(tmp_path: Path) -> None:
+    rows = [{"messages": problem("r", prompt=f"q {n}")} for n in range(10)]
+    rows[2:2] = [UNCLOSED, {"messages": []}, UNCLOSED, UNCLOSED, UNCLOSED]
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    lines = run_and_read(tmp_path, file, heldout_fraction=0.2)
+    train, heldout = (
+        Corpus.open(tmp_path / "out[x]" / part).manifest for part in ("train", "heldout")
+    )
+    assert lines == [
+        f"rejected {file}:3: think_not_closed (turn 1)",
+        f"rejected {file}:4: no_messages",
+        f"rejected {file}:5: think_not_closed (turn 1)",
+        "rejected 2 more",
+        f"{tmp_path / 'out[x]' / 'train'}: {train.documents} documents, {train.tokens} tokens, "
+        f"{train.supervised_tokens} supervised; {heldout.documents} documents held out, "
+        "5 rejected (no_messages 1, think_not_closed 4)",
+    ]
+    assert train.documents + heldout.documents == 10 and heldout.documents > 0
+    assert 0 < train.supervised_tokens < train.tokens
+
+
+def test_an_output_that_is_kept_is_told_apart(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "in.jsonl", [*GSM8K, *GSM8K])
+    (made,) = run_and_read(tmp_path, file)
+    assert made.endswith("; 0 documents held out, 0 rejected")
+    (kept,) = run_and_read(tmp_path, file)
+    assert kept == f"{made}; kept as it was, made earlier from the same input and settings"
+
+
+def test_more_rejected_than_kept_needs_permission(tmp_path: Path) -> None:
+    good = {"messages": problem("a")}
+    file = write_jsonl(tmp_path / "in.jsonl", [*[UNCLOSED] * 60, good, *[{"messages": []}] * 39])
+    message = (
+        r"in\.jsonl: 99 of 100 documents rejected \(no_messages 39, think_not_closed 60\), .*"
+        r"--allow-rejects.*first: .*in\.jsonl:1: think_not_closed \(turn 1\)"
+    )
+    with pytest.raises(DataError, match=message):
+        run_and_read(tmp_path, file)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.jsonl"]
+    lines = run_and_read(tmp_path, file, allow_rejects=True)
+    assert "99 rejected (no_messages 39, think_not_closed 60)" in lines[-1]
+    with pytest.raises(DataError, match="99 of 100"):
+        run_and_read(tmp_path, file)
+
+
+def test_exactly_half_rejected_passes_and_one_more_does_not(tmp_path: Path) -> None:
+    rows = [{"messages": problem("a")}, UNCLOSED]
+    assert run(tmp_path, write_jsonl(tmp_path / "in.jsonl", rows)).is_dir()
+    with pytest.raises(DataError, match="2 of 3 documents rejected"):
+        run(tmp_path, write_jsonl(tmp_path / "in.jsonl", [*rows, UNCLOSED]), overwrite=True)
+    assert len(texts(tmp_path / "out" / "train")) == 1
+
+
+def test_the_command_takes_the_permission(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": problem("a")}, UNCLOSED, UNCLOSED]
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    words = ["data", "prepare", "--input", str(file), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "2 of 3 documents rejected" in capsys.readouterr().err
+    assert main([*words, "--allow-rejects"]) == 0
+    assert "1 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("allow_rejects", [False, True])
+def test_nothing_but_rejects_is_an_error(tmp_path: Path, allow_rejects: bool) -> None:
     file = write_jsonl(tmp_path / "in.jsonl", [{"messages": []}])
-    with pytest.raises(DataError, match=r"no usable document for train among 1 rows.*no_messages"):
-        run(tmp_path, file)
+    message = r"no usable document for train among 1 rows.*first: .*in\.jsonl:1: no_messages"
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, file, allow_rejects=allow_rejects)
     assert [entry.name for entry in tmp_path.iterdir()] == ["in.jsonl"]
 
 

@@ -214,14 +214,22 @@ def test_different_tokenizers_are_refused(corpora: CorpusFactory, tmp_path: Path
         PhaseStream(data_config(paths), "p", phase_config(64, {"a": 1, "b": 1}), 0)
 
 
-def test_validation_of_another_tokenizer_is_refused(corpora: CorpusFactory, tmp_path: Path) -> None:
+def test_validation_corpora_of_different_tokenizers_are_refused(
+    corpora: CorpusFactory, tmp_path: Path
+) -> None:
     other = load_tokenizer("bytes")
     other.backend.add_special_tokens(["<|extra|>"])
     with write_corpus(tmp_path / "other", other, "text", {}) as writer:
         writer.extend(encode_texts(other, ["text"]))
-    data = data_config({"a": corpora.text("a", ["text"])}, {"v": tmp_path / "other"})
+    data = data_config({}, {"v": corpora.text("v", ["text"]), "w": tmp_path / "other"})
     with pytest.raises(DataError, match=r"different tokenizers: 264 ids .* and 265 ids"):
         validation_rows(data, "p", 64)
+
+
+def test_validation_rows_open_no_training_source(corpora: CorpusFactory, tmp_path: Path) -> None:
+    """A source that no phase draws from may be missing."""
+    data = data_config({"a": tmp_path / "missing"}, {"v": corpora.text("v", ["text"])})
+    assert len(validation_rows(data, "p", 64)["v"]) == 1
 
 
 def test_bad_token_id_on_disk_stops_the_row(sources: dict[str, Path]) -> None:

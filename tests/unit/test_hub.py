@@ -160,7 +160,7 @@ def rope(**values: Any) -> dict[str, Any]:
         (rope(rope_theta="x"), r"rope_parameters\.hybrid\.rope_theta: expected float, got str"),
         (
             rope(partial_rotary_factor=[]),
-            r"hybrid\.partial_rotary_factor: expected float, got list",
+            "partial_rotary_factor: expected float, got list",
         ),
         (
             {"num_attention_heads": 5},

@@ -108,7 +108,8 @@ def _require_fit(tokenizer: Path, config: ModelConfig) -> None:
     size = load_tokenizer(str(tokenizer)).vocab_size
     if size > config.vocab_size:
         raise CheckpointError(
-            f"{tokenizer}: its tokenizer has {size} ids, the model only {config.vocab_size}"
+            f"{tokenizer}: its tokenizer has {size} ids with the chat markers, the model only "
+            f"{config.vocab_size}"
         )
 
 

@@ -1,0 +1,88 @@
+"""The corpora of a whole plan, compared before anything starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.tiny import tiny
+from zaya_train.config.errors import ConfigError, DataError
+from zaya_train.data.chat import encode_texts
+from zaya_train.data.check import check_corpora
+from zaya_train.data.corpus import Corpus, write_corpus
+from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+
+from .builders import CorpusFactory, data_config, phase_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from zaya_train.config.schema import TrainConfig
+
+
+def plan(
+    phases: Mapping[str, Mapping[str, float]],
+    sources: Mapping[str, Path],
+    validation: Mapping[str, Path] | None = None,
+) -> TrainConfig:
+    """A run of the given mixtures."""
+    config = tiny()
+    rows = {name: phase_config(64, mixture) for name, mixture in phases.items()}
+    return replace(
+        config,
+        plan=replace(config.plan, phases=rows),
+        data=data_config(sources, validation),
+    )
+
+
+def write(path: Path, tokenizer: Tokenizer) -> Path:
+    with write_corpus(path, tokenizer, "text", {}) as writer:
+        writer.extend(encode_texts(tokenizer, ["text"]))
+    return path
+
+
+@pytest.fixture
+def other(tmp_path: Path, bytes_tokenizer: Tokenizer) -> Path:
+    """A corpus of another tokenizer with as many ids: two bytes have changed places."""
+    spec = bytes_tokenizer.backend.to_str()
+    swapped = re.sub(r'"([ab])":', lambda m: '"b":' if m[1] == "a" else '"a":', spec)
+    assert swapped != spec
+    (tmp_path / "tokenizer.json").write_text(swapped, encoding="utf-8")
+    path = write(tmp_path / "other", load_tokenizer(str(tmp_path / "tokenizer.json")))
+    assert Corpus.open(path).manifest.vocab_size == bytes_tokenizer.vocab_size
+    return path
+
+
+def test_phases_of_different_tokenizers_are_refused(corpora: CorpusFactory, other: Path) -> None:
+    sources = {"a": corpora.text("a", ["text"]), "b": other}
+    phases = {"one": {"a": 1.0}, "two": {"b": 1.0}}
+    message = r"data\.sources\.a \(.*/a\) and data\.sources\.b \(.*/other\) have different tok"
+    with pytest.raises(DataError, match=message):
+        check_corpora(plan(phases, sources))
+    check_corpora(plan({"one": {"a": 1.0}, "two": {"a": 1.0}}, sources))
+    check_corpora(plan({"two": {"b": 1.0}}, sources))
+
+
+def test_validation_of_another_tokenizer_is_refused(corpora: CorpusFactory, other: Path) -> None:
+    sources = {"a": corpora.text("a", ["text"])}
+    with pytest.raises(DataError, match=r"data\.sources\.a .* and data\.validation\.v .*different"):
+        check_corpora(plan({"one": {"a": 1.0}}, sources, {"v": other}))
+    check_corpora(plan({"one": {"a": 1.0}}, sources, {"v": sources["a"]}))
+
+
+def test_a_source_without_weight_is_not_opened(corpora: CorpusFactory, tmp_path: Path) -> None:
+    sources = {"a": tmp_path / "missing", "b": corpora.text("b", ["text"])}
+    check_corpora(plan({"one": {"a": 0.0, "b": 1.0}}, sources, {"v": sources["b"]}))
+    with pytest.raises(DataError, match="missing"):
+        check_corpora(plan({"one": {"a": 0.1, "b": 1.0}}, sources))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(corpora: CorpusFactory) -> None:
+    config = plan({"one": {"a": 1.0}}, {"a": corpora.text("a", ["text"])})
+    small = replace(config, model=replace(config.model, vocab_size=263))
+    with pytest.raises(ConfigError, match=r"263 is smaller than the 264 .* data\.sources\.a"):
+        check_corpora(small)
