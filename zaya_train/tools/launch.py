@@ -3,6 +3,7 @@ real."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import ZayaError
-from zaya_train.train.metrics import METRICS_FILE, iter_rows
+from zaya_train.train.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -100,18 +101,25 @@ def _last_error(log: Path) -> str:
 
 
 class _Tail:
-    """Rows of a growing metrics file, each once, from where it stood at construction."""
+    """Rows of a growing metrics file, each once and parsed once, from where it stood at
+    construction. Non-finite numbers stay strings, as the file has them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen = sum(1 for _ in iter_rows(path)) if path.exists() else 0
+        self._offset = path.stat().st_size if path.exists() else 0
 
     def new_rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        rows = list(iter_rows(self.path))
-        new, self.seen = rows[self.seen :], len(rows)
-        return new
+        with self.path.open("rb") as file:
+            # A killed writer's torn last line is cut off when the next one opens the file.
+            self._offset = min(self._offset, os.fstat(file.fileno()).st_size)
+            file.seek(self._offset)
+            whole = file.read().rpartition(b"\n")[0]
+        if not whole:
+            return []
+        self._offset += len(whole) + 1
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 def descendants(pid: int) -> list[int]:

@@ -269,7 +269,7 @@ def _follow(bar: Progress, job: _Job, run_dir: Path) -> Callable[[dict[str, Any]
 
     def on_row(row: dict[str, Any]) -> None:
         if row["kind"] == "step":
-            note = f"step {row['step']}  loss {row['loss']:.3f}"
+            note = f"step {row['step']}  loss {float(row['loss']):.3f}"
             bar.update(task, completed=row["tokens"], description=row["phase"], note=note)
         elif row["kind"] == "resume":
             bar.console.print(f"resumed at step {row['step']}")
