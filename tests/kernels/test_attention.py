@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zaya_kernels import products
+from zaya_kernels.attention import blocks
 from zaya_kernels.attention import segments as planning
 from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import AttentionPlan, Segment, plan_attention
@@ -117,6 +119,28 @@ def test_long_runs_of_masked_queries_are_split() -> None:
 def test_plain_causal_segments_carry_no_mask_however_long() -> None:
     plan = plan_attention([Segment(0, 2100, 0, 2100)], 2100, CPU, whole_rows=False)
     assert [group.mask for group in plan.groups] == [None]
+
+
+@pytest.mark.parametrize("scores", [2**23, 200], ids=["blocks_of_8", "smaller"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_blocks_of_queries_in_onednn(
+    name: str, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 on the CPU, with the products' threshold and the blocks small enough for tests."""
+    monkeypatch.setattr(products, "SMALLEST_PRODUCT", 1)
+    monkeypatch.setattr(blocks, "_BLOCK", 8)
+    monkeypatch.setattr(blocks, "_SCORES", scores)
+    documents, row_tokens = LAYOUTS[name]
+    plan = packed(documents, row_tokens).attention
+    inputs = inputs_of(len(documents), row_tokens, row_tokens, (4, 2))
+    assert_low_precision(lambda name, x: call(name, x, plan), inputs, torch.float32, 2e-6)
+
+
+def test_blocks_take_what_pays_off() -> None:
+    q, k = torch.zeros(1, 128, 8, 64), torch.zeros(1, 128, 2, 64)
+    assert blocks.worthwhile(q, k)
+    assert not blocks.worthwhile(q[:, :64], k[:, :64])
+    assert not blocks.worthwhile(q.double(), k.double())
 
 
 def test_bf16_inputs_keep_bf16_accuracy() -> None:

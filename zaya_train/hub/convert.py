@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from zaya_train import __version__
 from zaya_train.config.errors import CheckpointError, StorageError
 from zaya_train.hub.config import config_from_hf, config_to_hf
 from zaya_train.hub.names import check_shapes, tensor_names
@@ -156,8 +155,8 @@ def write_hf(
             skip = shutil.ignore_patterns("*.safetensors*", "*.bin", *written)
             shutil.copytree(tokenizer, partial, ignore=skip, dirs_exist_ok=True)
             _write_json(partial / "generation_config.json", special)
-        receipt = {"tensors": len(out), "values": sum(t.numel() for t in out.values())}
-        _write_json(partial / RECEIPT, {"writer": f"zaya-train {__version__}"} | receipt)
+        values = sum(tensor.numel() for tensor in out.values())
+        _write_json(partial / RECEIPT, {"tensors": len(out), "values": values})
         _replace(target, partial)
     except OSError as error:
         raise StorageError(f"{target}: export failed: {error}") from error

@@ -1,4 +1,5 @@
-"""Packed attention through torch's scaled_dot_product_attention on padded groups of documents.
+"""Packed attention on padded groups of documents, each group through `blocks` where the CPU gains
+by it, else through torch's scaled_dot_product_attention.
 
 Documents of similar length form one batch padded on the right: causality alone keeps real queries
 from padded keys, so no mask is needed and the flash path runs. Only segments whose queries start
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from zaya_kernels.attention.blocks import causal, worthwhile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +53,9 @@ class _Return(torch.autograd.Function):
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, Q, H, d], [N, L, K, d] -> [N, Q, H, d]."""
+    """[N, Q, H, d], [N, L, K, d] -> [N, Q, H, d]; without a mask Q == L and attention is causal."""
+    if mask is None and worthwhile(q, k):
+        return causal(q, k, v)
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
