@@ -255,6 +255,7 @@ def _add_hub(commands: Any) -> None:
     parser.add_argument("source", type=Path, help="run directory or checkpoint directory")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder, if the run has none")
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -266,7 +267,8 @@ def _import(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from zaya_train.tools.transfer import ExportRequest, export_hf
 
-    export_hf(ExportRequest(options.source, options.output, options.dtype), Console())
+    request = ExportRequest(options.source, options.output, options.dtype, options.tokenizer)
+    export_hf(request, Console())
 
 
 def _add_model_use(commands: Any) -> None:
