@@ -66,6 +66,4 @@ def test_an_inserted_phase_is_named() -> None:
     config = tiny({})
     (first, phase), *_ = config.plan.phases.items()
     edited = with_phases(config, **({"before": phase} | config.plan.phases))
-    assert changes(stored(config, 0), edited) == [
-        f"plan.phases: number 1 was {first}, now before"
-    ]
+    assert changes(stored(config, 0), edited) == [f"plan.phases: number 1 was {first}, now before"]
