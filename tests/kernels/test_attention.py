@@ -127,7 +127,7 @@ def test_blocks_of_queries_in_onednn(
     name: str, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp32 on the CPU, with the products' threshold and the blocks small enough for tests. Not for
-    documents of one token alone, where the exact gradients are zero and any rounding is too much."""
+    documents of one token: their exact gradients are zero and any rounding is too much."""
     monkeypatch.setattr(products, "SMALLEST_PRODUCT", 1)
     monkeypatch.setattr(blocks, "_BLOCK", 8)
     monkeypatch.setattr(blocks, "_SCORES", scores)
