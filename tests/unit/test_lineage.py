@@ -40,8 +40,9 @@ def test_the_seed_is_part_of_the_past() -> None:
 def test_a_phase_under_way_keeps_what_its_order_depends_on(key: str) -> None:
     config = tiny({})
     name, phase = next(iter(config.plan.phases.items()))
-    other = {"a": 1.0} if key == "mixture" else getattr(phase, key) * 2
-    edited = with_phases(config, **(config.plan.phases | {name: replace(phase, **{key: other})}))
+    other: Any = {"a": 1.0} if key == "mixture" else getattr(phase, key) * 2
+    values: dict[str, Any] = {key: other}
+    edited = with_phases(config, **(config.plan.phases | {name: replace(phase, **values)}))
     (line,) = changes(stored(config, 0), edited)
     assert line.startswith(f"plan.phases.{name}.{key}: ") and line.endswith(f"-> {other}")
 
