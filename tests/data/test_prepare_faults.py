@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRAM = """
-import resource, sys, time
+import resource, signal, sys, time
+# A shell's background jobs, and so some CI runners, start their children with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from zaya_train.config.errors import ZayaError
 from zaya_train.data import prepare as module

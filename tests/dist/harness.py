@@ -99,7 +99,10 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             "model.vocab_size": VOCABULARY,
             # A halo of three rows in chunks of four tokens.
             "model.conv_depthwise_taps": 3,
-            "optim.clip_norm": 0.5,
+            "optim.clip_norm": 2.0,
+            # The router's last matrix starts with this deviation; at 0.02 it is so small that the
+            # rounding of its first updates stands out in a relative comparison.
+            "model.init_std": 0.2,
             "parallel.context_chunks": case.chunks,
             **changes,
         }

@@ -73,11 +73,11 @@ def test_documents_meet_the_cuts_in_every_way() -> None:
 
 
 def test_the_reference_clips_and_learns(alone: Outcome) -> None:
-    assert min(alone.norms) < 0.5 < max(alone.norms)
+    assert min(alone.norms) < 2.0 < max(alone.norms)
     for norm, gradients in zip(alone.norms, alone.gradients, strict=True):
         flat = np.concatenate([g.ravel() for g in gradients.values()])
         applied = np.linalg.norm(flat.astype(np.float64))
-        assert applied == pytest.approx(min(norm, 0.5), rel=1e-6)
+        assert applied == pytest.approx(min(norm, 2.0), rel=1e-6)
     bias = alone.final["model.layers.0.moe.router.balancing_bias"]
     assert np.all(bias[:-1] != 0)
     assert bias[-1] == -1
