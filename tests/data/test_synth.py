@@ -70,7 +70,7 @@ def test_explanation_and_solver_agree_with_hand_made_cases(
     ("family", "prompt", "reasoning"),
     [
         ("sum", "S 2 a9b4", "2 a99b43 1 a92b46 0"),
-        ("count", "C 7 a7b1c7", "a71b11c72"),
+        ("count", "C 7 a7b1c7", "a77=1b17.1c77=2"),
         ("sort", "O 5091", "0+1+2-3-4-5+6-7-8-9+"),
         ("jump", "J AbBcCa a 2", "2a1b0c"),
         ("add", "A b9a8+B0A7", "a8A71515b9B00910=1b0a5"),
