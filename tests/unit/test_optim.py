@@ -19,26 +19,26 @@ from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
 from zaya_train.optim.adamw import AdamW
 from zaya_train.optim.balancing import BalancingController
+from zaya_train.optim.exchange import Groups
 from zaya_train.optim.muon import Muon
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.optim.shards import Shard
-from zaya_train.optim.table import RULES, assign, summary
+from zaya_train.optim.table import MATRIX, PER_EXPERT, RULES, assign, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch.distributed import ProcessGroup
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[ProcessGroup]:
-    """The group of one rank."""
+def alone() -> Iterator[Groups]:
+    """One rank."""
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
-    yield group
+    yield Groups(group, group)
     dist.destroy_process_group()
 
 
@@ -144,6 +144,14 @@ def muon_config(**changes: Any) -> MuonConfig:
     return MuonConfig(**{"learning_rate": 0.1, "newton_schulz_dtype": "fp32", **changes})
 
 
+def muon_of(
+    shards: Sequence[Shard], config: MuonConfig, groups: Groups, backend: str = "eager"
+) -> Muon:
+    """Three dimensions are a stack of matrices."""
+    views = [PER_EXPERT if shard.parameter.dim() == 3 else MATRIX for shard in shards]
+    return Muon(shards, views, config, groups, backend)
+
+
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """Newton-Schulz by its formula in float64."""
     a, b, c = QUINTIC
@@ -157,11 +165,11 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("backend", ["eager", "reference"])
-def test_muon_follows_its_formula(nesterov: bool, backend: str, alone: ProcessGroup) -> None:
+def test_muon_follows_its_formula(nesterov: bool, backend: str, alone: Groups) -> None:
     values = [randn(6, 10, seed=1), randn(10, 6, seed=2), randn(6, 10, seed=3)]
     config = muon_config(momentum=0.9, nesterov=nesterov, weight_decay=0.2, update_rms=0.3)
     shards = shards_of(values)
-    muon = Muon(shards, config, alone, backend)
+    muon = muon_of(shards, config, alone, backend)
     expected = [value.double() for value in values]
     momenta = [torch.zeros_like(value) for value in expected]
     for step in range(3):
@@ -181,11 +189,11 @@ def test_muon_follows_its_formula(nesterov: bool, backend: str, alone: ProcessGr
         torch.testing.assert_close(momentum.double(), reference, rtol=1e-5, atol=1e-5)
 
 
-def test_muon_equals_torchs_muon_in_bf16(alone: ProcessGroup) -> None:
+def test_muon_equals_torchs_muon_in_bf16(alone: Groups) -> None:
     values = [randn(16, 40, seed=1), randn(40, 16, seed=2), randn(24, 24, seed=3)]
     config = muon_config(newton_schulz_dtype="bf16", weight_decay=0.1)
     shards = shards_of(values)
-    ours = Muon(shards, config, alone, "eager")
+    ours = muon_of(shards, config, alone)
     theirs = [Parameter(value.clone()) for value in values]
     reference = torch.optim.Muon(
         theirs,
@@ -208,11 +216,11 @@ def test_muon_equals_torchs_muon_in_bf16(alone: ProcessGroup) -> None:
         assert float((shard.local - parameter.detach()).norm() / moved) < 0.03
 
 
-def test_a_stack_is_a_loop_over_its_matrices(alone: ProcessGroup) -> None:
+def test_a_stack_is_a_loop_over_its_matrices(alone: Groups) -> None:
     stack = randn(5, 6, 12, seed=4)
     together, apart = shards_of([stack]), shards_of(list(stack))
     config = muon_config()
-    many, one = Muon(apart, config, alone, "eager"), Muon(together, config, alone, "eager")
+    many, one = muon_of(apart, config, alone), muon_of(together, config, alone)
     for step in range(2):
         gradient = randn(5, 6, 12, seed=50 + step)
         together[0].parameter.grad = gradient
@@ -225,9 +233,9 @@ def test_a_stack_is_a_loop_over_its_matrices(alone: ProcessGroup) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32), (3, 32, 64)])
-def test_updates_have_the_rms_of_adamws(shape: tuple[int, ...], alone: ProcessGroup) -> None:
+def test_updates_have_the_rms_of_adamws(shape: tuple[int, ...], alone: Groups) -> None:
     shards = shards_of([torch.zeros(shape)])
-    muon = Muon(shards, muon_config(weight_decay=0.0), alone, "eager")
+    muon = muon_of(shards, muon_config(weight_decay=0.0), alone)
     give_gradients([shards[0].parameter], 0)
     muon.step(1.0)
     rms = float(shards[0].local.square().mean().sqrt())
@@ -235,10 +243,10 @@ def test_updates_have_the_rms_of_adamws(shape: tuple[int, ...], alone: ProcessGr
     assert 0.7 * 0.2 < rms < 1.2 * 0.2
 
 
-def test_muon_without_a_gradient_only_decays(alone: ProcessGroup) -> None:
+def test_muon_without_a_gradient_only_decays(alone: Groups) -> None:
     shards = shards_of([randn(4, 6), randn(2, 4, 6, seed=1)])
     before = [shard.local.clone() for shard in shards]
-    Muon(shards, muon_config(weight_decay=0.5), alone, "eager").step(0.1)
+    muon_of(shards, muon_config(weight_decay=0.5), alone).step(0.1)
     for shard, value in zip(shards, before, strict=True):
         torch.testing.assert_close(shard.local, value * (1 - 0.1 * 0.5))
 
@@ -301,7 +309,7 @@ def test_balance_depends_on_shares_and_a_step_without_tokens_is_finite() -> None
 # All together
 
 
-def model_and_optimizer(alone: ProcessGroup) -> tuple[ZayaModel, Optimizer]:
+def model_and_optimizer(alone: Groups) -> tuple[ZayaModel, Optimizer]:
     config = tiny()
     model = ZayaModel(config.model)
     initialise(model, seed=0)
@@ -316,7 +324,7 @@ def model_and_optimizer(alone: ProcessGroup) -> tuple[ZayaModel, Optimizer]:
     return model, optimizer
 
 
-def test_a_step_moves_every_parameter_and_every_bias(alone: ProcessGroup) -> None:
+def test_a_step_moves_every_parameter_and_every_bias(alone: Groups) -> None:
     model, optimizer = model_and_optimizer(alone)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     give_gradients(list(model.parameters()), 0)
@@ -328,7 +336,7 @@ def test_a_step_moves_every_parameter_and_every_bias(alone: ProcessGroup) -> Non
         assert float(bias[0]) < 0 < float(bias[1])
 
 
-def test_decay_reaches_exactly_what_the_table_says(alone: ProcessGroup) -> None:
+def test_decay_reaches_exactly_what_the_table_says(alone: Groups) -> None:
     model, optimizer = model_and_optimizer(alone)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(0.1, 0.1, torch.ones(2, 4))
@@ -337,7 +345,7 @@ def test_decay_reaches_exactly_what_the_table_says(alone: ProcessGroup) -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * kept, msg=name)
 
 
-def test_state_names_are_stable_and_cover_every_parameter(alone: ProcessGroup) -> None:
+def test_state_names_are_stable_and_cover_every_parameter(alone: Groups) -> None:
     model, optimizer = model_and_optimizer(alone)
     fresh = optimizer.tensors()
     give_gradients(list(model.parameters()), 0)
