@@ -23,7 +23,7 @@ import torch
 from zaya_kernels.newton_schulz.op import newton_schulz
 
 from zaya_train.optim.exchange import Exchange
-from zaya_train.optim.owners import Matrix, plan
+from zaya_train.optim.owners import matrices_of, plan
 from zaya_train.parallel.collectives import all_gather
 
 if TYPE_CHECKING:
@@ -62,7 +62,14 @@ class Muon:
         self.momentum = [shard.state(_DTYPES[config.momentum_dtype]) for shard in self.shards]
         counts = _local_counts(self.shards, self.views)
         held = _gathered(counts, groups, self.device)
-        matrices, self._places = _matrices(self.shards, self.views, held, groups.fsdp.rank())
+        places = matrices_of([shard.parameter.shape for shard in self.shards], held)
+        matrices = [place.matrix for place in places]
+        # Those with local rows, by number: shard, matrix within it.
+        self._places = {
+            i: (place.parameter, place.number)
+            for i, place in enumerate(places)
+            if place.matrix.home in (None, groups.fsdp.rank())
+        }
         self.plan = plan(matrices, groups.replicate.size(), groups.fsdp.size())
         self._exchange = Exchange(self.plan, groups, dtype, self.device)
         self._scales = [
@@ -152,23 +159,3 @@ def _gathered(counts: list[int], groups: Groups, device: torch.device) -> list[l
     rows = all_gather(own, groups.fsdp).view(groups.fsdp.size(), len(counts))
     return [list(map(int, row)) for row in rows.tolist()]
 
-
-def _matrices(
-    shards: Sequence[Shard], views: Sequence[MatrixView], held: list[list[int]], rank: int
-) -> tuple[list[Matrix], dict[int, tuple[int, int]]]:
-    """All matrices of the model in the same order on every rank; where those with local rows lie,
-    as matrix -> (shard, number within it)."""
-    matrices: list[Matrix] = []
-    places: dict[int, tuple[int, int]] = {}
-    for number, (shard, view) in enumerate(zip(shards, views, strict=True)):
-        rows, columns = shard.parameter.shape[-2:]
-        if not view.is_stack:
-            places[len(matrices)] = (number, 0)
-            matrices.append(Matrix(rows, columns))
-            continue
-        for column, counts in enumerate(held):
-            for k in range(counts[number]):
-                if column == rank:
-                    places[len(matrices)] = (number, k)
-                matrices.append(Matrix(rows, columns, home=column))
-    return matrices, places

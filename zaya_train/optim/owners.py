@@ -71,6 +71,34 @@ class Matrix:
         return (end - start) * self.columns
 
 
+class Place(NamedTuple):
+    """Where a matrix lies among a model's parameters."""
+
+    matrix: Matrix
+    parameter: int
+    number: int
+    """Among the parameter's local matrices on the matrix's home column; 0 without one."""
+
+
+def matrices_of(shapes: Sequence[Sequence[int]], held: Sequence[Sequence[int]]) -> list[Place]:
+    """All matrices of parameters [n, k] or stacks [N, n, k], in an order all ranks share.
+
+    held[column][parameter]: matrices of a stack that a column holds; not read for plain ones.
+    """
+    places = []
+    for parameter, shape in enumerate(shapes):
+        rows, columns = shape[-2:]
+        if len(shape) == 2:
+            places.append(Place(Matrix(rows, columns), parameter, 0))
+            continue
+        for column, counts in enumerate(held):
+            places += [
+                Place(Matrix(rows, columns, home=column), parameter, k)
+                for k in range(counts[parameter])
+            ]
+    return places
+
+
 @dataclass(frozen=True)
 class Plan:
     """Owners of all matrices, and the order of work."""
