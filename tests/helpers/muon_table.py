@@ -12,18 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from zaya_train.main import compose
-from zaya_train.model.zaya import ZayaModel
-from zaya_train.optim.owners import least_load, matrices_of, plan, traffic
-from zaya_train.optim.table import assign
-from zaya_train.parallel.collectives import row_counts
+from zaya_train.optim.owners import least_load, traffic
+from zaya_train.tools.plan import muon_plan, parameter_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from zaya_train.optim.owners import Plan
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "muon_owners.json"
 GRIDS = ((1, 8), (16, 8), (128, 8))
@@ -52,22 +46,11 @@ class Row:
 
 
 def shapes_of_8b() -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = ZayaModel(compose(["recipe=zaya1_8b"]).model)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def plan_of(shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int) -> Plan:
-    """As FSDP shards: stacks between matrices, in chunks."""
-    table = assign(shapes)
-    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
-    counts = [row_counts(shape[0], shards) for shape in muon]
-    held = [[count[column] for count in counts] for column in range(shards)]
-    return plan([place.matrix for place in matrices_of(muon, held)], replicas, shards)
+    return parameter_shapes(compose(["recipe=zaya1_8b"]).model)
 
 
 def row(shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int) -> Row:
-    made = plan_of(shapes, replicas, shards)
+    made = muon_plan(shapes, replicas, shards)
     costs = [matrix.flops() for matrix in made.matrices]
     slowest = max(made.loads.values())
     sent = [traffic(made, rank) for rank in made.loads]

@@ -118,9 +118,7 @@ def test_traffic_is_the_arithmetic(made: Plan) -> None:
 def test_an_even_matrix_sends_all_but_its_owners_share(
     sizes: list[tuple[int, int]], blocks: list[int], replicas: int, shards: int
 ) -> None:
-    matrices = [
-        Matrix(shards * blocks[i % len(blocks)], k) for i, (_, k) in enumerate(sizes)
-    ]
+    matrices = [Matrix(shards * blocks[i % len(blocks)], k) for i, (_, k) in enumerate(sizes)]
     made = plan(matrices, replicas, shards)
     total = sum(matrix.elements for matrix in matrices)
     sent = [traffic(made, rank) for rank in made.loads]

@@ -158,4 +158,3 @@ def _gathered(counts: list[int], groups: Groups, device: torch.device) -> list[l
         raise ValueError(f"replicas hold different matrices of the stacks: {copies.tolist()}")
     rows = all_gather(own, groups.fsdp).view(groups.fsdp.size(), len(counts))
     return [list(map(int, row)) for row in rows.tolist()]
-

@@ -104,9 +104,10 @@ def summary(table: Mapping[str, Rule], shapes: Mapping[str, tuple[int, ...]]) ->
             decay = "decay" if rule.decays else "no decay"
             words = f"{rule.what}, {rule.view.words}" if rule.view else rule.what
             matrices = sum(_matrices(rule, shapes[name]) for name in names)
+            pattern = rule.pattern.replace(_LAYER, "layers.*.").replace("\\.", ".")
             lines.append(
                 f"{rule.optimizer:5} {decay:8} {len(names):5} tensors {elements:15,} elements "
-                f"{matrices:6,} matrices  {rule.pattern.replace(_LAYER, 'layers.*.')}  ({words})"
+                f"{matrices:6,} matrices  {pattern}  ({words})"
             )
     return lines
 
