@@ -44,6 +44,9 @@ UNEVEN = (
     (2, 9, 6),
 )
 
+EXPERTS = ((13, 20), (6, 6, 10), (2, 9, 6))
+"""Stacks that two expert ranks share evenly and their expert_shard ranks do not."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -64,7 +67,7 @@ class Grid:
     @property
     def name(self) -> str:
         degrees = f"r{self.replicate}s{self.shard}e{self.expert}"
-        kind = "even" if self.shapes == EVEN else "uneven"
+        kind = {EVEN: "even", UNEVEN: "uneven", EXPERTS: "experts"}[self.shapes]
         return f"{degrees}-{self.dtype}-{self.momentum_dtype}-{kind}-{self.round_elements}"
 
 
@@ -135,7 +138,8 @@ def _as_experts(full: Tensor, grid: Grid, mesh: Mesh) -> DTensor:
     experts = mesh.sharding._unflatten(1, (expert_shard, grid.expert), ("expert_shard", "expert"))
     sharded, expert = divmod(mesh.fsdp_group.rank(), grid.expert)
     block = full.chunk(grid.expert)[expert]
-    local = block.chunk(expert_shard)[sharded].clone()
+    rows = row_counts(block.shape[0], expert_shard)
+    local = block[sum(rows[:sharded]) :][: rows[sharded]].clone()
     placements = (Replicate(), _StridedShard(0, split_factor=grid.expert), Shard(0))
     return _dtensor(local, full, experts, placements)
 

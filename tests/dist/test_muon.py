@@ -10,6 +10,7 @@ import pytest
 from tests.dist.harness import relative
 from tests.dist.muon_ranks import (
     EVEN,
+    EXPERTS,
     UNEVEN,
     Grid,
     Outcome,
@@ -28,6 +29,7 @@ LAYOUTS = [
     Grid(shard=4, round_elements=1),
     Grid(shard=4, expert=2, shapes=EVEN),
     Grid(replicate=2, shard=2, expert=2, shapes=EVEN),
+    Grid(shard=4, expert=2, shapes=EXPERTS),
     Grid(shard=4, shapes=EVEN),
     Grid(replicate=2, shard=2, shapes=EVEN),
     Grid(replicate=2, shard=2, shapes=EVEN, dtype="bf16"),
