@@ -33,6 +33,7 @@ from zaya_train.data.check import check_corpora
 from zaya_train.data.stream import PhaseStream, prefetch, validation_rows
 from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
+from zaya_train.optim.exchange import Groups
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.optim.table import summary
 from zaya_train.parallel.apply import chunking_of, parallelize
@@ -247,7 +248,7 @@ def _build(context: Context, name: str, phase: PhaseConfig, degrees: Layout) -> 
         [buffer for _, buffer in model.named_buffers()],
         model_config.num_experts,
         config.optim,
-        mesh.fsdp_group,
+        Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate")),
         config.kernels.newton_schulz,
     )
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.helpers.tiny import tiny
 from zaya_train.config.derive import Layout
+from zaya_train.optim.exchange import Groups
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.mesh import Mesh
@@ -131,7 +132,7 @@ class Setup:
             [buffer for _, buffer in model.named_buffers()],
             config.model.num_experts,
             config.optim,
-            mesh.fsdp_group,
+            Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate")),
             "eager",
         )
         return Setup(case, config, mesh, model, optimizer)

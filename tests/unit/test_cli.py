@@ -79,6 +79,9 @@ def test_plan_previews_phases_memory_and_edges(capsys: pytest.CaptureFixture[str
     for phase in ("pretrain_1", "pretrain_2", "midtrain", "sft"):
         assert phase in out
     assert "midtrain -> sft" in out
+    # Ten heads in each of 40 layers.
+    assert "400 matrices  layers.*.attention.conv_grouped  (convolution, one matrix [d, d" in out
+    assert "2,040 matrices, 444.5 TFLOP; per rank 0.434 on average, 0.5154 at most" in out
 
 
 def test_plan_names_every_broken_rule(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Parameter table, AdamW, Muon and the balancing controller on one process."""
+"""Parameter table, AdamW and the balancing controller on one process."""
 
 from __future__ import annotations
 
@@ -8,52 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.nn import Parameter
 
+from tests.helpers.optim import give_gradients, randn, shards_of
 from tests.helpers.tiny import tiny
-from zaya_train.config.schema import AdamWConfig, BalancingConfig, MuonConfig
+from zaya_train.config.schema import AdamWConfig, BalancingConfig
 from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
 from zaya_train.optim.adamw import AdamW
 from zaya_train.optim.balancing import BalancingController
-from zaya_train.optim.muon import Muon
 from zaya_train.optim.optimizer import Optimizer
-from zaya_train.optim.shards import Shard
-from zaya_train.optim.table import RULES, assign, summary
+from zaya_train.optim.table import MATRIX, PER_EXPERT, RULES, assign, summary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch.distributed import ProcessGroup
-
-QUINTIC = (3.4445, -4.7750, 2.0315)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[ProcessGroup]:
-    """The group of one rank."""
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield group
-    dist.destroy_process_group()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def shards_of(values: Sequence[Tensor]) -> list[Shard]:
-    return [Shard.of(f"p{i}", Parameter(value.clone())) for i, value in enumerate(values)]
-
-
-def give_gradients(parameters: Sequence[Tensor], step: int) -> None:
-    for i, parameter in enumerate(parameters):
-        parameter.grad = randn(*parameter.shape, seed=1000 * step + i)
-
+    from zaya_train.optim.exchange import Groups
 
 # Parameter table
 
@@ -97,6 +66,32 @@ def test_summary_counts_every_element_once() -> None:
     assert len(lines) == len(RULES)
 
 
+def test_every_matrix_of_muon_has_a_declared_view() -> None:
+    for rule in RULES:
+        assert (rule.view is not None) == (rule.optimizer == "muon")
+    with torch.device("meta"):
+        model = ZayaModel(tiny().model)
+    table = assign(name for name, _ in model.named_parameters())
+    matrices = {
+        name: view.split(p) for name, p in model.named_parameters() if (view := table[name].view)
+    }
+    layer = "layers.1."
+    # Six heads of eight channels and two taps; three experts.
+    assert [list(m.shape) for m in matrices[layer + "attention.conv_grouped"]] == [[8, 16]] * 6
+    assert [list(m.shape) for m in matrices[layer + "moe.gate_up"]] == [[16, 16]] * 3
+    assert [list(m.shape) for m in matrices[layer + "moe.down"]] == [[16, 8]] * 3
+    assert [list(m.shape) for m in matrices[layer + "moe.router.out"]] == [[4, 8]]
+    assert [list(m.shape) for m in matrices[layer + "attention.q_proj"]] == [[32, 16]]
+
+
+def test_matrices_are_views_of_the_parameter() -> None:
+    for shape, view in (((3, 4), MATRIX), ((2, 3, 4), PER_EXPERT)):
+        x = torch.zeros(shape)
+        for matrix in view.split(x):
+            matrix.add_(1)
+        assert bool(x.eq(1).all())
+
+
 # AdamW
 
 
@@ -137,110 +132,19 @@ def test_adamw_counts_steps_of_parameters_without_gradient() -> None:
     assert int(optimizer.steps) == 1
 
 
-# Muon
-
-
-def muon_config(**changes: Any) -> MuonConfig:
-    return MuonConfig(**{"learning_rate": 0.1, "newton_schulz_dtype": "fp32", **changes})
-
-
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz by its formula in float64."""
-    a, b, c = QUINTIC
-    x: Tensor = matrix.double()
-    x = x / torch.linalg.matrix_norm(x)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + b * (gram @ x) + c * (gram @ gram @ x)
-    return x
-
-
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("backend", ["eager", "reference"])
-def test_muon_follows_its_formula(nesterov: bool, backend: str, alone: ProcessGroup) -> None:
-    values = [randn(6, 10, seed=1), randn(10, 6, seed=2), randn(6, 10, seed=3)]
-    config = muon_config(momentum=0.9, nesterov=nesterov, weight_decay=0.2, update_rms=0.3)
-    shards = shards_of(values)
-    muon = Muon(shards, config, alone, backend)
-    expected = [value.double() for value in values]
-    momenta = [torch.zeros_like(value) for value in expected]
-    for step in range(3):
-        give_gradients([s.parameter for s in shards], step)
-        muon.step(0.1)
-        for i, shard in enumerate(shards):
-            assert shard.parameter.grad is not None
-            gradient = shard.parameter.grad.double()
-            momenta[i] = 0.9 * momenta[i] + gradient
-            direction = gradient + 0.9 * momenta[i] if nesterov else momenta[i]
-            scale = 0.1 * 0.3 * math.sqrt(10)
-            expected[i] = expected[i] * (1 - 0.1 * 0.2) - scale * orthogonal(direction)
-    for shard, reference in zip(shards, expected, strict=True):
-        # fp32 sums of ten products through five quintic steps lose about three digits.
-        torch.testing.assert_close(shard.local.double(), reference, rtol=0, atol=2e-4)
-    for momentum, reference in zip(muon.momentum, momenta, strict=True):
-        torch.testing.assert_close(momentum.double(), reference, rtol=1e-5, atol=1e-5)
-
-
-def test_muon_equals_torchs_muon_in_bf16(alone: ProcessGroup) -> None:
-    values = [randn(16, 40, seed=1), randn(40, 16, seed=2), randn(24, 24, seed=3)]
-    config = muon_config(newton_schulz_dtype="bf16", weight_decay=0.1)
-    shards = shards_of(values)
-    ours = Muon(shards, config, alone, "eager")
-    theirs = [Parameter(value.clone()) for value in values]
-    reference = torch.optim.Muon(
-        theirs,
-        lr=0.1,
-        weight_decay=0.1,
-        momentum=0.95,
-        nesterov=True,
-        ns_steps=5,
-        ns_coefficients=QUINTIC,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    for step in range(3):
-        give_gradients([s.parameter for s in shards], step)
-        give_gradients(theirs, step)
-        ours.step(0.1)
-        reference.step()  # type: ignore[no-untyped-call]
-    for shard, parameter, start in zip(shards, theirs, values, strict=True):
-        moved = (parameter.detach() - start).norm()
-        # bf16 keeps 8 bits: 0.4 % a product, over 15 products and 3 steps.
-        assert float((shard.local - parameter.detach()).norm() / moved) < 0.03
-
-
-def test_a_stack_is_a_loop_over_its_matrices(alone: ProcessGroup) -> None:
-    stack = randn(5, 6, 12, seed=4)
-    together, apart = shards_of([stack]), shards_of(list(stack))
-    config = muon_config()
-    many, one = Muon(apart, config, alone, "eager"), Muon(together, config, alone, "eager")
-    for step in range(2):
-        gradient = randn(5, 6, 12, seed=50 + step)
-        together[0].parameter.grad = gradient
-        for shard, part in zip(apart, gradient, strict=True):
-            shard.parameter.grad = part.clone()
-        many.step(0.1)
-        one.step(0.1)
-    for part, shard in zip(together[0].local, apart, strict=True):
-        torch.testing.assert_close(part, shard.local, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32), (3, 32, 64)])
-def test_updates_have_the_rms_of_adamws(shape: tuple[int, ...], alone: ProcessGroup) -> None:
-    shards = shards_of([torch.zeros(shape)])
-    muon = Muon(shards, muon_config(weight_decay=0.0), alone, "eager")
-    give_gradients([shards[0].parameter], 0)
-    muon.step(1.0)
-    rms = float(shards[0].local.square().mean().sqrt())
-    # Singular values end within 0.7 to 1.2.
-    assert 0.7 * 0.2 < rms < 1.2 * 0.2
-
-
-def test_muon_without_a_gradient_only_decays(alone: ProcessGroup) -> None:
-    shards = shards_of([randn(4, 6), randn(2, 4, 6, seed=1)])
-    before = [shard.local.clone() for shard in shards]
-    Muon(shards, muon_config(weight_decay=0.5), alone, "eager").step(0.1)
-    for shard, value in zip(shards, before, strict=True):
-        torch.testing.assert_close(shard.local, value * (1 - 0.1 * 0.5))
+def test_adamw_corrects_its_bias_by_the_steps_it_was_given() -> None:
+    """As after loading a checkpoint: the counter alone says how many updates were made."""
+    config = AdamWConfig(learning_rate=0.1, beta1=0.9, beta2=0.99)
+    fresh, resumed = shards_of([torch.zeros(2)]), shards_of([torch.zeros(2)])
+    first, later = AdamW(fresh, [False], config), AdamW(resumed, [False], config)
+    later.steps.fill_(9)
+    for shard, optimizer in ((fresh[0], first), (resumed[0], later)):
+        shard.parameter.grad = torch.ones(2)
+        optimizer.step(0.1)
+    expected = {"fresh": 1.0, "resumed": 0.1 / (1 - 0.9**10) / math.sqrt(0.01 / (1 - 0.99**10))}
+    torch.testing.assert_close(fresh[0].local, torch.full((2,), -0.1 * expected["fresh"]))
+    torch.testing.assert_close(resumed[0].local, torch.full((2,), -0.1 * expected["resumed"]))
+    assert (int(first.steps), int(later.steps)) == (1, 10)
 
 
 # Balancing
@@ -301,7 +205,7 @@ def test_balance_depends_on_shares_and_a_step_without_tokens_is_finite() -> None
 # All together
 
 
-def model_and_optimizer(alone: ProcessGroup) -> tuple[ZayaModel, Optimizer]:
+def model_and_optimizer(alone: Groups) -> tuple[ZayaModel, Optimizer]:
     config = tiny()
     model = ZayaModel(config.model)
     initialise(model, seed=0)
@@ -316,7 +220,7 @@ def model_and_optimizer(alone: ProcessGroup) -> tuple[ZayaModel, Optimizer]:
     return model, optimizer
 
 
-def test_a_step_moves_every_parameter_and_every_bias(alone: ProcessGroup) -> None:
+def test_a_step_moves_every_parameter_and_every_bias(alone: Groups) -> None:
     model, optimizer = model_and_optimizer(alone)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     give_gradients(list(model.parameters()), 0)
@@ -328,7 +232,7 @@ def test_a_step_moves_every_parameter_and_every_bias(alone: ProcessGroup) -> Non
         assert float(bias[0]) < 0 < float(bias[1])
 
 
-def test_decay_reaches_exactly_what_the_table_says(alone: ProcessGroup) -> None:
+def test_decay_reaches_exactly_what_the_table_says(alone: Groups) -> None:
     model, optimizer = model_and_optimizer(alone)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(0.1, 0.1, torch.ones(2, 4))
@@ -337,7 +241,7 @@ def test_decay_reaches_exactly_what_the_table_says(alone: ProcessGroup) -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * kept, msg=name)
 
 
-def test_state_names_are_stable_and_cover_every_parameter(alone: ProcessGroup) -> None:
+def test_state_names_are_stable_and_cover_every_parameter(alone: Groups) -> None:
     model, optimizer = model_and_optimizer(alone)
     fresh = optimizer.tensors()
     give_gradients(list(model.parameters()), 0)

@@ -145,6 +145,10 @@ class MuonConfig:
     learning_rate: float
     """Peak learning rate, on AdamW's scale."""
     momentum: float = 0.95
+    momentum_dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 halves the state, rounding to nearest once a step. A momentum up to 0.99 cannot stall:
+    each step takes 1 % or more of it away and bf16 resolves 0.4 %. A checkpoint resumes only with
+    the dtype it was saved with."""
     nesterov: bool = True
     weight_decay: float = 0.1
     """Decoupled."""

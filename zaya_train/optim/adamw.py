@@ -28,54 +28,56 @@ class AdamW:
     ) -> None:
         self.config = config
         self.shards = list(shards)
-        self.decays = list(decays)
         self.first = [shard.state() for shard in self.shards]
         self.second = [shard.state() for shard in self.shards]
         self.steps = torch.zeros((), dtype=torch.int64)
+        """Updates made; what a checkpoint holds."""
+        self._members = {
+            kind: [i for i, s in enumerate(self.shards) if decays[i] is kind and s.local.numel()]
+            for kind in (True, False)
+        }
+        self._counts = self._counters()
 
     def step(self, learning_rate: float) -> None:
         """One update from the parameters' gradients."""
-        for decays in (True, False):
-            members = [
-                i
-                for i, shard in enumerate(self.shards)
-                if self.decays[i] is decays and shard.local.numel()
-            ]
+        self._counts.fill_(self.steps)
+        counts = self._counts.unbind()
+        for decays, members in self._members.items():
             if members:
-                weight_decay = self.config.weight_decay if decays else 0.0
-                self._update(members, learning_rate, weight_decay)
+                update(
+                    [self.shards[i].local for i in members],
+                    [self.shards[i].grad.to(torch.float32) for i in members],
+                    ([self.first[i] for i in members], [self.second[i] for i in members]),
+                    [counts[i] for i in members],
+                    self.config,
+                    learning_rate,
+                    self.config.weight_decay if decays else 0.0,
+                )
         self.steps += 1
 
-    def _update(self, members: list[int], learning_rate: float, weight_decay: float) -> None:
-        count = self.steps.to(torch.float32)
-        update(
-            [self.shards[i].local for i in members],
-            [self.shards[i].grad.to(torch.float32) for i in members],
-            ([self.first[i] for i in members], [self.second[i] for i in members]),
-            count,
-            self.config,
-            learning_rate,
-            weight_decay,
-        )
+    def _counters(self) -> Tensor:
+        """Room for the counter that torch's fused kernel wants, and advances, per parameter."""
+        device = self.shards[0].local.device if self.shards else None
+        return torch.zeros(len(self.shards), device=device)
 
 
 def update(
     parameters: list[Tensor],
     gradients: list[Tensor],
     moments: tuple[list[Tensor], list[Tensor]],
-    steps: Tensor,
+    steps: list[Tensor],
     config: AdamWConfig | BalancingConfig,
     learning_rate: float,
     weight_decay: float,
 ) -> None:
-    """AdamW in place; `steps` is the number of updates already made."""
+    """AdamW in place; `steps` are the numbers of updates already made, fp32, advanced as well."""
     adamw(
         parameters,
         gradients,
         moments[0],
         moments[1],
         [],
-        [steps.clone().to(p.device) for p in parameters],
+        steps,
         foreach=False,
         fused=True,
         amsgrad=False,

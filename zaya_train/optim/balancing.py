@@ -43,7 +43,7 @@ class BalancingController:
             gradient[:, self.num_experts :] = 0
         stacked = torch.stack(self.biases)
         moments = ([self.first], [self.second])
-        count = self.steps.to(torch.float32)
+        count = [self.steps.to(self.first.device, torch.float32, copy=True)]
         rate = self.config.learning_rate
         update([stacked], [gradient], moments, count, self.config, rate, 0.0)
         self.steps += 1

@@ -3,160 +3,158 @@
     m <- mu m + g;   u = g + mu m (Nesterov) or m
     p <- p (1 - lr wd) - lr 0.2 sqrt(max(n, k)) NewtonSchulz(u)      for a matrix [n, k]
 
-Newton-Schulz needs whole matrices. Stacks of matrices (experts, grouped convolutions) are sharded
-between matrices, so every rank holds whole ones. Plain matrices are sharded by rows: one all-to-all
-brings each to the rank that owns it, owners chosen so that work is even, and one brings the rows of
-the result back. Everything of one shape is one batch.
+Newton-Schulz needs whole matrices and is the whole cost. Each matrix is orthogonalised once, by the
+one rank of the grid replicas x shards that `owners` chose: stacks of matrices (experts, grouped
+convolutions) are sharded between matrices, so a rank works on some of those it holds; plain
+matrices are sharded by rows and exchanged. Replicas receive updates instead of repeating the work,
+so they stay bitwise equal whatever their hardware. Momentum is elementwise and stays where the
+parameter is, on every replica.
+
+A step goes round by round, at most `owners.ROUND_ELEMENTS` of an owner at once; equal shapes of a
+round are one batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
 from zaya_kernels.newton_schulz.op import newton_schulz
 
-from zaya_train.parallel.collectives import all_to_all, row_counts
+from zaya_train.optim.exchange import Exchange
+from zaya_train.optim.owners import matrices_of, plan
+from zaya_train.parallel.collectives import all_gather
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from zaya_train.config.schema import MuonConfig
+    from zaya_train.optim.exchange import Groups, Piece, Round
     from zaya_train.optim.shards import Shard
+    from zaya_train.optim.table import MatrixView
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Muon:
-    """Muon over the given shards; `group` is the ranks the parameters are sharded over."""
+    """Muon over the given shards, `views[i]` being what counts as one matrix of shard i.
+
+    Construction is collective. ValueError where a view does not fit its tensor or replicas do not
+    hold the same matrices.
+    """
 
     def __init__(
-        self, shards: Sequence[Shard], config: MuonConfig, group: ProcessGroup, backend: str
+        self,
+        shards: Sequence[Shard],
+        views: Sequence[MatrixView],
+        config: MuonConfig,
+        groups: Groups,
+        backend: str,
     ) -> None:
         self.config = config
         self.backend = backend
-        self.group = group
         self.shards = list(shards)
-        self.momentum = [shard.state() for shard in self.shards]
-        self._matrices = [i for i, s in enumerate(self.shards) if s.parameter.dim() == 2]
-        self._stacks = [i for i, s in enumerate(self.shards) if s.parameter.dim() == 3]
-        shapes = [tuple(self.shards[i].parameter.shape) for i in self._matrices]
-        self._exchange = _Exchange(shapes, group)
+        self.views = list(views)
+        dtype = _DTYPES[config.newton_schulz_dtype]
+        self.momentum = [shard.state(_DTYPES[config.momentum_dtype]) for shard in self.shards]
+        counts = _local_counts(self.shards, self.views)
+        held = _gathered(counts, groups, self.device)
+        places = matrices_of([shard.parameter.shape for shard in self.shards], held)
+        matrices = [place.matrix for place in places]
+        # Those with local rows, by number: shard, matrix within it.
+        self._places = {
+            i: (place.parameter, place.number)
+            for i, place in enumerate(places)
+            if place.matrix.home in (None, groups.fsdp.rank())
+        }
+        self.plan = plan(matrices, groups.replicate.size(), groups.fsdp.size())
+        self._exchange = Exchange(self.plan, groups, dtype, self.device)
+        self._scales = [
+            config.update_rms * math.sqrt(max(matrix.rows, matrix.columns)) for matrix in matrices
+        ]
+        self._weights = self._split([shard.local for shard in self.shards])
+        self._momenta = self._split(self.momentum)
+
+    @property
+    def device(self) -> torch.device:
+        return self.shards[0].local.device if self.shards else torch.device("cpu")
 
     def step(self, learning_rate: float) -> None:
-        """One update from the parameters' gradients."""
-        directions = self._directions()
-        owned = self._exchange.to_owners([directions[i] for i in self._matrices])
-        stacked = [matrix for i in self._stacks for matrix in directions[i]]
-        results = self._orthogonalise([*owned, *stacked])
-        updates = dict(
-            zip(self._matrices, self._exchange.to_shards(results[: len(owned)]), strict=True)
-        )
-        rest = iter(results[len(owned) :])
-        for i in self._stacks:
-            if len(directions[i]):
-                updates[i] = torch.stack([next(rest) for _ in directions[i]])
-        self._apply(updates, learning_rate)
-
-    def _directions(self) -> list[Tensor]:
-        """Momentum updated, Nesterov looked ahead; local parts in fp32."""
+        """One update from the parameters' gradients. Collective."""
+        gradients = [shard.grad.to(torch.float32) for shard in self.shards]
         mu = self.config.momentum
-        directions = []
-        for shard, momentum in zip(self.shards, self.momentum, strict=True):
-            grad = shard.grad.to(torch.float32)
-            momentum.mul_(mu).add_(grad)
-            nesterov = self.config.nesterov
-            directions.append(torch.add(grad, momentum, alpha=mu) if nesterov else momentum)
-        return directions
+        for momentum, gradient in zip(self.momentum, gradients, strict=True):
+            # One rounding, also in bf16.
+            torch.add(gradient, momentum, alpha=mu, out=momentum)
+        pieces = self._split(gradients)
 
-    def _orthogonalise(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Newton-Schulz of each, equal shapes in one batch; order kept."""
-        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for i, matrix in enumerate(matrices):
-            by_shape[matrix.shape].append(i)
-        results: list[Tensor] = list(matrices)
-        dtype, steps = _DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
-        for members in by_shape.values():
-            batch = torch.stack([matrices[i] for i in members])
-            for i, result in zip(
-                members, newton_schulz(batch, steps, dtype, self.backend), strict=True
-            ):
-                results[i] = result
-        return results
+        def direction(piece: Piece, out: Tensor) -> None:
+            if self.config.nesterov:
+                torch.add(pieces[piece.matrix], self._momenta[piece.matrix], alpha=mu, out=out)
+            else:
+                out.copy_(self._momenta[piece.matrix])
 
-    def _apply(self, updates: dict[int, Tensor], learning_rate: float) -> None:
-        for i, update in updates.items():
-            shard = self.shards[i]
-            scale = self.config.update_rms * math.sqrt(max(shard.parameter.shape[-2:]))
+        for shard in self.shards:
             shard.local.mul_(1 - learning_rate * self.config.weight_decay)
-            shard.local.add_(update, alpha=-learning_rate * scale)
+        for part in self._exchange.rounds:
+            batches = {
+                shape: torch.empty(len(members), *shape, device=self.device)
+                for shape, members in part.owned.items()
+            }
+            self._exchange.to_owner(part, _by_matrix(part, batches), direction)
+            updates = self._exchange.to_ranks(part, self._orthogonalise(part, batches))
+            for i, update in updates.items():
+                self._weights[i].add_(update, alpha=-learning_rate * self._scales[i])
+
+    def _orthogonalise(
+        self, part: Round, batches: dict[tuple[int, int], Tensor]
+    ) -> dict[int, Tensor]:
+        """Newton-Schulz of batches [N, n, k] by shape; the results by matrix."""
+        dtype, steps = _DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
+        for shape, batch in batches.items():
+            batches[shape] = newton_schulz(batch, steps, dtype, self.backend)
+        return _by_matrix(part, batches)
+
+    def _split(self, local: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Local parts of the shards -> this rank's rows of each matrix, as views."""
+        parts = [view.split(x) for view, x in zip(self.views, local, strict=True)]
+        return {i: parts[shard][k] for i, (shard, k) in self._places.items()}
 
 
-class _Exchange:
-    """Row shards of matrices to whole matrices on their owners, and back."""
-
-    def __init__(self, shapes: Sequence[tuple[int, ...]], group: ProcessGroup) -> None:
-        self.group = group
-        self.ranks, self.rank = group.size(), group.rank()
-        self.device = torch.device("cpu")
-        self.shapes = list(shapes)
-        self.owners = _assign_owners(shapes, self.ranks)
-        self.rows = [row_counts(shape[0], self.ranks) for shape in shapes]
-
-    def to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Local rows of every matrix -> the whole matrices this rank owns, in order."""
-        if self.ranks == 1 or not parts:
-            return list(parts)
-        self.device = parts[0].device
-        by_owner = [self._of(r) for r in range(self.ranks)]
-        send = torch.cat([parts[i].reshape(-1) for members in by_owner for i in members])
-        sizes = [sum(parts[i].numel() for i in members) for members in by_owner]
-        mine = self._of(self.rank)
-        back = [sum(self._numel(i, r) for i in mine) for r in range(self.ranks)]
-        received = all_to_all(send, sizes, back, self.group).split(back)
-        pieces = [part.split([self._numel(i, r) for i in mine]) for r, part in enumerate(received)]
-        return [
-            torch.cat([pieces[r][k] for r in range(self.ranks)]).view(self.shapes[i])
-            for k, i in enumerate(mine)
-        ]
-
-    def to_shards(self, whole: Sequence[Tensor]) -> list[Tensor]:
-        """Whole owned matrices -> local rows of every matrix."""
-        if self.ranks == 1 or not self.shapes:
-            return list(whole)
-        mine = self._of(self.rank)
-        split = [w.split(self.rows[i]) for w, i in zip(whole, mine, strict=True)]
-        sizes = [sum(self._numel(i, r) for i in mine) for r in range(self.ranks)]
-        pieces = [rows[r].reshape(-1) for r in range(self.ranks) for rows in split]
-        send = torch.cat(pieces) if pieces else torch.empty(0, device=self.device)
-        by_owner = [self._of(r) for r in range(self.ranks)]
-        back = [sum(self._numel(i, self.rank) for i in members) for members in by_owner]
-        received = all_to_all(send, sizes, back, self.group).split(back)
-        results: dict[int, Tensor] = {}
-        for members, part in zip(by_owner, received, strict=True):
-            sized = part.split([self._numel(i, self.rank) for i in members])
-            for i, piece in zip(members, sized, strict=True):
-                results[i] = piece.view(self.rows[i][self.rank], self.shapes[i][1])
-        return [results[i] for i in range(len(self.shapes))]
-
-    def _of(self, rank: int) -> list[int]:
-        return [i for i, owner in enumerate(self.owners) if owner == rank]
-
-    def _numel(self, i: int, rank: int) -> int:
-        return self.rows[i][rank] * self.shapes[i][1]
+def _by_matrix(part: Round, batches: dict[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+    return {
+        i: matrix
+        for shape, members in part.owned.items()
+        for i, matrix in zip(members, batches[shape], strict=True)
+    }
 
 
-def _assign_owners(shapes: Sequence[tuple[int, ...]], ranks: int) -> list[int]:
-    """Longest processing time first: the costliest matrix to the least loaded rank."""
-    cost = [min(shape) ** 2 * max(shape) for shape in shapes]
-    load = [0] * ranks
-    owners = [0] * len(shapes)
-    for i in sorted(range(len(shapes)), key=lambda i: -cost[i]):
-        owners[i] = min(range(ranks), key=lambda r: load[r])
-        load[owners[i]] += cost[i]
-    return owners
+def _local_counts(shards: Sequence[Shard], views: Sequence[MatrixView]) -> list[int]:
+    """Whole matrices of each stack on this rank."""
+    for shard, view in zip(shards, views, strict=True):
+        if shard.parameter.dim() != view.dims:
+            raise ValueError(
+                f"parameter {shard.name} of shape {list(shard.parameter.shape)} cannot be seen as "
+                f"{view.words}, which takes {view.dims} dimensions"
+            )
+    return [
+        shard.local.shape[0] if view.is_stack else 0
+        for shard, view in zip(shards, views, strict=True)
+    ]
+
+
+def _gathered(counts: list[int], groups: Groups, device: torch.device) -> list[list[int]]:
+    """Of each rank of the replica, its `_local_counts`. Collective.
+
+    How stacks are dealt is the parallel layout's affair: ranks may hold none, or rows that do not
+    follow one another. Ranks of a column must agree, though.
+    """
+    own = torch.tensor(counts, dtype=torch.int64, device=device)
+    copies = all_gather(own, groups.replicate).view(groups.replicate.size(), len(counts))
+    if not bool((copies == own).all()):
+        raise ValueError(f"replicas hold different matrices of the stacks: {copies.tolist()}")
+    rows = all_gather(own, groups.fsdp).view(groups.fsdp.size(), len(counts))
+    return [list(map(int, row)) for row in rows.tolist()]

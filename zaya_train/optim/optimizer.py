@@ -16,20 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor
-    from torch.distributed import ProcessGroup
     from torch.nn import Parameter
 
     from zaya_train.config.schema import OptimConfig
+    from zaya_train.optim.exchange import Groups
+    from zaya_train.optim.table import MatrixView
 
 
 class Optimizer:
-    """Updates every parameter exactly once per step.
+    """Updates every parameter exactly once per step. Construction and steps are collective.
 
     Args:
         parameters: full name -> parameter, sharded or plain.
         biases: the routers' balancing biases in layer order.
         num_experts: experts per layer.
-        group: ranks the parameters are sharded over.
+        groups: ranks the parameters are sharded over, and those with the same shard.
         backend: Newton-Schulz back end.
     """
 
@@ -39,7 +40,7 @@ class Optimizer:
         biases: Iterable[Tensor],
         num_experts: int,
         config: OptimConfig,
-        group: ProcessGroup,
+        groups: Groups,
         backend: str,
     ) -> None:
         self.table = assign(parameters)
@@ -47,9 +48,12 @@ class Optimizer:
         muon = [s for s in self.shards.values() if self.table[s.name].optimizer == "muon"]
         adam = [s for s in self.shards.values() if self.table[s.name].optimizer == "adamw"]
         decays = [self.table[s.name].decays for s in adam]
-        self.muon = Muon(muon, config.muon, group, backend)
+        self.muon = Muon(muon, self._views(muon), config.muon, groups, backend)
         self.adamw = AdamW(adam, decays, config.adamw)
         self.balancing = BalancingController(list(biases), num_experts, config.balancing)
+
+    def _views(self, shards: Iterable[Shard]) -> list[MatrixView]:
+        return [view for s in shards if (view := self.table[s.name].view)]
 
     @torch.no_grad()
     def step(self, muon_rate: float, adamw_rate: float, load: Tensor) -> None:

@@ -32,9 +32,9 @@ class Shard:
             return torch.zeros_like(self.local)
         return _local(self.parameter.grad)
 
-    def state(self) -> Tensor:
-        """A new fp32 zero tensor shaped like the local part."""
-        return torch.zeros_like(self.local, dtype=torch.float32)
+    def state(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A new zero tensor shaped like the local part."""
+        return torch.zeros_like(self.local, dtype=dtype)
 
     def as_full(self, local: Tensor) -> Tensor:
         """`local` presented as the parameter is: a DTensor of the full shape, or itself."""

@@ -6,19 +6,27 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 from rich.table import Table
 
 from zaya_train.config.check import problems
 from zaya_train.config.derive import layout, layout_notes, phase_sequences
 from zaya_train.config.errors import ConfigError
 from zaya_train.model.flops import model_size, train_flops_per_token
+from zaya_train.model.zaya import ZayaModel
+from zaya_train.optim.owners import matrices_of, plan
+from zaya_train.optim.table import assign, summary
+from zaya_train.parallel.collectives import row_counts
 from zaya_train.phases.carry import carry_over
 from zaya_train.phases.plan import steps_in
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
-    from zaya_train.config.schema import TrainConfig
+    from zaya_train.config.schema import ModelConfig, TrainConfig
+    from zaya_train.optim.owners import Plan
 
 _GIB = 2**30
 _FP32_BYTES, _BF16_BYTES = 4, 2
@@ -47,6 +55,8 @@ def show_plan(request: PlanRequest, console: Console) -> None:
     for note in layout_notes(request.config, request.ranks):
         console.print(f"note: {note}", highlight=False)
     console.print(_memory_table(request))
+    lines = "\n".join(_optimizer_lines(request))
+    console.print(lines, highlight=False, markup=False, soft_wrap=True)
     for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
         table = Table(title=f"{before_name} -> {name}", title_justify="left")
         for column in ("item", "fate", "detail"):
@@ -95,7 +105,7 @@ def _phase_table(request: PlanRequest) -> Table:
 def state_bytes(config: TrainConfig, world: int) -> dict[str, float]:
     """Bytes per rank of what lives from step to step; activations are not in it.
 
-    Muon keeps one fp32 momentum per matrix element, AdamW two moments; matrices are everything but
+    Muon keeps one momentum per matrix element, AdamW two fp32 moments; matrices are everything but
     the embedding here, whose moments dominate AdamW's (vectors are under 0.1 %).
     """
     size, fsdp_ranks = model_size(config.model), config.parallel.shard or world
@@ -105,11 +115,12 @@ def state_bytes(config: TrainConfig, world: int) -> dict[str, float]:
         > layout(phase, config.parallel, world).data * phase.micro_batch_sequences
         for phase in config.plan.phases.values()
     )
+    momentum = _BF16_BYTES if config.optim.muon.momentum_dtype == "bf16" else _FP32_BYTES
     gathered = _BF16_BYTES if config.precision.compute_dtype == "bf16" else _FP32_BYTES
     return {
         "fp32 master weights": size.total * _FP32_BYTES / fsdp_ranks,
         "fp32 gradients": size.total * _FP32_BYTES / fsdp_ranks,
-        "Muon momentum": matrices * _FP32_BYTES / fsdp_ranks,
+        "Muon momentum": matrices * momentum / fsdp_ranks,
         "AdamW moments": 2 * size.embedding * _FP32_BYTES / fsdp_ranks,
         # FSDP sums the micro-batches of a step before it reduces them.
         "unsharded fp32 gradients while accumulating": float(
@@ -132,3 +143,33 @@ def _memory_table(request: PlanRequest) -> Table:
     table.add_section()
     table.add_row("sum, activations not included", f"{sum(parts.values()) / _GIB:.2f}")
     return table
+
+
+def _optimizer_lines(request: PlanRequest) -> list[str]:
+    """Which optimizer gets which parameter, and how evenly Muon's work falls on the ranks."""
+    shapes = parameter_shapes(request.config.model)
+    shards = request.config.parallel.shard or request.ranks
+    made = muon_plan(shapes, request.ranks // shards, shards)
+    loads = [load / 1e12 for load in made.loads.values()]
+    return [
+        "optimizers",
+        *summary(assign(shapes), shapes),
+        f"Newton-Schulz per step: {len(made.matrices):,} matrices, {sum(loads):,.4g} TFLOP; "
+        f"per rank {sum(loads) / len(loads):,.4g} on average, {max(loads):,.4g} at most",
+    ]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every parameter, by name."""
+    with torch.device("meta"):
+        model = ZayaModel(config)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def muon_plan(shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int) -> Plan:
+    """Muon's plan where FSDP alone shards: stacks between matrices, in chunks."""
+    table = assign(shapes)
+    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
+    counts = [row_counts(shape[0], shards) for shape in muon]
+    held = [[count[column] for count in counts] for column in range(shards)]
+    return plan([place.matrix for place in matrices_of(muon, held)], replicas, shards)
