@@ -12,7 +12,7 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.data.chat import encode_texts
 from zaya_train.data.check import check_corpora
-from zaya_train.data.corpus import Corpus, write_corpus
+from zaya_train.data.corpus import Corpus, fill_corpus
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
 
 from .builders import CorpusFactory, data_config, phase_config
@@ -40,7 +40,7 @@ def plan(
 
 
 def write(path: Path, tokenizer: Tokenizer) -> Path:
-    with write_corpus(path, tokenizer, "text", {}) as writer:
+    with fill_corpus(path, tokenizer, "text", {}) as writer:
         writer.extend(encode_texts(tokenizer, ["text"]))
     return path
 
