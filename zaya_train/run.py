@@ -83,6 +83,8 @@ class Context:
     store: CheckpointStore
     metrics: MetricsWriter
     flag: StopFlag
+    corpora: dict[str, str]
+    """Content hash of each source by name."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def train(config: TrainConfig) -> int:
     ConfigError and friends are raised before anything is allocated.
     """
     check(config, _launched_ranks())
-    check_corpora(config)
+    corpora = check_corpora(config)
     ranks = start(config.runtime)
     with ExitStack() as stack:
         stack.callback(stop)
@@ -127,7 +129,7 @@ def train(config: TrainConfig) -> int:
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        context = Context(config, ranks, run_dir, console, store, metrics, flag)
+        context = Context(config, ranks, run_dir, console, store, metrics, flag, corpora)
         _describe(context)
         return _run_plan(context)
 
@@ -167,7 +169,7 @@ def _run_plan(context: Context) -> int:
         found = context.store.newest()
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:
-            _check_lineage(found, context.config)
+            _check_lineage(found, context)
         if first:
             _announce(context, state, resumed=found is not None)
             first = False
@@ -181,13 +183,13 @@ def _run_plan(context: Context) -> int:
         gc.collect()
 
 
-def _check_lineage(found: Found, config: TrainConfig) -> None:
-    """The phases behind the checkpoint must be those of the configuration."""
-    different = changes(found.record.lineage, config)
+def _check_lineage(found: Found, context: Context) -> None:
+    """Phases and corpora behind the checkpoint must be those of the configuration."""
+    different = changes(found.record.lineage, context.config, context.corpora)
     if different:
         raise ConfigError(
-            f"{found.path}: was trained under another plan, so the run cannot continue it: "
-            f"{'; '.join(different)}; restore these keys or choose another run.dir"
+            f"{found.path}: was trained under another plan or on other data, so the run cannot "
+            f"continue it: {'; '.join(different)}; restore these or choose another run.dir"
         )
 
 
@@ -370,7 +372,9 @@ def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None
         },
         config_hash=config_hash(context.config),
         # A phase that has not begun is not yet part of the past.
-        lineage=lineage(context.config, state.phase_index - int(state.phase_rows == 0)),
+        lineage=lineage(
+            context.config, state.phase_index - int(state.phase_rows == 0), context.corpora
+        ),
         keep=keep,
     )
     begin = time.perf_counter()

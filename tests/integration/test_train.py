@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from zaya_train.data.corpus import read_manifest
+from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.hub.convert import from_hf
 from zaya_train.main import main
 from zaya_train.run import CHECKPOINTS
@@ -205,6 +208,30 @@ def test_corrupt_newest_checkpoint_falls_back_and_says_so(finished: Path, tmp_pa
     comparison = compare_runs(run_dir, finished)
     assert comparison.equal, comparison.text()
     assert list((run_dir / CHECKPOINTS).glob("*.bad*"))
+
+
+def test_a_corpus_that_changed_is_refused(finished: Path, tmp_path: Path) -> None:
+    run_dir, corpora = tmp_path / "run", tmp_path / "corpora"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / CHECKPOINTS / f"step-{TOTAL_STEPS:08d}")
+    original = Path(_config(finished)["data"]["sources"]["problems"]["path"]).parents[1]
+    shutil.copytree(original, corpora)
+    words = overrides(run_dir, corpora, ONE_RANK)
+    source = corpora / "train.jsonl"
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[:-1]))
+    request = PrepareRequest(input=str(source), output=corpora / "train", overwrite=True)
+    prepare(request, Console(quiet=True))
+    hashes = [read_manifest(c / "train" / "train").content_sha256 for c in (original, corpora)]
+    launched = Launched(words, tmp_path / "out")
+    assert launched.wait() == [2], launched.output()
+    line = launched.output().splitlines()[-1]
+    assert line.startswith("error: ") and "data.sources.problems" in line
+    assert f"{hashes[0]} -> {hashes[1]}" in line
+    assert "choose another run.dir" in line
+    # The same content under another path goes on.
+    moved = Launched(overrides(run_dir, original, ONE_RANK), tmp_path / "moved")
+    assert moved.wait() == [0], moved.output()
+    assert compare_runs(run_dir, finished).equal
 
 
 def test_nothing_usable_is_no_fresh_start(finished: Path, tmp_path: Path) -> None:

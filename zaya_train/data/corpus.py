@@ -11,6 +11,7 @@ Reading maps the files and imports neither torch nor megatron; writing uses mega
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import warnings
@@ -66,8 +67,9 @@ class Manifest:
 
     @property
     def content_sha256(self) -> str:
-        """Identity of the token stream, for plans and ledgers."""
-        return str(self.files[BIN]["sha256"])
+        """Identity of what is trained on: tokens, document boundaries and sections."""
+        parts = (str(self.files[name]["sha256"]) for name in (BIN, IDX, SECTIONS, OFFSETS))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "MANIFEST.json"
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class CheckpointRecord:
     """Mesh axis -> size at the time of saving; for people, loading does not need it."""
     config_hash: str
     lineage: dict[str, Any]
-    """Seed and phases behind the checkpoint; see phases.lineage."""
+    """Seed, phases and corpora behind the checkpoint; see phases.lineage."""
     keep: bool = False
     """Never deleted by retention: the end of a phase."""
 
