@@ -42,10 +42,11 @@ from zaya_train.phases.lineage import changes, lineage
 from zaya_train.phases.plan import batch_sequences
 from zaya_train.runtime.device import describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
-from zaya_train.runtime.files import copy_folder_once, write_json
+from zaya_train.runtime.files import copy_folder_once
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
+from zaya_train.train.attempts import record_attempt
 from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.evaluate import validation_losses
@@ -69,7 +70,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,8 @@ def _launched_ranks() -> int:
 
 
 def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWriter:
-    main = ranks.rank == 0
-    values = to_dict(config)
-    if main:
-        write_json(run_dir / CONFIG_FILE, values)
-    followers = open_followers(config.logging, run_dir, config.run.name, values) if main else []
+    main, name = ranks.rank == 0, config.run.name
+    followers = open_followers(config.logging, run_dir, name, to_dict(config)) if main else []
     return MetricsWriter(run_dir, followers, enabled=main)
 
 
@@ -194,12 +191,20 @@ def _check_lineage(found: Found, context: Context) -> None:
 
 
 def _announce(context: Context, state: TrainState, resumed: bool) -> None:
+    """Record this attempt, once nothing speaks against it, and what it changed."""
+    changed = {}
+    if context.ranks.rank == 0:
+        values = to_dict(context.config)
+        changed = record_attempt(context.run_dir, context.metrics.attempt, values)
+    for key, (old, new) in changed.items():
+        log.warning("configuration changed since the attempt before: %s: %s -> %s", key, old, new)
     context.metrics.write(
         "resume" if resumed else "start",
         step=state.step,
         world_size=context.ranks.world_size,
         device=str(context.ranks.device),
         config_hash=config_hash(context.config),
+        config_changes=changed,
     )
     if resumed:
         log.info("resuming at step %d, %s tokens", state.step, f"{state.tokens:,}")

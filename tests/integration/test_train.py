@@ -234,6 +234,31 @@ def test_a_corpus_that_changed_is_refused(finished: Path, tmp_path: Path) -> Non
     assert compare_runs(run_dir, finished).equal
 
 
+def test_a_changed_configuration_is_told_and_both_are_kept(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    before = _config(run_dir)
+    for step in (12, 13):
+        shutil.rmtree(run_dir / CHECKPOINTS / f"step-{step:08d}")
+    # What is refused leaves the record as it was.
+    refused = Launched(_again(finished, run_dir, {"run.seed": 9}), tmp_path / "refused")
+    assert refused.wait() == [2], refused.output()
+    assert _config(run_dir) == before
+    words = _again(finished, run_dir, {"optim.muon.learning_rate": 0.01})
+    launched = Launched(words, tmp_path / "out")
+    assert launched.wait() == [0], launched.output()
+    (row,) = (row for row in read_metrics(run_dir) if row["kind"] == "resume")
+    assert row["config_changes"] == {
+        "optim.muon.learning_rate": [0.02, 0.01],
+        "run.dir": [str(finished), str(run_dir)],
+    }
+    log = (run_dir / "logs" / "rank-0.log").read_text()
+    assert "configuration changed since the attempt before: optim.muon.learning_rate" in log
+    assert _config(run_dir)["optim"]["muon"]["learning_rate"] == 0.01
+    first = json.loads((run_dir / "configs" / "attempt-0001.json").read_text())
+    assert first == before
+
+
 def test_nothing_usable_is_no_fresh_start(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)

@@ -38,6 +38,7 @@ _KNOWN_FILES = {
     "tensorboard": "the same curves for TensorBoard",
     "wandb": "the same curves for Weights & Biases; `wandb sync` uploads an offline run",
     "config.json": "the configuration as resolved",
+    "configs": "the configuration of every attempt",
     "logs": "what every rank said",
     "tokenizer": "the tokenizer the data was made with",
     "data": "the prepared corpora",
