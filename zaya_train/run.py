@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +54,7 @@ from zaya_train.train.loop import Hooks, PhaseRun, run_phase
 from zaya_train.train.manifest import CheckpointRecord
 from zaya_train.train.metrics import MetricsWriter
 from zaya_train.train.progress import PhaseProgress
+from zaya_train.train.saving import Saver
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Context:
     run_dir: Path
     console: Console
     store: CheckpointStore
+    saver: Saver
     metrics: MetricsWriter
     flag: StopFlag
     corpora: dict[str, str]
@@ -129,7 +130,8 @@ def train(config: TrainConfig) -> int:
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        context = Context(config, ranks, run_dir, console, store, metrics, flag, corpora)
+        saver = Saver(store, metrics, run_dir, config.checkpoint.retry_seconds)
+        context = Context(config, ranks, run_dir, console, store, saver, metrics, flag, corpora)
         _describe(context)
         return _run_plan(context)
 
@@ -240,7 +242,7 @@ def _run_phase(
         state, stopped = run_phase(_phase_run(context, built, hooks, unit), batches, state)
     if not stopped:
         context.metrics.write("phase", name=name, event="end", step=state.step)
-        _save(context, built, state.next_phase(), keep=True)
+        _save(context, built, state.next_phase(), required=True, keep=True)
     return stopped
 
 
@@ -330,7 +332,7 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
 
     return Hooks(
         evaluate=evaluate,
-        save=lambda state, keep: _save(context, built, state, keep),
+        save=lambda state, required: _save(context, built, state, required),
         first_step_done=lambda: shorten_timeouts(
             config.runtime.step_timeout_seconds,
             built.mesh.groups,
@@ -362,7 +364,9 @@ def _phase_run(context: Context, built: Built, hooks: Hooks, unit: int) -> Phase
     )
 
 
-def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None:
+def _save(
+    context: Context, built: Built, state: TrainState, required: bool, keep: bool = False
+) -> None:
     degrees = built.mesh.layout
     record = CheckpointRecord(
         step=state.step,
@@ -382,17 +386,4 @@ def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None
         ),
         keep=keep,
     )
-    begin = time.perf_counter()
-    path = context.store.save(built.tensors(), record)
-    context.metrics.write(
-        "checkpoint",
-        step=state.step,
-        path=str(path.relative_to(context.run_dir)),
-        seconds=time.perf_counter() - begin,
-        bytes=_directory_bytes(path) if context.ranks.rank == 0 else 0,
-    )
-
-
-def _directory_bytes(path: Path) -> int:
-    """One rank's business: a thousand ranks would stat a thousand files each."""
-    return sum(file.stat().st_size for file in path.iterdir())
+    context.saver.save(built.tensors(), record, required)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -166,7 +167,11 @@ def test_sigterm_saves_and_asks_to_be_queued_again(
     full = Launched(words, tmp_path / "full", file_bytes=16_384)
     assert full.wait() == [4], full.output()
     assert "error:" in full.output()
+    assert "saves in a row failed, stopped: " in full.output()
     assert "File too large" in full.output()
+    failed = [row for row in read_metrics(run_dir) if row["kind"] == "save_failed"]
+    assert failed[-1]["in_a_row"] == len(failed) >= 3
+    assert all("File too large" in row["reason"] for row in failed)
     assert newest_step(run_dir) == stopped_at
     found, _ = find_newest(run_dir / CHECKPOINTS)
     assert found is not None
@@ -175,6 +180,30 @@ def test_sigterm_saves_and_asks_to_be_queued_again(
     last = Launched(words, tmp_path / "last")
     assert last.wait() == [0], last.output()
     comparison = compare_runs(run_dir, finished)
+    assert comparison.equal, comparison.text()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
+    unbroken: Path, corpora: Path, tmp_path: Path
+) -> None:
+    """One rank's writes fail until the first alarm; the run ends with the numbers of any other."""
+    run_dir = tmp_path / "run"
+    words = overrides(run_dir, corpora)
+    launched = Launched(words, tmp_path / "out", ranks=2)
+    full, free = (16_384, resource.RLIM_INFINITY), (resource.RLIM_INFINITY,) * 2
+    pid = launched.processes[1].pid
+    assert pid is not None
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, full)
+    launched.at_row(run_dir, "save_failed")
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, free)
+    assert launched.wait() == [0, 0], launched.output()
+    rows = read_metrics(run_dir)
+    failed = next(row for row in rows if row["kind"] == "save_failed")
+    assert (failed["step"], failed["in_a_row"]) == (3, 1)
+    assert "rank 1: " in failed["reason"] and "File too large" in failed["reason"]
+    saved = [row["step"] for row in rows if row["kind"] == "checkpoint"]
+    assert 3 not in saved and saved[-4:] == [8, 9, 12, 13]
+    comparison = compare_runs(run_dir, unbroken)
     assert comparison.equal, comparison.text()
 
 

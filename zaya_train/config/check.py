@@ -131,6 +131,7 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     for key, number in (
         ("logging.eval_every_steps", config.logging.eval_every_steps),
         ("run.seed", config.run.seed),
+        ("checkpoint.retry_seconds", config.checkpoint.retry_seconds),
         ("runtime.threads", config.runtime.threads),
     ):
         yield from _not_negative(key, number)

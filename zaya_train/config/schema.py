@@ -232,6 +232,8 @@ class CheckpointConfig:
     """Steps between checkpoints; a phase's end is always saved."""
     keep_last: int = 3
     """Newest verified checkpoints kept; at least 2. Phase ends are kept besides."""
+    retry_seconds: float = 10.0
+    """Wait before a failed save that may not be skipped (end of a phase, stop) is tried again."""
     initial_weights: str | None = None
     """Hugging Face `zaya` folder to start from instead of a fresh initialisation."""
 

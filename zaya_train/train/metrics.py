@@ -57,6 +57,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "step": frozenset(_STEP_FIELDS),
     "eval": frozenset({"step", "phase", "losses"}),
     "checkpoint": frozenset({"step", "path", "seconds", "bytes"}),
+    "save_failed": frozenset({"step", "reason", "in_a_row"}),
     "phase": frozenset({"name", "event", "step"}),
     "done": frozenset({"step"}),
 }
