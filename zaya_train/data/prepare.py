@@ -43,7 +43,7 @@ from zaya_train.data.outcome import (
 from zaya_train.data.reading import DEFAULT_DOCUMENT_CHARACTERS, Input, open_input
 from zaya_train.data.sections import Rejected, Sample
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
-from zaya_train.runtime.files import whole_directory, write_json
+from zaya_train.runtime.files import remove_leftovers, whole_directory, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -109,6 +109,7 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
         StorageError: the file system refused.
     """
     _check_request(request)
+    remove_leftovers(request.output)
     source = open_input(request.input, request.split, _document_characters(request))
     tokenizer = load_tokenizer(request.tokenizer)
     receipt = _receipt(request, source, tokenizer)
