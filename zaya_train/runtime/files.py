@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zaya_train.config.errors import StorageError
+from zaya_train.config.errors import DataError, StorageError, ZayaError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +39,15 @@ _REFUSALS = frozenset(
 def is_refusal(error: OSError) -> bool:
     """Whether the file system refused, as opposed to an input file that is missing."""
     return error.errno in _REFUSALS
+
+
+def named_failure(error: OSError) -> ZayaError:
+    """The one-line form of an error that names a file: a StorageError where the file system
+    refused, else a DataError (no such file). Raises one that names none: that is a bug of ours."""
+    if error.filename is None:
+        raise error
+    kind = StorageError if is_refusal(error) else DataError
+    return kind(f"{error.filename}: {error.strerror or first_line(error)}")
 
 
 @contextmanager
