@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.tiny import tiny
 from zaya_train.config.build import to_dict
-from zaya_train.config.diff import differences
+from zaya_train.config.diff import differences, model_differences
 from zaya_train.config.errors import ConfigError
 from zaya_train.train.attempts import record_attempt
 
@@ -64,3 +64,16 @@ def test_what_is_no_configuration_is_not_overwritten(tmp_path: Path, content: st
     with pytest.raises(ConfigError, match=r"config\.json: not .*; move it away"):
         record_attempt(tmp_path, 2, values())
     assert (tmp_path / "config.json").read_text() == content
+
+
+def test_two_stages_of_one_model_and_two_models() -> None:
+    model = values()["model"]
+    stage = model | {"rope_base": 77.0, "max_context_tokens": 999, "init_std": 0.5}
+    assert model_differences(model, stage) == []
+    other = stage | {"norm_eps": 1e-6, "skip_output": "zero"}
+    assert model_differences(model, other) == [
+        "norm_eps is 1e-05 there, 1e-06 here",
+        "skip_output is identity there, zero here",
+    ]
+    told = model_differences(model, other, frozenset({"skip_output"}))
+    assert told == ["norm_eps is 1e-05 there, 1e-06 here"]

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MODEL_MAY_CHANGE = frozenset({"rope_base", "max_context_tokens", "init_std"})
+"""Model fields in which two stages of one model may differ: phases set the RoPE base and thereby
+the context, and the initialisation is over."""
 ABSENT = "absent"
 """Stands for the value of a key that one side lacks."""
 
@@ -30,3 +33,18 @@ def differences(
     if old.keys() == new.keys() and list(old) != list(new):
         found[path or "config"] = (list(old), list(new))
     return found
+
+
+def model_differences(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], unsaid: frozenset[str] = frozenset()
+) -> list[str]:
+    """What makes two model configurations two models, a line for each field; equal shapes do not
+    make equal models (norm_eps, rope_fraction).
+
+    unsaid: fields that the other side cannot express.
+    """
+    return [
+        f"{name} is {there} there, {here} here"
+        for name, (there, here) in sorted(differences(theirs, ours).items())
+        if name not in MODEL_MAY_CHANGE | unsaid
+    ]
