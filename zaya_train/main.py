@@ -32,6 +32,7 @@ from zaya_train.config.defaults import defaults
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
 from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.run import train
+from zaya_train.runtime.files import named_failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,10 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(words)
         return int(options.run(options) or EXIT_OK)
     except ZayaError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+        return _told(error)
     except BrokenPipeError:
         return EXIT_OK
+    except OSError as error:
+        return _told(named_failure(error))
+
+
+def _told(error: ZayaError) -> int:
+    """Say the error in one line; its exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    return error.exit_code
 
 
 def config_dir() -> Path:
@@ -88,8 +96,9 @@ def _train(overrides: list[str]) -> int:
         try:
             codes.append(train(_for_job(_typed(values))))
         except ZayaError as error:
-            sys.stderr.write(f"error: {error}\n")
-            codes.append(error.exit_code)
+            codes.append(_told(error))
+        except OSError as error:
+            codes.append(_told(named_failure(error)))
 
     _register_defaults()
     if {"-h", "--help"} & set(overrides) and not any(w.startswith("recipe=") for w in overrides):
@@ -154,12 +163,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
         description=text,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,10 +42,11 @@ from zaya_train.phases.lineage import changes, lineage
 from zaya_train.phases.plan import batch_sequences
 from zaya_train.runtime.device import describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
-from zaya_train.runtime.files import copy_folder_once, write_json
+from zaya_train.runtime.files import copy_folder_once
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
+from zaya_train.train.attempts import record_attempt
 from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.evaluate import validation_losses
@@ -55,6 +55,7 @@ from zaya_train.train.loop import Hooks, PhaseRun, run_phase
 from zaya_train.train.manifest import CheckpointRecord
 from zaya_train.train.metrics import MetricsWriter
 from zaya_train.train.progress import PhaseProgress
+from zaya_train.train.saving import Saver
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,11 @@ class Context:
     run_dir: Path
     console: Console
     store: CheckpointStore
+    saver: Saver
     metrics: MetricsWriter
     flag: StopFlag
+    corpora: dict[str, str]
+    """Content hash of each source by name."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def train(config: TrainConfig) -> int:
     ConfigError and friends are raised before anything is allocated.
     """
     check(config, _launched_ranks())
-    check_corpora(config)
+    corpora = check_corpora(config)
     ranks = start(config.runtime)
     with ExitStack() as stack:
         stack.callback(stop)
@@ -128,7 +131,8 @@ def train(config: TrainConfig) -> int:
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        context = Context(config, ranks, run_dir, console, store, metrics, flag)
+        saver = Saver(store, metrics, run_dir, config.checkpoint.retry_seconds)
+        context = Context(config, ranks, run_dir, console, store, saver, metrics, flag, corpora)
         _describe(context)
         return _run_plan(context)
 
@@ -141,11 +145,8 @@ def _launched_ranks() -> int:
 
 
 def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWriter:
-    main = ranks.rank == 0
-    values = to_dict(config)
-    if main:
-        write_json(run_dir / CONFIG_FILE, values)
-    followers = open_followers(config.logging, run_dir, config.run.name, values) if main else []
+    main, name = ranks.rank == 0, config.run.name
+    followers = open_followers(config.logging, run_dir, name, to_dict(config)) if main else []
     return MetricsWriter(run_dir, followers, enabled=main)
 
 
@@ -168,7 +169,7 @@ def _run_plan(context: Context) -> int:
         found = context.store.newest()
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:
-            _check_lineage(found, context.config)
+            _check_lineage(found, context)
         if first:
             _announce(context, state, resumed=found is not None)
             first = False
@@ -182,23 +183,31 @@ def _run_plan(context: Context) -> int:
         gc.collect()
 
 
-def _check_lineage(found: Found, config: TrainConfig) -> None:
-    """The phases behind the checkpoint must be those of the configuration."""
-    different = changes(found.record.lineage, config)
+def _check_lineage(found: Found, context: Context) -> None:
+    """Phases and corpora behind the checkpoint must be those of the configuration."""
+    different = changes(found.record.lineage, context.config, context.corpora)
     if different:
         raise ConfigError(
-            f"{found.path}: was trained under another plan, so the run cannot continue it: "
-            f"{'; '.join(different)}; restore these keys or choose another run.dir"
+            f"{found.path}: was trained under another plan or on other data, so the run cannot "
+            f"continue it: {'; '.join(different)}; restore these or choose another run.dir"
         )
 
 
 def _announce(context: Context, state: TrainState, resumed: bool) -> None:
+    """Record this attempt, once nothing speaks against it, and what it changed."""
+    changed = {}
+    if context.ranks.rank == 0:
+        values = to_dict(context.config)
+        changed = record_attempt(context.run_dir, context.metrics.attempt, values)
+    for key, (old, new) in changed.items():
+        log.warning("configuration changed since the attempt before: %s: %s -> %s", key, old, new)
     context.metrics.write(
         "resume" if resumed else "start",
         step=state.step,
         world_size=context.ranks.world_size,
         device=str(context.ranks.device),
         config_hash=config_hash(context.config),
+        config_changes=changed,
     )
     if resumed:
         log.info("resuming at step %d, %s tokens", state.step, f"{state.tokens:,}")
@@ -234,7 +243,7 @@ def _run_phase(
         state, stopped = run_phase(_phase_run(context, built, hooks, unit), batches, state)
     if not stopped:
         context.metrics.write("phase", name=name, event="end", step=state.step)
-        _save(context, built, state.next_phase(), keep=True)
+        _save(context, built, state.next_phase(), required=True, keep=True)
     return stopped
 
 
@@ -324,7 +333,7 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
 
     return Hooks(
         evaluate=evaluate,
-        save=lambda state, keep: _save(context, built, state, keep),
+        save=lambda state, required: _save(context, built, state, required),
         first_step_done=lambda: shorten_timeouts(
             config.runtime.step_timeout_seconds,
             built.mesh.groups,
@@ -356,7 +365,9 @@ def _phase_run(context: Context, built: Built, hooks: Hooks, unit: int) -> Phase
     )
 
 
-def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None:
+def _save(
+    context: Context, built: Built, state: TrainState, required: bool, keep: bool = False
+) -> None:
     degrees = built.mesh.layout
     record = CheckpointRecord(
         step=state.step,
@@ -371,20 +382,9 @@ def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None
         },
         config_hash=config_hash(context.config),
         # A phase that has not begun is not yet part of the past.
-        lineage=lineage(context.config, state.phase_index - int(state.phase_rows == 0)),
+        lineage=lineage(
+            context.config, state.phase_index - int(state.phase_rows == 0), context.corpora
+        ),
         keep=keep,
     )
-    begin = time.perf_counter()
-    path = context.store.save(built.tensors(), record)
-    context.metrics.write(
-        "checkpoint",
-        step=state.step,
-        path=str(path.relative_to(context.run_dir)),
-        seconds=time.perf_counter() - begin,
-        bytes=_directory_bytes(path) if context.ranks.rank == 0 else 0,
-    )
-
-
-def _directory_bytes(path: Path) -> int:
-    """One rank's business: a thousand ranks would stat a thousand files each."""
-    return sum(file.stat().st_size for file in path.iterdir())
+    context.saver.save(built.tensors(), record, required)

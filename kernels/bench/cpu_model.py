@@ -23,8 +23,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL
 
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import ModelConfig
 from zaya_train.hub.convert import from_hf, to_hf
 from zaya_train.model import SequenceLayout, ZayaModel, initialise

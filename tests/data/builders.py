@@ -10,7 +10,7 @@ import numpy as np
 
 from zaya_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import Corpus, write_corpus
+from zaya_train.data.corpus import Corpus, fill_corpus
 from zaya_train.data.sections import Kind, Role, Sample, make_sections
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ class CorpusFactory:
 
     def chat(self, name: str, conversations: Sequence[Messages]) -> Path:
         path = self.root / name
-        with write_corpus(path, self.tokenizer, "chat", {"name": name}) as writer:
+        with fill_corpus(path, self.tokenizer, "chat", {"name": name}) as writer:
             writer.extend(encode_conversations(self.tokenizer, conversations))
         return path
 
     def text(self, name: str, texts: Sequence[str]) -> Path:
         path = self.root / name
-        with write_corpus(path, self.tokenizer, "text", {"name": name}) as writer:
+        with fill_corpus(path, self.tokenizer, "text", {"name": name}) as writer:
             writer.extend(encode_texts(self.tokenizer, texts))
         return path
 

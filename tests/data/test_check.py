@@ -12,7 +12,8 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.data.chat import encode_texts
 from zaya_train.data.check import check_corpora
-from zaya_train.data.corpus import Corpus, write_corpus
+from zaya_train.data.corpus import Corpus, fill_corpus
+from zaya_train.data.sections import Sample
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
 
 from .builders import CorpusFactory, data_config, phase_config
@@ -40,7 +41,7 @@ def plan(
 
 
 def write(path: Path, tokenizer: Tokenizer) -> Path:
-    with write_corpus(path, tokenizer, "text", {}) as writer:
+    with fill_corpus(path, tokenizer, "text", {}) as writer:
         writer.extend(encode_texts(tokenizer, ["text"]))
     return path
 
@@ -86,3 +87,20 @@ def test_a_tokenizer_larger_than_the_model_is_refused(corpora: CorpusFactory) ->
     small = replace(config, model=replace(config.model, vocab_size=263))
     with pytest.raises(ConfigError, match=r"263 is smaller than the 264 .* data\.sources\.a"):
         check_corpora(small)
+
+
+def test_the_content_of_every_source_drawn_from_is_told(
+    corpora: CorpusFactory, bytes_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    whole, silent = encode_texts(bytes_tokenizer, ["same text", "same text"])
+    assert isinstance(silent, Sample)
+    silent.sections["supervised"] = 0
+    for name, sample in (("masked", silent), ("copy", whole)):
+        with fill_corpus(tmp_path / name, bytes_tokenizer, "text", {"name": name}) as writer:
+            writer.add(sample)
+    sources = {"a": corpora.text("a", ["same text"]), "b": tmp_path / "masked"}
+    sources |= {"c": tmp_path / "copy", "d": corpora.text("d", ["other text"])}
+    told = check_corpora(plan({"one": {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0}}, sources))
+    assert told.keys() == {"a", "b", "c"}
+    # Equal tokens of which other ones are trained on are other content; names are not content.
+    assert told["a"] == told["c"] != told["b"]

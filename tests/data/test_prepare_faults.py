@@ -77,6 +77,7 @@ def test_kill_leaves_nothing_under_the_name_and_a_second_run_succeeds(tmp_path: 
     assert left and all(name.startswith(".tmp-out-") for name in left)
     prepare(PrepareRequest(input=str(source), output=output))
     assert len(Corpus.open(output / "train", verify="hashes")) == 100
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.jsonl", "out"]
 
 
 def test_kill_while_replacing_keeps_the_old_output(tmp_path: Path) -> None:
@@ -85,6 +86,24 @@ def test_kill_while_replacing_keeps_the_old_output(tmp_path: Path) -> None:
     write_input(tmp_path, 60)
     stop_while_tokenising(start("stop", source, output, "overwrite"), signal.SIGKILL)
     assert len(Corpus.open(output / "train", verify="hashes")) == 50
+    # Also where the output is found as asked, so that nothing new is written.
+    write_input(tmp_path, 50)
+    prepare(PrepareRequest(input=str(source), output=output))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.jsonl", "out"]
+
+
+def test_a_second_preparation_beside_a_live_one_leaves_it_alone(tmp_path: Path) -> None:
+    source, output = write_input(tmp_path, 20), tmp_path / "out"
+    process = start("stop", source, output)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "tokenising"
+        (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
+        prepare(PrepareRequest(input=str(source), output=output))
+        assert (folder / "train").is_dir()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_interrupt_cleans_up(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import BIN, Corpus, write_corpus
+from zaya_train.data.corpus import BIN, Corpus, fill_corpus
 from zaya_train.data.sections import Kind, Sample
 from zaya_train.data.stream import IGNORED_LABEL, PhaseStream, Row, validation_rows
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -185,7 +185,7 @@ def test_documents_without_a_target_are_left_out(
     good, silent = encode_conversations(bytes_tokenizer, [problem("a"), problem("b")])
     assert isinstance(good, Sample) and isinstance(silent, Sample)
     silent.sections["supervised"] = 0
-    with write_corpus(tmp_path / "c", bytes_tokenizer, "chat", {}) as writer:
+    with fill_corpus(tmp_path / "c", bytes_tokenizer, "chat", {}) as writer:
         writer.extend([silent, good])
     stream = PhaseStream(data_config({"c": tmp_path / "c"}), "p", phase_config(64, {"c": 1}), 0)
     assert stream.row(0).documents.tolist() == [1]
@@ -207,7 +207,7 @@ def test_context_too_short_for_any_document_is_refused(corpora: CorpusFactory) -
 def test_different_tokenizers_are_refused(corpora: CorpusFactory, tmp_path: Path) -> None:
     other = load_tokenizer("bytes")
     other.backend.add_special_tokens(["<|extra|>"])
-    with write_corpus(tmp_path / "other", other, "text", {}) as writer:
+    with fill_corpus(tmp_path / "other", other, "text", {}) as writer:
         writer.extend(encode_texts(other, ["text"]))
     paths = {"a": corpora.text("a", ["text"]), "b": tmp_path / "other"}
     with pytest.raises(DataError, match=r"different tokenizers: 264 ids .* and 265 ids"):
@@ -219,7 +219,7 @@ def test_validation_corpora_of_different_tokenizers_are_refused(
 ) -> None:
     other = load_tokenizer("bytes")
     other.backend.add_special_tokens(["<|extra|>"])
-    with write_corpus(tmp_path / "other", other, "text", {}) as writer:
+    with fill_corpus(tmp_path / "other", other, "text", {}) as writer:
         writer.extend(encode_texts(other, ["text"]))
     data = data_config({}, {"v": corpora.text("v", ["text"]), "w": tmp_path / "other"})
     with pytest.raises(DataError, match=r"different tokenizers: 264 ids .* and 265 ids"):

@@ -164,7 +164,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(StorageError, match=r"train\.jsonl: cannot be written: File too large"):
+        with pytest.raises(StorageError, match=r"train\.jsonl: not written: File too large"):
             write_jsonl(SynthRequest(count=2000), path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -174,5 +174,5 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="not written"):
         write_jsonl(SynthRequest(count=1), tmp_path / "file" / "train.jsonl")

@@ -87,6 +87,6 @@ def record(step: int, **changes: Any) -> CheckpointRecord:
         "model": MODEL,
         "mesh": {"replicate": 1, "shard": 2},
         "config_hash": "c0ffee",
-        "lineage": {"seed": 0, "phases": []},
+        "lineage": {"seed": 0, "phases": [], "corpora": {}},
     }
     return CheckpointRecord(**{**values, **changes})

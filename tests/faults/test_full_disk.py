@@ -15,9 +15,11 @@ import torch.distributed as dist
 from tests.faults.states import differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import StorageError
-from zaya_train.train import storage
+from zaya_train.train import saving, storage
 from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows
 from zaya_train.train.restore import load_full
+from zaya_train.train.saving import Saver
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,6 +101,81 @@ def test_every_rank_fails_and_older_ones_stay(
         assert after_failure == NAMES_AFTER_FAILURE
         assert bad == []
     assert _names(tmp_path) == ["step-00000002", "step-00000003"]
+
+
+def _save_through_refusals(run_dir: Path, retry_seconds: float) -> tuple[list[str], list[str]]:
+    """Two refusals, a success, two refusals, a required save, which is refused for good."""
+    store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
+    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    saver = Saver(store, metrics, run_dir, retry_seconds)
+    mesh = make_mesh()
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = []
+    for step, full, required in (
+        (1, True, False),
+        (2, True, False),
+        (3, False, False),
+        (4, True, False),
+        (5, True, True),
+        (6, False, False),
+        (7, True, False),
+        (8, True, False),
+        (9, True, False),
+    ):
+        if full and dist.get_rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+        try:
+            saver.save(shard(plain_state(step), mesh), record(step), required)
+            told.append("")
+        except StorageError as error:
+            told.append(str(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    metrics.close()
+    store.close()
+    return told, _names(run_dir / "checkpoints")
+
+
+def test_the_third_refusal_in_a_row_and_a_refused_required_save_end_the_run(
+    tmp_path: Path,
+) -> None:
+    (told, kept), other = run_ranks(_save_through_refusals, 2, tmp_path, 0.0)
+    assert other == (told, kept)
+    assert [bool(text) for text in told] == [step in (5, 9) for step in range(1, 10)]
+    assert "step 5: 4 saves in a row failed" in told[4] and "rank 1: " in told[4]
+    assert "step 9: 3 saves in a row failed" in told[8] and "File too large" in told[8]
+    assert kept == ["step-00000003", "step-00000006"]
+    rows = list(iter_rows(tmp_path / METRICS_FILE))
+    assert [(row["step"], row["in_a_row"]) for row in rows if row["kind"] == "save_failed"] == [
+        *((1, 1), (2, 2), (4, 1), (5, 2), (5, 3), (5, 4), (7, 1), (8, 2), (9, 3))
+    ]
+    assert [row["step"] for row in rows if row["kind"] == "checkpoint"] == [3, 6]
+
+
+def _required_save_of_a_disk_that_recovers(run_dir: Path) -> list[str]:
+    store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
+    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    state = shard(plain_state(1), make_mesh())
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    real_sleep = saving.time.sleep
+
+    def sleep(seconds: float) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        real_sleep(seconds)
+
+    saving.time.sleep = sleep
+    try:
+        Saver(store, metrics, run_dir, 0.0).save(state, record(1), required=True)
+    finally:
+        saving.time.sleep = real_sleep
+    return _names(run_dir / "checkpoints")
+
+
+def test_a_required_save_is_tried_again(tmp_path: Path) -> None:
+    for kept in run_ranks(_required_save_of_a_disk_that_recovers, 2, tmp_path):
+        assert kept == ["step-00000001"]
 
 
 def _corrupt_after_publishing(root: Path) -> tuple[str, int]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL
 
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import KernelsConfig, ModelConfig
 from zaya_train.hub.config import config_to_hf
 from zaya_train.model import SequenceLayout, ZayaModel, initialise

@@ -61,7 +61,7 @@ RUN: dict[str, Any] = {
         "balancing": {"learning_rate": 0.01},
     },
     "precision": {"compute_dtype": "fp32"},
-    "checkpoint": {"every_steps": 3},
+    "checkpoint": {"every_steps": 3, "retry_seconds": 0.3},
     "logging": {
         "eval_every_steps": 4,
         "wandb": "disabled",

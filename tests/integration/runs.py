@@ -21,7 +21,7 @@ from zaya_train.main import main
 from zaya_train.train.metrics import METRICS_FILE, iter_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -127,9 +127,16 @@ class Launched:
 
     def at_step(self, run_dir: Path, step: int) -> Launched:
         """Returns once the metrics report `step`; AssertionError when the run ends before."""
-        while last_step(run_dir) < step:
+        return self._until(lambda: last_step(run_dir) >= step)
+
+    def at_row(self, run_dir: Path, kind: str) -> Launched:
+        """Returns once the metrics have a row of `kind`; AssertionError as `at_step`."""
+        return self._until(lambda: any(row["kind"] == kind for row in _rows(run_dir)))
+
+    def _until(self, there: Callable[[], bool]) -> Launched:
+        while not there():
             alive = all(process.is_alive() for process in self.processes)
-            assert alive or last_step(run_dir) >= step, self.output()
+            assert alive or there(), self.output()
             time.sleep(0.005)
         return self
 
@@ -180,7 +187,9 @@ def _zaya(
 
 def last_step(run_dir: Path) -> int:
     """The newest step on record, 0 before the first."""
+    return max((row["step"] for row in _rows(run_dir) if row["kind"] == "step"), default=0)
+
+
+def _rows(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / METRICS_FILE
-    if not path.exists():
-        return 0
-    return max((row["step"] for row in iter_rows(path) if row["kind"] == "step"), default=0)
+    return list(iter_rows(path)) if path.exists() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from zaya_train.data.corpus import read_manifest
+from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.hub.convert import from_hf
 from zaya_train.main import main
 from zaya_train.run import CHECKPOINTS
@@ -163,7 +167,11 @@ def test_sigterm_saves_and_asks_to_be_queued_again(
     full = Launched(words, tmp_path / "full", file_bytes=16_384)
     assert full.wait() == [4], full.output()
     assert "error:" in full.output()
+    assert "saves in a row failed, stopped: " in full.output()
     assert "File too large" in full.output()
+    failed = [row for row in read_metrics(run_dir) if row["kind"] == "save_failed"]
+    assert failed[-1]["in_a_row"] == len(failed) >= 3
+    assert all("File too large" in row["reason"] for row in failed)
     assert newest_step(run_dir) == stopped_at
     found, _ = find_newest(run_dir / CHECKPOINTS)
     assert found is not None
@@ -172,6 +180,30 @@ def test_sigterm_saves_and_asks_to_be_queued_again(
     last = Launched(words, tmp_path / "last")
     assert last.wait() == [0], last.output()
     comparison = compare_runs(run_dir, finished)
+    assert comparison.equal, comparison.text()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_nothing_else(
+    unbroken: Path, corpora: Path, tmp_path: Path
+) -> None:
+    """One rank's writes fail until the first alarm; the run ends with the numbers of any other."""
+    run_dir = tmp_path / "run"
+    words = overrides(run_dir, corpora)
+    launched = Launched(words, tmp_path / "out", ranks=2)
+    full, free = (16_384, resource.RLIM_INFINITY), (resource.RLIM_INFINITY,) * 2
+    pid = launched.processes[1].pid
+    assert pid is not None
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, full)
+    launched.at_row(run_dir, "save_failed")
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, free)
+    assert launched.wait() == [0, 0], launched.output()
+    rows = read_metrics(run_dir)
+    failed = next(row for row in rows if row["kind"] == "save_failed")
+    assert (failed["step"], failed["in_a_row"]) == (3, 1)
+    assert "rank 1: " in failed["reason"] and "File too large" in failed["reason"]
+    saved = [row["step"] for row in rows if row["kind"] == "checkpoint"]
+    assert 3 not in saved and saved[-4:] == [8, 9, 12, 13]
+    comparison = compare_runs(run_dir, unbroken)
     assert comparison.equal, comparison.text()
 
 
@@ -205,6 +237,55 @@ def test_corrupt_newest_checkpoint_falls_back_and_says_so(finished: Path, tmp_pa
     comparison = compare_runs(run_dir, finished)
     assert comparison.equal, comparison.text()
     assert list((run_dir / CHECKPOINTS).glob("*.bad*"))
+
+
+def test_a_corpus_that_changed_is_refused(finished: Path, tmp_path: Path) -> None:
+    run_dir, corpora = tmp_path / "run", tmp_path / "corpora"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / CHECKPOINTS / f"step-{TOTAL_STEPS:08d}")
+    original = Path(_config(finished)["data"]["sources"]["problems"]["path"]).parents[1]
+    shutil.copytree(original, corpora)
+    words = overrides(run_dir, corpora, ONE_RANK)
+    source = corpora / "train.jsonl"
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[:-1]))
+    request = PrepareRequest(input=str(source), output=corpora / "train", overwrite=True)
+    prepare(request, Console(quiet=True))
+    hashes = [read_manifest(c / "train" / "train").content_sha256 for c in (original, corpora)]
+    launched = Launched(words, tmp_path / "out")
+    assert launched.wait() == [2], launched.output()
+    line = launched.output().splitlines()[-1]
+    assert line.startswith("error: ") and "data.sources.problems" in line
+    assert f"{hashes[0]} -> {hashes[1]}" in line
+    assert "choose another run.dir" in line
+    # The same content under another path goes on.
+    moved = Launched(overrides(run_dir, original, ONE_RANK), tmp_path / "moved")
+    assert moved.wait() == [0], moved.output()
+    assert compare_runs(run_dir, finished).equal
+
+
+def test_a_changed_configuration_is_told_and_both_are_kept(finished: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    before = _config(run_dir)
+    for step in (12, 13):
+        shutil.rmtree(run_dir / CHECKPOINTS / f"step-{step:08d}")
+    # What is refused leaves the record as it was.
+    refused = Launched(_again(finished, run_dir, {"run.seed": 9}), tmp_path / "refused")
+    assert refused.wait() == [2], refused.output()
+    assert _config(run_dir) == before
+    words = _again(finished, run_dir, {"optim.muon.learning_rate": 0.01})
+    launched = Launched(words, tmp_path / "out")
+    assert launched.wait() == [0], launched.output()
+    (row,) = (row for row in read_metrics(run_dir) if row["kind"] == "resume")
+    assert row["config_changes"] == {
+        "optim.muon.learning_rate": [0.02, 0.01],
+        "run.dir": [str(finished), str(run_dir)],
+    }
+    log = (run_dir / "logs" / "rank-0.log").read_text()
+    assert "configuration changed since the attempt before: optim.muon.learning_rate" in log
+    assert _config(run_dir)["optim"]["muon"]["learning_rate"] == 0.01
+    first = json.loads((run_dir / "configs" / "attempt-0001.json").read_text())
+    assert first == before
 
 
 def test_nothing_usable_is_no_fresh_start(finished: Path, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from zaya_kernels import products
 from zaya_kernels.linear_cross_entropy import eager
-from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL, linear_cross_entropy
+from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+
+from zaya_train.config.labels import IGNORE_LABEL
 
 from ..helpers.kernels import (
     assert_backends_agree,

@@ -92,8 +92,8 @@ def test_plan_names_every_broken_rule(capsys: pytest.CaptureFixture[str]) -> Non
         assert key in line
 
 
-def test_report_is_one_page(folder: Path) -> None:
-    run_dir = folder / "run"
+def write_metrics(run_dir: Path) -> None:
+    """The record of a run of two steps."""
     with MetricsWriter(run_dir, [], enabled=True) as metrics:
         metrics.write("start", step=0, world_size=1, device="cpu", config_hash="x")
         metrics.write("phase", name="short", event="begin", step=0)
@@ -119,6 +119,11 @@ def test_report_is_one_page(folder: Path) -> None:
                 max_violation=0.5,
                 memory_bytes=1,
             )
+
+
+def test_report_is_one_page(folder: Path) -> None:
+    run_dir = folder / "run"
+    write_metrics(run_dir)
     assert main(["report", str(run_dir)]) == 0
     assert "<html" in (run_dir / "report.html").read_text()
 
@@ -147,6 +152,59 @@ def test_what_is_not_there_is_told_in_one_line(
     assert line.startswith("error: ")
     assert "nowhere" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["smoke", "--output", "file"], "file"),
+        (["report", "run", "--output", "file/report.html"], "file"),
+        (["data", "synth", "--count", "1", "--output", "file/x.jsonl"], "file/x.jsonl"),
+        (["data", "prepare", "--input", "in.jsonl", "--output", "file/out"], "file/out"),
+        (["data", "inspect", "x" * 300], "x" * 300),
+        (["train", "recipe=smoke_cpu", "run.dir=file/run"], "file/run"),
+    ],
+)
+def test_a_file_system_that_refuses_is_told_in_one_line(
+    folder: Path,
+    words: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "in.jsonl").write_text('{"text": "a document"}\n')
+    write_metrics(tmp_path / "run")
+    if words[0] == "train":
+        corpus = folder / "corpus" / "train"
+        words = [*words, f"data.sources.reasoning.path={corpus}", "logging.wandb=disabled"]
+        words += [f"data.sources.text.path={corpus}", f"data.validation.reasoning.path={corpus}"]
+    assert main(words) == 4
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (line.startswith(f"error: {named}") and "file" in line) or "name too long" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_error_that_names_no_file_is_a_bug_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise ConnectionResetError("peer is gone")
+
+    monkeypatch.setattr("zaya_train.tools.report.report", broken)
+    with pytest.raises(ConnectionResetError):
+        main(["report", "run"])
+
+
+def test_help_shows_defaults_only_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["data", "prepare"], ["data", "synth"], ["export-hf"], ["smoke"], ["generate"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in shown and "(default: False)" not in shown
+    assert "(default: bytes)" in shown and "(default: 0.0)" in shown
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,12 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"optim.adamw.beta2": -0.1}, 2, ["optim.adamw.beta2", "-0.1"]),
     ({"optim.adamw.eps": 0.0}, 2, ["optim.adamw.eps", "0.0"]),
     ({"optim.balancing.beta1": 1.5}, 2, ["optim.balancing.beta1", "1.5"]),
+    ({"optim.balancing.skip_target": 1.0}, 2, ["optim.balancing.skip_target", "1.0", "[0, 1)"]),
+    (
+        {"optim.balancing.skip_target": 0.1, "model.skip_class": False},
+        2,
+        ["optim.balancing.skip_target: 0.1", "model.skip_class"],
+    ),
     ({"optim.clip_norm": -1.0}, 2, ["optim.clip_norm", "-1.0"]),
     # The rest.
     ({"checkpoint.keep_last": 1}, 2, ["checkpoint.keep_last", "1", "2"]),

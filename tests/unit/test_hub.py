@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -285,15 +286,14 @@ def test_what_is_no_export_is_left_alone(tmp_path: Path, kind: str) -> None:
     assert keepsake.read_text(encoding="utf-8") == "mine"
 
 
-def test_a_failing_export_leaves_the_earlier_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(convert, "save_file", full)
-    with pytest.raises(StorageError, match=r"model: export failed: .*No space left"):
-        to_hf(random_model(MODEL, seed=1), folder)
+def test_a_failing_export_leaves_the_earlier_one(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(StorageError, match=r"model\.safetensors: .*File too large"):
+            to_hf(random_model(MODEL, seed=1), folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.equal(from_hf(folder).embedding, random_model(MODEL).embedding)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -304,7 +304,7 @@ def test_a_failing_rename_puts_the_earlier_export_back(
     plain = type(folder).rename
 
     def rename(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        if self.name.startswith(".tmp-") and not self.name.endswith(".old"):
             raise OSError(5, "Input/output error")
         return plain(self, target)
 

@@ -2,7 +2,7 @@
 
 The table is the architecture's: kernels <- model <- parallel <- train <- run <- main, with config
 below everything, optim on kernels and the collectives, data and phases on config, hub on model,
-and tools above all, imported by main alone.
+and tools above all, imported by main alone. `runtime.files` is a leaf below data, hub and train.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = {"zaya_train": "zaya_train", "zaya_kernels": "kernels/zaya_kernels"}
 
+LEAF = "runtime.files"
+"""Imported by rooms above and below; must itself import nothing but the standard library and
+`config` (docs/decisions/0005)."""
+
 # room -> what it may import of ours, besides itself; a dotted entry means that module alone.
 ALLOWED: dict[str, set[str]] = {
     "zaya_train": set(),
@@ -24,11 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"config", "zaya_kernels"},
     "parallel": {"config", "zaya_kernels", "model"},
     "optim": {"config", "zaya_kernels", "parallel.collectives"},
-    "data": {"config"},
+    "data": {"config", LEAF},
     "phases": {"config"},
-    "hub": {"config", "model"},
+    "hub": {"config", "model", LEAF},
     "runtime": {"config"},
-    "train": {"config", "zaya_kernels", "model", "parallel", "optim", "phases"},
+    "train": {"config", "zaya_kernels", "model", "parallel", "optim", "phases", LEAF},
 }
 ALLOWED["run"] = {*ALLOWED} - {"zaya_train"}
 ALLOWED["tools"] = {*ALLOWED, "zaya_train"}
@@ -98,16 +102,18 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     package = module if is_package else module.rpartition(".")[0]
     if room not in ALLOWED:
         return [f"0: `{room}` is no room of the architecture"]
+    is_leaf = module == f"zaya_train.{LEAF}"
     found = []
     for target, line, nested in imports_of(ast.parse(source), package):
         top = target.split(".")[0]
         if is_ours(target):
-            if not allowed_inside(room, target):
+            if not allowed_inside(room, target) or (is_leaf and room_of(target) != "config"):
                 found.append(f"{line}: {room} must not import {target}")
             elif nested and room != "main" and not _is_triton(target):
                 found.append(f"{line}: {target} is imported inside a function")
-        elif room == "config" and top not in sys.stdlib_module_names:
-            found.append(f"{line}: config imports only the standard library, not {top}")
+        elif (room == "config" or is_leaf) and top not in sys.stdlib_module_names:
+            where = LEAF if is_leaf else room
+            found.append(f"{line}: {where} imports only the standard library, not {top}")
         elif top in ONLY_IN_MAIN and module != "zaya_train.main":
             found.append(f"{line}: {top} belongs in main.py")
         elif top in ONLY_IN_TRITON_FILES and module.rsplit(".", 1)[-1] != "triton":
@@ -183,6 +189,11 @@ def test_every_file_is_parsed() -> None:
         ("zaya_train.run", "from omegaconf import OmegaConf"),
         ("zaya_train.tools.report", "import hydra.utils"),
         ("zaya_train.config.schema", "import torch"),
+        ("zaya_train.runtime.files", "import torch"),
+        ("zaya_train.runtime.files", "from zaya_train.runtime import log"),
+        ("zaya_train.data.reading", "from zaya_train.runtime import log"),
+        ("zaya_train.data.reading", "from zaya_train.runtime.dist import start"),
+        ("zaya_train.train.loop", "import zaya_train.runtime.signals"),
         ("zaya_train.config.schema", "def f():\n    import numpy.random"),
         ("zaya_train.config.schema", "from zaya_train.data import order"),
         ("zaya_kernels.cca.op", "import triton"),
@@ -198,6 +209,9 @@ def test_a_planted_import_is_caught(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("zaya_train.config.check", "import json.decoder\nfrom zaya_train.config import errors"),
+        ("zaya_train.runtime.files", "import fcntl\nfrom zaya_train.config import errors"),
+        ("zaya_train.data.reading", "from zaya_train.runtime.files import file_sha256"),
+        ("zaya_train.hub.convert", "from zaya_train.runtime import files"),
         ("zaya_train.config.check", "from . import errors\nfrom .errors import ConfigError"),
         ("zaya_train.model.cca", "from zaya_kernels.cca.op import mix\nimport torch.nn"),
         ("zaya_train.optim.muon", "from zaya_train.parallel.collectives import sum_over"),

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
 
 
+CORPORA = {"problems": "aa11", "b": "bb22", "a": "dd44"}
+
+
 def stored(config: TrainConfig, index: int) -> dict[str, Any]:
     """As a checkpoint gives it back."""
-    result: dict[str, Any] = json.loads(json.dumps(lineage(config, index)))
+    result: dict[str, Any] = json.loads(json.dumps(lineage(config, index, CORPORA)))
     return result
 
 
@@ -29,11 +32,11 @@ def with_phases(config: TrainConfig, **phases: Any) -> TrainConfig:
 def test_an_unchanged_configuration_continues() -> None:
     config = tiny({})
     for index in (-1, 0, 1):
-        assert changes(stored(config, index), config) == []
+        assert changes(stored(config, index), config, CORPORA) == []
 
 
 def test_the_seed_is_part_of_the_past() -> None:
-    assert changes(stored(tiny({}), -1), tiny({"run.seed": 7})) == ["run.seed: 3 -> 7"]
+    assert changes(stored(tiny({}), -1), tiny({"run.seed": 7}), CORPORA) == ["run.seed: 3 -> 7"]
 
 
 @pytest.mark.parametrize("key", ["context_tokens", "rope_base", "global_batch_tokens", "mixture"])
@@ -43,7 +46,7 @@ def test_a_phase_under_way_keeps_what_its_order_depends_on(key: str) -> None:
     other: Any = {"a": 1.0} if key == "mixture" else getattr(phase, key) * 2
     values: dict[str, Any] = {key: other}
     edited = with_phases(config, **(config.plan.phases | {name: replace(phase, **values)}))
-    (line,) = changes(stored(config, 0), edited)
+    (line,) = changes(stored(config, 0), edited, CORPORA)
     assert line.startswith(f"plan.phases.{name}.{key}: ") and line.endswith(f"-> {other}")
 
 
@@ -52,19 +55,45 @@ def test_a_phase_under_way_may_be_lengthened_and_one_behind_us_may_not() -> None
     name, phase = next(iter(config.plan.phases.items()))
     longer = replace(phase, tokens=phase.tokens * 2)
     edited = with_phases(config, **(config.plan.phases | {name: longer}))
-    assert changes(stored(config, 0), edited) == []
-    (line,) = changes(stored(config, 1), edited)
+    assert changes(stored(config, 0), edited, CORPORA) == []
+    (line,) = changes(stored(config, 1), edited, CORPORA)
     assert line.startswith(f"plan.phases.{name}.tokens: ")
 
 
 def test_what_lies_ahead_may_be_anything() -> None:
     config = tiny({})
     (first, phase), *_ = config.plan.phases.items()
-    assert changes(stored(config, 0), with_phases(config, **{first: phase})) == []
+    assert changes(stored(config, 0), with_phases(config, **{first: phase}), CORPORA) == []
 
 
 def test_an_inserted_phase_is_named() -> None:
     config = tiny({})
     (first, phase), *_ = config.plan.phases.items()
     edited = with_phases(config, **({"before": phase} | config.plan.phases))
-    assert changes(stored(config, 0), edited) == [f"plan.phases: number 1 was {first}, now before"]
+    (line,) = changes(stored(config, 0), edited, CORPORA)
+    assert line == f"plan.phases: number 1 was {first}, now before"
+
+
+def test_a_corpus_behind_the_checkpoint_must_hold_what_it_held() -> None:
+    config = tiny({})
+    (line,) = changes(stored(config, 0), config, {**CORPORA, "problems": "cc33"})
+    assert "data.sources.problems" in line and "corpus/train" in line
+    assert "sha256 aa11 -> cc33" in line
+
+
+def test_only_sources_drawn_from_are_part_of_the_past() -> None:
+    config = tiny({"data.sources.b": {"path": "b"}, "plan.phases.long.mixture": {"b": 1.0}})
+    unused = tiny({"data.sources.b": {"path": "b"}, "plan.phases.short.mixture.b": 0.0})
+    other = {**CORPORA, "b": "cc33"}
+    assert stored(config, 0)["corpora"] == {"problems": "aa11"}
+    assert stored(config, 1)["corpora"] == {"problems": "aa11", "b": "bb22"}
+    assert stored(config, -1)["corpora"] == {}
+    assert changes(stored(config, 0), config, other) == []
+    assert changes(stored(unused, 1), unused, other) == []
+    assert len(changes(stored(config, 1), config, other)) == 1
+
+
+def test_a_source_no_longer_drawn_from_is_a_change_of_the_mixture() -> None:
+    config = tiny({"data.sources.b": {"path": "b"}, "plan.phases.short.mixture.b": 1.0})
+    (line,) = changes(stored(config, 0), tiny({}), CORPORA)
+    assert line.startswith("plan.phases.short.mixture: ")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 import torch
-from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL
 
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import KernelsConfig
 from zaya_train.model import SequenceLayout, ZayaModel
 from zaya_train.model.interfaces import LocalDispatcher, Surroundings, WholeRows

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL
 
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import KernelsConfig
 
 from ..helpers.models import REFERENCE, TINY, VARIANTS, packed, random_model, random_tokens

@@ -183,14 +183,27 @@ def test_gradient_is_the_share_of_all_tokens_less_an_even_one() -> None:
     torch.testing.assert_close(torch.stack(biases), torch.stack([p.data for p in parameters]))
 
 
-def test_skip_bias_is_frozen_unless_asked() -> None:
+def test_skip_bias_rests_unless_it_has_a_target() -> None:
     balancing, biases = controller()
     for _ in range(3):
         balancing.step(torch.tensor([[0.0, 0.0, 0.0, 0.0, 9.0]] * 2))
     assert [float(bias[-1]) for bias in biases] == [-1.0, -1.0]
-    balancing, biases = controller(train_skip_bias=True)
-    balancing.step(torch.tensor([[0.0, 0.0, 0.0, 0.0, 9.0]] * 2))
-    assert all(float(bias[-1]) < -1.0 for bias in biases)
+
+
+def loads(biases: list[Tensor], step: int) -> Tensor:
+    """[2, 5] choices of 4,000 tokens whose scores do not depend on the class."""
+    choices = [(randn(4000, 5, seed=step) + bias).argmax(dim=1) for bias in biases]
+    return torch.stack([choice.bincount(minlength=5) for choice in choices]).float()
+
+
+@pytest.mark.parametrize("target", [0.0, 0.1, 0.6])
+def test_skip_class_reaches_its_target_and_experts_share_the_rest(target: float) -> None:
+    balancing, biases = controller(skip_target=target)
+    for step in range(600):
+        balancing.step(loads(biases, step))
+    share = torch.stack([loads(biases, 1000 + i) for i in range(10)]).mean(0) / 4000
+    expected = torch.tensor([*[(1 - target) / 4] * 4, target])
+    torch.testing.assert_close(share, expected.expand(2, 5), rtol=0, atol=0.03)
 
 
 def test_balance_depends_on_shares_and_a_step_without_tokens_is_finite() -> None:

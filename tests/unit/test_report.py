@@ -269,7 +269,7 @@ def test_no_run_and_an_unwritable_place_are_errors(tmp_path: Path) -> None:
         report([], tmp_path / "report.html")
     run_dir = write_run(tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises(StorageError, match="not written"):
         report([run_dir], tmp_path / "file" / "report.html")
 
 

@@ -33,6 +33,7 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     """Every broken rule, one line each."""
     yield from model_problems(config.model)
     yield from _optim(config.optim)
+    yield from _skip_target(config)
     yield from _settings(config)
     yield from _parallel(config.parallel, world)
     if not config.plan.phases:
@@ -120,6 +121,16 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
         yield from _not_negative(key, value)
 
 
+def _skip_target(config: TrainConfig) -> Iterator[str]:
+    target = config.optim.balancing.skip_target
+    if target is None:
+        return
+    if not 0 <= target < 1:
+        yield f"optim.balancing.skip_target: {target} must lie in [0, 1), or be null"
+    if not config.model.skip_class:
+        yield f"optim.balancing.skip_target: {target}, but model.skip_class=false has no such class"
+
+
 def _settings(config: TrainConfig) -> Iterator[str]:
     yield from _positive("checkpoint", config.checkpoint, ("every_steps",))
     if config.checkpoint.keep_last < 2:
@@ -131,6 +142,7 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     for key, number in (
         ("logging.eval_every_steps", config.logging.eval_every_steps),
         ("run.seed", config.run.seed),
+        ("checkpoint.retry_seconds", config.checkpoint.retry_seconds),
         ("runtime.threads", config.runtime.threads),
     ):
         yield from _not_negative(key, number)

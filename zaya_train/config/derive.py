@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from zaya_train.config.build import to_dict
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zaya_train.config.schema import ParallelConfig, PhaseConfig, TrainConfig
 
 
@@ -75,6 +77,11 @@ def sequences_per_step(phase: PhaseConfig) -> int:
 def phase_sequences(phase: PhaseConfig) -> int:
     """Rows a phase consumes, its tokens rounded up to whole rows."""
     return math.ceil(phase.tokens / phase.context_tokens)
+
+
+def sources_drawn(phases: Iterable[PhaseConfig]) -> list[str]:
+    """Names of the sources that at least one of `phases` draws from, sorted."""
+    return sorted({n for phase in phases for n, weight in phase.mixture.items() if weight > 0})
 
 
 def config_hash(config: TrainConfig) -> str:

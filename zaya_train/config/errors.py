@@ -45,3 +45,9 @@ class NumericsError(ZayaError):
     """Non-finite values that training must not continue through."""
 
     exit_code = EXIT_NUMERICS
+
+
+def first_line(error: BaseException, most_characters: int = 200) -> str:
+    """A library's error in one line of a message of ours: its first line, or the name of its kind
+    where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most_characters]

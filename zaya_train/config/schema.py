@@ -179,8 +179,10 @@ class BalancingConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    train_skip_bias: bool = False
-    """Let the controller move the skip class's bias, which starts at -1."""
+    skip_target: float | None = None
+    """Share of the tokens that the controller steers towards the skip class, 0 to 1; the experts
+    share the rest evenly. None: the skip class's bias stays at its initial -1, with which it is
+    hardly ever chosen (released checkpoints)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +238,8 @@ class CheckpointConfig:
     """Steps between checkpoints; a phase's end is always saved."""
     keep_last: int = 3
     """Newest verified checkpoints kept; at least 2. Phase ends are kept besides."""
+    retry_seconds: float = 10.0
+    """Wait before a failed save that may not be skipped (end of a phase, stop) is tried again."""
     initial_weights: str | None = None
     """Hugging Face `zaya` folder to start from instead of a fresh initialisation."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zaya_train.config.derive import sources_drawn
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.data.corpus import Corpus
 
@@ -16,21 +17,18 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
 
 
-def check_corpora(config: TrainConfig) -> None:
+def check_corpora(config: TrainConfig) -> dict[str, str]:
     """Open each corpus that a phase draws from and each for validation; headers and sizes only.
+
+    Returns the content hash of each source that a phase draws from, by name.
 
     Raises:
         DataError: not a corpus, or damaged; or two of them, of whichever phases, were made with
             different tokenizers, so that one id would mean two things.
         ConfigError: its token ids do not fit the model's vocabulary.
     """
-    drawn = {
-        name
-        for phase in config.plan.phases.values()
-        for name, weight in phase.mixture.items()
-        if weight > 0
-    }
-    rows = [(f"data.sources.{name}", config.data.sources[name]) for name in sorted(drawn)]
+    drawn = sources_drawn(config.plan.phases.values())
+    rows = [(f"data.sources.{name}", config.data.sources[name]) for name in drawn]
     rows += [(f"data.validation.{name}", row) for name, row in config.data.validation.items()]
     corpora = {key: Corpus.open(row.path) for key, row in rows}
     require_same_tokenizer(corpora)
@@ -41,6 +39,7 @@ def check_corpora(config: TrainConfig) -> None:
                 f"model.vocab_size: {config.model.vocab_size} is smaller than the {size} ids of "
                 f"the tokenizer of {key} ({corpus.path})"
             )
+    return {name: corpora[f"data.sources.{name}"].manifest.content_sha256 for name in drawn}
 
 
 def require_same_tokenizer(corpora: Mapping[str, Corpus]) -> None:

@@ -11,6 +11,7 @@ Reading maps the files and imports neither torch nor megatron; writing uses mega
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import warnings
@@ -25,8 +26,8 @@ import numpy as np
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.sections import SECTION_DTYPE, Rejected, Sample, Sections, Tokens
-from zaya_train.data.storage import atomic_directory, discard, file_sha256
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.runtime.files import file_sha256, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -66,8 +67,9 @@ class Manifest:
 
     @property
     def content_sha256(self) -> str:
-        """Identity of the token stream, for plans and ledgers."""
-        return str(self.files[BIN]["sha256"])
+        """Identity of what is trained on: tokens, document boundaries and sections."""
+        parts = (str(self.files[name]["sha256"]) for name in (BIN, IDX, SECTIONS, OFFSETS))
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ class Corpus:
 
 
 class CorpusWriter:
-    """Appends documents to a corpus under construction; made by `write_corpus`."""
+    """Appends documents to a corpus under construction; made by `fill_corpus`."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind) -> None:
         # Seconds of import that only writing needs, with warnings about GPU libraries that it
@@ -245,44 +247,12 @@ class CorpusWriter:
             rejects=self.rejects,
             files=_describe_files(self._folder),
         )
-        text = json.dumps(asdict(manifest), indent=2) + "\n"
-        (self._folder / MANIFEST).write_text(text, encoding="utf-8")
+        write_json(self._folder / MANIFEST, asdict(manifest))
 
     def close(self) -> None:
         """Release the files of a corpus that is not finished."""
         self._builder.data_file.close()
         self._sections.close()
-
-
-@contextmanager
-def write_corpus(
-    target: Path,
-    tokenizer: Tokenizer,
-    kind: CorpusKind,
-    source: Mapping[str, Any],
-    overwrite: bool = False,
-) -> Iterator[CorpusWriter]:
-    """Build a corpus that appears under `target` when the block ends without an error.
-
-    An existing corpus with the same content is left alone. `overwrite` replaces another corpus, but
-    never a directory that is none.
-
-    Raises:
-        DataError: no document was added, or `target` holds something that may not be replaced.
-        StorageError: the file system refused.
-    """
-    target = Path(target)
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise DataError(f"{target}: exists and is no corpus; not replaced")
-    with atomic_directory(target) as folder:
-        with fill_corpus(folder, tokenizer, kind, source) as writer:
-            yield writer
-        if not writer.documents:
-            raise DataError(f"{target}: no document to write; rejected: {writer.rejects}")
-        if target.exists() and not overwrite:
-            if read_manifest(target).files != read_manifest(folder).files:
-                raise DataError(f"{target}: holds another corpus; not replaced without overwrite")
-            discard(folder)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ from zaya_train.data.outcome import (
 )
 from zaya_train.data.reading import DEFAULT_DOCUMENT_CHARACTERS, Input, open_input
 from zaya_train.data.sections import Rejected, Sample
-from zaya_train.data.storage import atomic_directory
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.runtime.files import remove_leftovers, whole_directory, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -109,6 +109,7 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
         StorageError: the file system refused.
     """
     _check_request(request)
+    remove_leftovers(request.output)
     source = open_input(request.input, request.split, _document_characters(request))
     tokenizer = load_tokenizer(request.tokenizer)
     receipt = _receipt(request, source, tokenizer)
@@ -119,11 +120,10 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
     else:
         with _progress(console) as progress:
             survey = _survey(source, request, progress)
-            with atomic_directory(request.output) as folder:
+            with whole_directory(request.output) as folder:
                 examples = _build(folder, source, tokenizer, survey, progress)
                 outcome = _outcome(request, folder, examples)
-                text = json.dumps(receipt, indent=2) + "\n"
-                (folder / RECEIPT).write_text(text, encoding="utf-8")
+                write_json(folder / RECEIPT, receipt)
     outcome.show(console, request.output / TRAIN, kept)
     return request.output
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import pyarrow
 
-from zaya_train.config.errors import DataError
-from zaya_train.data.storage import file_sha256
+from zaya_train.config.errors import DataError, first_line
+from zaya_train.runtime.files import file_sha256
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -163,7 +163,7 @@ def _table_rows(file: Path) -> Iterator[LocatedRow]:
         for number, row in enumerate(table):
             yield f"{file}: row {number}", dict(row)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{file}: cannot be read as {kind}: {_first_line(error)}") from error
+        raise DataError(f"{file}: cannot be read as {kind}: {first_line(error)}") from error
 
 
 def _hub_rows(name: str, split: str) -> Iterator[LocatedRow]:
@@ -172,11 +172,7 @@ def _hub_rows(name: str, split: str) -> Iterator[LocatedRow]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"{name!r}: no such file, and no dataset of the hub with a split {split!r} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     for number, row in enumerate(table):
         yield f"{name}[{split}]: row {number}", dict(row)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from zaya_train.config.errors import DataError, StorageError
+from zaya_train.config.errors import DataError
 from zaya_train.data.synth_families import FAMILIES, Family
+from zaya_train.runtime.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,26 +70,12 @@ def write_jsonl(request: SynthRequest, path: Path | str) -> int:
     """
     rows = generate(request)
     target = Path(path)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            size_bytes = _write_lines(rows, partial)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return size_bytes
-
-
-def _write_lines(rows: Iterator[dict[str, Any]], path: Path) -> int:
-    """Write and flush to the disk; returns the size in bytes."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        whole_file(target) as partial,
+        partial.open("w", encoding="utf-8", newline="\n") as file,
+    ):
         file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-        return file.tell()
+    return target.stat().st_size
 
 
 def _chosen_families(request: SynthRequest) -> list[Family]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from zaya_train.config.errors import DataError
+from zaya_train.config.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -160,7 +160,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     except Exception as error:
         if type(error) is not Exception:  # the library raises bare Exception for a malformed file
             raise
-        raise DataError(f"{path}: not a tokenizer.json: {_first_line(error)}") from error
+        raise DataError(f"{path}: not a tokenizer.json: {first_line(error)}") from error
 
 
 def _hub_backend(name: str) -> tokenizers.Tokenizer:
@@ -172,13 +172,9 @@ def _hub_backend(name: str) -> tokenizers.Tokenizer:
     except (OSError, ValueError) as error:
         raise DataError(
             f"tokenizer {name!r}: no such file or folder, and the hub does not serve it "
-            f"({_first_line(error)}); accepted: {_ACCEPTED}"
+            f"({first_line(error)}); accepted: {_ACCEPTED}"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise DataError(f"tokenizer {name!r}: has no tokenizer.json form (slow tokenizer)")
     return tokenizers.Tokenizer.from_str(backend.to_str())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from zaya_train.config.build import build
+from zaya_train.config.build import build, to_dict
 from zaya_train.config.check import model_problems
+from zaya_train.config.diff import model_differences
 from zaya_train.config.errors import CheckpointError, ConfigError
 from zaya_train.config.schema import ModelConfig
 
@@ -67,20 +67,13 @@ _FIXED = {
 }
 
 
-_MAY_DIFFER = frozenset({"rope_base", "max_context_tokens", "init_std", "skip_output"})
-"""Phases set the RoPE base and the context, initialisation is over, and the format does not say
-what a skipped token receives."""
+_UNSAID = frozenset({"skip_output"})
+"""The format does not say what a skipped token receives."""
 
 
 def require_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    """CheckpointError naming each field in which the folder's model differs from the configured
-    one; equal shapes do not make equal models (norm_eps, rope_fraction)."""
-    differing = [
-        f"{field.name} is {getattr(theirs, field.name)} there, {getattr(ours, field.name)} here"
-        for field in fields(ours)
-        if field.name not in _MAY_DIFFER
-        and getattr(theirs, field.name) != getattr(ours, field.name)
-    ]
+    """CheckpointError naming each field in which the folder's model is not the configured one."""
+    differing = model_differences(to_dict(theirs), to_dict(ours), _UNSAID)
     if differing:
         raise CheckpointError(f"{folder}: of another model: {', '.join(differing)}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from zaya_train.config.errors import CheckpointError, StorageError
+from zaya_train.config.errors import CheckpointError, StorageError, first_line
 from zaya_train.hub.config import config_from_hf, config_to_hf
 from zaya_train.hub.names import check_shapes, tensor_names
 from zaya_train.model.zaya import ZayaModel
+from zaya_train.runtime.files import remove_leftovers, whole_directory, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -133,6 +133,7 @@ def write_hf(
     carries our RECEIPT; CheckpointError otherwise.
     """
     target = Path(path)
+    remove_leftovers(target)
     if target.is_file() or (target.is_dir() and not _may_replace(target)):
         raise CheckpointError(f"{target}: exists and is not an export of ours; not replaced")
     names = tensor_names({k: tuple(v.shape) for k, v in tensors.items()}, config)
@@ -141,12 +142,10 @@ def write_hf(
         n.theirs: tensors[n.ours].detach().to("cpu").reshape(n.their_shape).contiguous()
         for n in names.values()
     }
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with whole_directory(target) as partial:
         _write_shards(out, partial)
         special = _special_ids(tokenizer) if tokenizer else {}
-        _write_json(
+        write_json(
             partial / "config.json", config_to_hf(config) | {"dtype": _common_dtype(out)} | special
         )
         if tokenizer:
@@ -154,34 +153,14 @@ def write_hf(
             written = (file.name for file in partial.iterdir())
             skip = shutil.ignore_patterns("*.safetensors*", "*.bin", *written)
             shutil.copytree(tokenizer, partial, ignore=skip, dirs_exist_ok=True)
-            _write_json(partial / "generation_config.json", special)
+            write_json(partial / "generation_config.json", special)
         values = sum(tensor.numel() for tensor in out.values())
-        _write_json(partial / RECEIPT, {"tensors": len(out), "values": values})
-        _replace(target, partial)
-    except OSError as error:
-        raise StorageError(f"{target}: export failed: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / RECEIPT, {"tensors": len(out), "values": values})
 
 
 def _may_replace(folder: Path) -> bool:
     """Only our own receipt says that a folder is an export; many folders hold a config.json."""
     return (folder / RECEIPT).is_file() or not any(folder.iterdir())
-
-
-def _replace(target: Path, partial: Path) -> None:
-    """Rename `partial` to `target`; a folder that was there goes only when the new one stands."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    earlier = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    target.rename(earlier)
-    try:
-        partial.rename(target)
-    except OSError:
-        earlier.rename(target)
-        raise
-    shutil.rmtree(earlier)
 
 
 def _special_ids(tokenizer: Path) -> dict[str, int | None]:
@@ -200,10 +179,6 @@ def _common_dtype(tensors: Mapping[str, Tensor]) -> str:
     return str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
 
 
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
 def _write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """safetensors files of at most _SHARD_BYTES, with an index when there are several."""
     shards: list[dict[str, Tensor]] = [{}]
@@ -216,13 +191,21 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensors[name]
         size += nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        _save(shards[0], folder / "model.safetensors")
         return
     where: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _save(shard, folder / file)
         where |= dict.fromkeys(shard, file)
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """StorageError where the file system refuses: the library does not raise OSError for that."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise StorageError(f"{file}: not written: {first_line(error)}") from error

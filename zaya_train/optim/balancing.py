@@ -2,7 +2,8 @@
 
 The bias of expert e in layer l gets the gradient p_le - 1/E, with p_le the share of the global
 batch's tokens routed to e; AdamW applies it. An overloaded expert's bias falls, an idle one's
-rises.
+rises. The skip class's bias rests, or is steered towards a share of its own; the experts then
+share the rest.
 
 Legend: L layers, C router classes, E experts.
 """
@@ -38,9 +39,11 @@ class BalancingController:
     def step(self, load: Tensor) -> None:
         """load [L, C]: token counts over all ranks and micro-batches of the step."""
         share = load / load.sum(dim=1, keepdim=True).clamp_min(1)
-        gradient = share - 1.0 / self.num_experts
-        if not self.config.train_skip_bias:
-            gradient[:, self.num_experts :] = 0
+        skipped = self.config.skip_target
+        gradient = share - (1.0 - (skipped or 0.0)) / self.num_experts
+        # Not 1/E for a class without an expert: that would leave 1 in E + 1 tokens without one.
+        skip_share = share[:, self.num_experts :]
+        gradient[:, self.num_experts :] = 0.0 if skipped is None else skip_share - skipped
         stacked = torch.stack(self.biases)
         moments = ([self.first], [self.second])
         count = [self.steps.to(self.first.device, torch.float32, copy=True)]

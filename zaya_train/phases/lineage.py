@@ -1,7 +1,7 @@
 """What a checkpoint's past was made of, and whether a configuration still describes it.
 
-A resumed run continues exactly only if the seed and the phases behind it are what they were. What
-lies ahead may be edited: phases added, lengthened or changed.
+A resumed run continues exactly only if the seed, the phases behind it and the contents of their
+corpora are what they were. What lies ahead may be edited: phases added, lengthened or changed.
 """
 
 from __future__ import annotations
@@ -9,23 +9,43 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from zaya_train.config.derive import sources_drawn
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from zaya_train.config.schema import TrainConfig
 
 _MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens"}
 """Of the phase under way: how a step is computed, and where the phase ends."""
 
 
-def lineage(config: TrainConfig, phase_index: int) -> dict[str, Any]:
-    """The seed and the phases up to and including number `phase_index`, as plain JSON values."""
+def lineage(config: TrainConfig, phase_index: int, corpora: Mapping[str, str]) -> dict[str, Any]:
+    """The seed, the phases up to and including number `phase_index`, and the content hash of every
+    source they draw from, as plain JSON values.
+
+    corpora: content hash of each source by name, as `data.check.check_corpora` gives them.
+    """
     phases = list(config.plan.phases.items())[: phase_index + 1]
-    return {"seed": config.run.seed, "phases": [[name, asdict(phase)] for name, phase in phases]}
+    drawn = sources_drawn(phase for _, phase in phases)
+    return {
+        "seed": config.run.seed,
+        "phases": [[name, asdict(phase)] for name, phase in phases],
+        "corpora": {name: corpora[name] for name in drawn},
+    }
 
 
-def changes(before: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Keys of `config` that differ from a checkpoint's lineage, as `key: old -> new`."""
-    now = lineage(config, len(before["phases"]) - 1)
-    found = []
+def changes(before: dict[str, Any], config: TrainConfig, corpora: Mapping[str, str]) -> list[str]:
+    """Keys of `config` that differ from a checkpoint's lineage, as `key: old -> new`, and sources
+    whose corpora hold something else than they did."""
+    now = lineage(config, len(before["phases"]) - 1, corpora)
+    # A source that is no longer drawn from shows as a change of a mixture.
+    found = [
+        f"data.sources.{name}: its corpus ({config.data.sources[name].path}) has changed, content "
+        f"sha256 {old} -> {now['corpora'][name]}"
+        for name, old in before["corpora"].items()
+        if now["corpora"].get(name, old) != old
+    ]
     if before["seed"] != now["seed"]:
         found.append(f"run.seed: {before['seed']} -> {now['seed']}")
     for number, (name, old) in enumerate(before["phases"]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
-from zaya_train.config.errors import DataError, StorageError
+from zaya_train.config.errors import DataError
 from zaya_train.data.chat import final_answer
+from zaya_train.runtime.files import write_json
 from zaya_train.tools.generate import (
     GenerateRequest,
     Reply,
@@ -126,17 +126,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def write_report(report: EvalReport, path: Path) -> None:
     """Write the report as JSON, whole or not at all; StorageError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    content = json.dumps({"accuracy": report.accuracy, **asdict(report)}, indent=2)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(content + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
+    write_json(path, {"accuracy": report.accuracy, **asdict(report)})
 
 
 def print_report(report: EvalReport, console: Console, title: str = "exact match") -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from zaya_train.config.errors import CheckpointError, ConfigError, DataError
+from zaya_train.config.errors import CheckpointError, ConfigError, DataError, first_line
 from zaya_train.data.tokenizer import THINK_CLOSE
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), padding_side="left")
     except (OSError, ValueError) as error:
-        raise DataError(f"{model_dir}: tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{model_dir}: tokenizer cannot be loaded: {first_line(error)}") from error
     for name in ("chat_template", "pad_token", "eos_token"):
         if getattr(tokenizer, name, None) is None:
             raise DataError(f"{model_dir}: the tokenizer has no {name}, cannot build prompts")
@@ -203,7 +203,7 @@ def _load_model(model_dir: Path) -> Any:
             experts_implementation="grouped_mm",
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{model_dir}: cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{model_dir}: cannot be loaded: {first_line(error)}") from error
     model, report = loaded
     # transformers fills a missing tensor with random numbers and only warns.
     for rule in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -258,7 +258,3 @@ def _reply(sampler: Sampler, tokens: list[int]) -> Reply:
     # Think markers are special tokens too: they must survive.
     text = sampler.tokenizer.decode(tokens[:end], skip_special_tokens=False)
     return Reply(str(text), finished=end is not None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

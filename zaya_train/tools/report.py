@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import matplotlib
 
 from zaya_train import __version__
-from zaya_train.config.errors import DataError, StorageError
+from zaya_train.config.errors import DataError
+from zaya_train.runtime.files import write_bytes, write_text
 from zaya_train.tools.report_data import RunData, load_run
 from zaya_train.tools.report_figure import BAND, GRID, INK, MUTED, STYLE
 from zaya_train.tools.report_plots import Plot, draw_plots
@@ -37,6 +38,7 @@ _KNOWN_FILES = {
     "tensorboard": "the same curves for TensorBoard",
     "wandb": "the same curves for Weights & Biases; `wandb sync` uploads an offline run",
     "config.json": "the configuration as resolved",
+    "configs": "the configuration of every attempt",
     "logs": "what every rank said",
     "tokenizer": "the tokenizer the data was made with",
     "data": "the prepared corpora",
@@ -104,20 +106,10 @@ def report(run_dirs: list[Path], output: Path) -> Path:
         raise DataError(f"report: runs must have different directory names, got {', '.join(names)}")
     plots = draw_plots(runs)
     page = _page(runs, plots, output.parent)
-    try:
-        for plot in plots:
-            _write(output.parent / PNG_DIR / f"{plot.name}.png", _png(plot))
-        _write(output, page.encode())
-    except OSError as error:
-        raise StorageError(f"{error.filename or output}: cannot write: {error.strerror}") from error
+    for plot in plots:
+        write_bytes(output.parent / PNG_DIR / f"{plot.name}.png", _png(plot))
+    write_text(output, page)
     return output
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def _png(plot: Plot) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.prepare import HELDOUT, HELDOUT_TEXT, TRAIN, PrepareRequest, prepare
 from zaya_train.data.synth import SynthRequest, generate, write_jsonl
+from zaya_train.runtime.files import whole_file
 from zaya_train.tools.evaluate import read_rows
 
 if TYPE_CHECKING:
@@ -81,13 +82,11 @@ def synthetic_data(out: Path, console: Console) -> SmokeData:
 def _write_text(path: Path) -> None:
     """Worked problems as plain documents, the `web text` of the miniature."""
     request = SynthRequest(_TEXT_PROBLEMS, seed=1, split="train")
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in generate(request):
             prompt, reply = (message["content"] for message in row["messages"])
             worked = reply.replace("<think>", "").replace("</think>", "\n")
             file.write(json.dumps({"text": f"{prompt}\n{worked}"}) + "\n")
-    partial.replace(path)
 
 
 def given_data(out: Path, request: DataRequest, console: Console) -> SmokeData:

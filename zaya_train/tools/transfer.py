@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from zaya_kernels.dtypes import DTYPES
 
 from zaya_train.config.build import build, to_dict
-from zaya_train.config.errors import CheckpointError, StorageError
+from zaya_train.config.errors import CheckpointError
 from zaya_train.config.schema import ModelConfig
 from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub.config import config_from_hf
 from zaya_train.hub.convert import meta_model, read_hf, write_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
+from zaya_train.runtime.files import write_text
 from zaya_train.train.manifest import read
 from zaya_train.train.restore import find_newest, load_full
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 _MODEL_PREFIX = "model."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def export_hf(request: ExportRequest, console: Console) -> Path:
     record = read(checkpoint).record
     config = build(ModelConfig, record.model, "checkpoint.model")
     weights = {
-        name.removeprefix(_MODEL_PREFIX): _cast(name, value, _DTYPES[request.dtype])
+        name.removeprefix(_MODEL_PREFIX): _cast(name, value, DTYPES[request.dtype])
         for name, value in tensors.items()
     }
     if tokenizer:
@@ -154,13 +155,7 @@ def import_hf(request: ImportRequest, console: Console) -> ModelConfig:
         values += tensor.numel()
     lines = [f"# From {request.folder.name} by `zaya import-hf`."]
     lines += [f"{key}: {_yaml(value)}" for key, value in to_dict(config).items()]
-    partial = request.model_yaml.with_suffix(".partial")
-    try:
-        request.model_yaml.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(request.model_yaml)
-    except OSError as error:
-        raise StorageError(f"{request.model_yaml}: cannot be written: {error}") from error
+    write_text(request.model_yaml, "\n".join(lines) + "\n")
     console.print(f"{request.folder}: all {count} tensors accounted for, {values:,} values")
     console.print(f"model configuration: {request.model_yaml}")
     console.print(f"train it with checkpoint.initial_weights={request.folder}")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from zaya_kernels.linear_cross_entropy.op import IGNORE_LABEL
 
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.model.layout import SequenceLayout
 from zaya_train.parallel.sequence import local_part
 

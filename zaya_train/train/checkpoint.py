@@ -156,7 +156,7 @@ class CheckpointStore:
         Args:
             tensors: exactly the checkpoint's keys, global shapes and dtypes.
             model: the model configuration as a dictionary; the checkpoint's must equal it except
-                in the fields MAY_CHANGE.
+                in the fields MODEL_MAY_CHANGE (config.diff).
 
         Raises:
             CheckpointError: the checkpoint is of another model, or cannot be read. Nothing was

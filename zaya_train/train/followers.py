@@ -13,6 +13,7 @@ import os
 import secrets
 from typing import TYPE_CHECKING, Any, Literal
 
+from zaya_train.runtime.files import write_text
 from zaya_train.train.metrics import Follower, is_launch
 
 if TYPE_CHECKING:
@@ -189,8 +190,5 @@ def _kept_run_id(path: Path) -> str:
     if path.exists():
         return path.read_text(encoding="ascii").strip()
     run_id = secrets.token_hex(4)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(run_id + "\n", encoding="ascii")
-    temporary.replace(path)
+    write_text(path, run_id + "\n")
     return run_id

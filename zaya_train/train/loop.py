@@ -53,7 +53,7 @@ class Hooks:
 
     evaluate: Callable[[TrainState], None]
     save: Callable[[TrainState, bool], None]
-    """Called with the state and whether the checkpoint is to be kept for good."""
+    """Called with the state and whether the save is required, so that its failure ends the run."""
     first_step_done: Callable[[], None]
     progress: Callable[[TrainState, StepResult], None]
     stop_signal: Callable[[], int]
@@ -115,7 +115,7 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
             run.hooks.evaluate(state)
         if result.stop_signal and not last:
             log.warning("stop signal %d: saving at step %d", result.stop_signal, state.step)
-            run.hooks.save(state, False)
+            run.hooks.save(state, True)
             return state, True
         if state.step % run.save_every_steps == 0 and not last:
             run.hooks.save(state, False)

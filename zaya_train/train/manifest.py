@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import CheckpointError
+from zaya_train.runtime.files import file_sha256
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "MANIFEST.json"
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
-FORMAT_VERSION = 1
-HASH_BLOCK_BYTES = 1 << 20
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class CheckpointRecord:
     """Mesh axis -> size at the time of saving; for people, loading does not need it."""
     config_hash: str
     lineage: dict[str, Any]
-    """Seed and phases behind the checkpoint; see phases.lineage."""
+    """Seed, phases and corpora behind the checkpoint; see phases.lineage."""
     keep: bool = False
     """Never deleted by retention: the end of a phase."""
 
@@ -125,15 +125,6 @@ def read_bytes(directory: Path) -> bytes:
         raise CheckpointError(f"{MANIFEST_NAME}: {error.strerror}") from error
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def file_problem(directory: Path, entry: FileEntry) -> str | None:
     """Why the file on disk is not the one in the manifest, or None."""
     path = directory / entry.name
@@ -143,7 +134,7 @@ def file_problem(directory: Path, entry: FileEntry) -> str | None:
         size_bytes = path.stat().st_size
         if size_bytes != entry.size_bytes:
             return f"{entry.name}: {size_bytes} bytes, the manifest says {entry.size_bytes}"
-        found = hash_file(path)
+        found = file_sha256(path)
     except OSError as error:
         return f"{entry.name}: {error.strerror}"
     if found != entry.sha256:

@@ -57,13 +57,16 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "step": frozenset(_STEP_FIELDS),
     "eval": frozenset({"step", "phase", "losses"}),
     "checkpoint": frozenset({"step", "path", "seconds", "bytes"}),
+    "save_failed": frozenset({"step", "reason", "in_a_row"}),
     "phase": frozenset({"name", "event", "step"}),
     "done": frozenset({"step"}),
 }
 """Fields a row of each kind must have; a writer may add more. `tokens` counts all consumed so far,
 `loss` is per supervised token, `load` holds per layer the fraction of tokens each class got,
 `load_entropy` is the mean over layers of H(p) / ln E, `applied` is false for a step skipped as
-non-finite, `event` is begin or end."""
+non-finite, `event` is begin or end.
+`start` and `resume` of a run also have `config_changes`: dotted key -> [old, new] since the attempt
+before."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

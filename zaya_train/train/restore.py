@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from zaya_train.config.diff import model_differences
 from zaya_train.config.errors import CheckpointError
 from zaya_train.train import dcp
 from zaya_train.train import manifest as manifests
@@ -25,10 +26,6 @@ from zaya_train.train.storage import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-MAY_CHANGE = frozenset({"rope_base", "max_context_tokens", "init_std"})
-"""Model fields a resumed run may change: phases set the RoPE base and thereby the context, and the
-initialisation is over."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +127,8 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
 
 
 def check_model(found: Found, model: Mapping[str, Any]) -> None:
-    """CheckpointError naming each field in which the saved model differs, MAY_CHANGE aside."""
-    saved = found.record.model
-    asked = json.loads(json.dumps(dict(model)))
-    absent = "absent"
-    differing = [
-        f"{name} is {saved.get(name, absent)} there, {asked.get(name, absent)} here"
-        for name in sorted(saved.keys() | asked.keys())
-        if name not in MAY_CHANGE and saved.get(name, absent) != asked.get(name, absent)
-    ]
+    """CheckpointError naming each field in which the saved model is another."""
+    differing = model_differences(found.record.model, json.loads(json.dumps(dict(model))))
     if differing:
         raise CheckpointError(f"{found.path}: of another model: {', '.join(differing)}")
 

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 from zaya_train.config.errors import StorageError
+from zaya_train.runtime.files import sync_path
 from zaya_train.train.manifest import MANIFEST_NAME, Manifest, encode
 
 if TYPE_CHECKING:
@@ -41,24 +42,14 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest and sync it and the directory; refuses to replace one."""
     with (directory / MANIFEST_NAME).open("xb") as stream:
         stream.write(encode(manifest))
-        stream.flush()
-        os.fsync(stream.fileno())
-    sync_directory(directory)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in `path` survive a power loss."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(directory / MANIFEST_NAME)
+    sync_path(directory)
 
 
 def publish(partial: Path, target: Path) -> None:
     """Give a complete directory its final name, durably."""
     partial.rename(target)
-    sync_directory(target.parent)
+    sync_path(target.parent)
 
 
 def delete(path: Path) -> None:

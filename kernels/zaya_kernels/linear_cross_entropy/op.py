@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from zaya_kernels.backends import pick
 from zaya_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
 from zaya_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from zaya_train.config.labels import IGNORE_LABEL
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-IGNORE_LABEL = -100
-"""Label of a position without supervision, as in torch.nn.functional.cross_entropy."""
 
 BACKENDS = {"eager": linear_cross_entropy_eager, "reference": linear_cross_entropy_reference}
 
