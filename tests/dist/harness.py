@@ -124,6 +124,7 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             "parallel.context_chunks": case.chunks,
             "parallel.expert_parallel": case.expert,
             "parallel.accumulation": case.accumulation,
+            "parallel.recompute": case.recompute,
             "parallel.reshard_after_forward": case.reshard,
             **changes,
         }

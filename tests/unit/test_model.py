@@ -103,9 +103,9 @@ def queries_of(model: ZayaModel, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
 
     class Watching(WholeRows):
-        def gather(self, x: Tensor) -> Tensor:
-            seen.append(x)
-            return x
+        def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(keys)
+            return keys, values
 
     watched = ZayaModel(model.config, Surroundings(exchange=Watching()))
     watched.load_state_dict(model.state_dict())

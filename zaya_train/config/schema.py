@@ -14,6 +14,7 @@ from typing import Literal
 
 KernelName = Literal["eager", "reference"]
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
+RecomputeKind = Literal["none", "selective", "full"]
 ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
 
 
@@ -217,6 +218,9 @@ class ParallelConfig:
     all_reduce_last: reduce-scatter after every micro-batch, all-reduce over replicas once;
     + 4 P / S bytes.
     reduce_each: reduce-scatter and all-reduce after every micro-batch; no more memory."""
+    recompute: RecomputeKind = "none"
+    """Activations made again in the backward pass: none, cheap ones (selective), or whole layers
+    (full); model/recompute.py lists them. Routing is never made again."""
     context_chunks: Literal["head_tail", "contiguous"] = "head_tail"
     """Which chunks of a row a context-parallel rank holds; head_tail balances causal attention."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from zaya_train.config.schema import KernelsConfig
+from zaya_train.config.schema import KernelsConfig, RecomputeKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,9 @@ class ContextExchange(Protocol):
         None when this rank holds whole rows."""
         ...
 
-    def gather(self, x: Tensor) -> Tensor:
-        """x [B, S, ...] -> [B, S_row, ...], the whole row in order; gradients are summed back."""
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """keys and values [B, S, K, d] -> [B, S_row, K, d], the whole row in order; gradients are
+        summed back."""
         ...
 
 
@@ -39,9 +40,9 @@ class WholeRows:
         """Nothing precedes a row."""
         return None
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The row is here already."""
-        return x
+        return keys, values
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,10 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Everything injected into a model: who exchanges, who dispatches, which kernels run."""
+    """Everything injected into a model: who exchanges, who dispatches, which kernels run, what is
+    made again in the backward pass."""
 
     exchange: ContextExchange = field(default_factory=WholeRows)
     dispatcher: TokenDispatcher = field(default_factory=LocalDispatcher)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    recompute: RecomputeKind = "none"

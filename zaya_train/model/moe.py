@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 
+from zaya_train.model.recompute import RoutingTape, again_but_products, run
 from zaya_train.model.router import Router, Routing
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.interfaces import Surroundings
+    from zaya_train.model.norm import RMSNorm
 
 
 class Experts(nn.Module):
@@ -48,12 +50,17 @@ class MoE(nn.Module):
         self.router = Router(config, layer, around)
         self.experts = Experts(config, around)
 
-    def forward(self, x: Tensor, previous: Tensor | None, valid: Tensor) -> tuple[Tensor, Routing]:
-        """x [B, S, D] normalised, previous router state, valid [B, S] -> [B, S, D], routing."""
-        routing = self.router(x, previous, valid)
-        tokens, choice = x.flatten(0, 1), routing.choice.flatten()
+    def forward(
+        self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
+    ) -> tuple[Tensor, Routing]:
+        """x [B, S, D] before `norm`, previous router state, valid [B, S] -> [B, S, D], routing."""
+        make = again_but_products if self.around.recompute == "selective" else run
+        normed, routing = make(self._choose, x, previous, valid, norm, tape)
+        tokens, choice = normed.flatten(0, 1), routing.choice.flatten()
         dispatcher = self.around.dispatcher
-        route = dispatcher.route(choice, self.config.num_experts)
+        if tape.route is None:
+            tape.route = dispatcher.route(choice, self.config.num_experts)
+        route = tape.route
         rows = self.experts(dispatcher.dispatch(tokens, route), route.counts)
         out = dispatcher.combine(rows, route)
         if self.config.skip_class and self.config.skip_output == "identity":
@@ -61,3 +68,10 @@ class MoE(nn.Module):
             out = torch.where(skipped, tokens, out)
         weight = routing.probability.flatten().unsqueeze(-1).to(out.dtype)
         return (out * weight).view_as(x), routing
+
+    def _choose(
+        self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
+    ) -> tuple[Tensor, Routing]:
+        """The normalised input and its routing."""
+        normed = norm(x)
+        return normed, self.router(normed, previous, valid, tape)

@@ -39,9 +39,10 @@ def parallelize(
     if mesh.sparse is not None:
         dispatcher = AllToAllDispatcher(mesh.sparse.get_group("expert"))
     if mesh.layout.context > 1:
-        exchange = SharedRows(mesh.context_group, chunking_of(mesh, config))
+        exchange = SharedRows(mesh.context_group, chunking_of(mesh, config), device)
     with torch.device("meta"):
-        model = ZayaModel(model_config, Surroundings(exchange, dispatcher, config.kernels))
+        around = Surroundings(exchange, dispatcher, config.kernels, config.parallel.recompute)
+        model = ZayaModel(model_config, around)
     shard(model, mesh, config.precision, config.parallel.reshard_after_forward)
     register_fsdp_forward_method(model, "logits")
     model.to_empty(device=device)
