@@ -31,7 +31,8 @@ KINDS: tuple[RecomputeKind, ...] = ("selective", "full")
 
 def forward(model: ZayaModel) -> ModelOutput:
     tokens = random_tokens(CONFIG, 2, 24)
-    return model(tokens, next_tokens(tokens), packed([[9, 1, 14], [20]], 24))
+    out: ModelOutput = model(tokens, next_tokens(tokens), packed([[9, 1, 14], [20]], 24))
+    return out
 
 
 def backward(model: ZayaModel, out: ModelOutput) -> dict[str, Tensor]:

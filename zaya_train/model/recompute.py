@@ -3,8 +3,13 @@
 | `parallel.recompute` | kept per layer | made again |
 |---|---|---|
 | none | everything | nothing besides what kernels make again by themselves |
-| selective | the stream; weight products, keys and queries, attention, dispatched rows and the experts' pre-activation | norms, CCA's convolutions and QK-norm, router's activations; no communication |
+| selective | stream, weight products, attention, experts | norms, convolutions, router |
 | full | the layer's inputs | the whole layer, its communication included |
+
+In words, selective keeps the residual stream, the results of weight products, queries, keys, values
+and output of attention, the dispatched rows and the experts' pre-activation; it makes again the
+norms, CCA's convolutions, QK-norm and rotation, and the router's activations. It communicates
+nothing.
 
 Kernels of themselves make the SwiGLU activation and attention's probabilities again, under every
 setting.
