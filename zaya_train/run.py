@@ -36,7 +36,7 @@ from zaya_train.optim.exchange import Groups
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.optim.table import summary
 from zaya_train.parallel.apply import chunking_of, parallelize
-from zaya_train.parallel.fsdp import write_full
+from zaya_train.parallel.fsdp import Reduction, write_full
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.lineage import changes, lineage
 from zaya_train.phases.plan import batch_sequences
@@ -354,7 +354,7 @@ def _phase_run(context: Context, built: Built, hooks: Hooks, unit: int) -> Phase
         model=built.model,
         optimizer=built.optimizer,
         optim=config.optim,
-        fsdp_group=built.mesh.fsdp_group,
+        reduction=Reduction.of(built.mesh, config.parallel),
         unit=unit,
         num_experts=built.model_config.num_experts,
         metrics=context.metrics,
@@ -379,6 +379,7 @@ def _save(
             "replicate": degrees.replicate,
             "shard": degrees.shard,
             "context": degrees.context,
+            "expert": degrees.expert,
         },
         config_hash=config_hash(context.config),
         # A phase that has not begun is not yet part of the past.

@@ -67,9 +67,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        out = product(x.reshape(-1, x.shape[-1]), weight.t())
-        if bias is not None:
-            out.add_(bias)
+        # The bias goes into the operator: what selective recompute keeps must not change in place.
+        flat = dense(x.reshape(-1, x.shape[-1]))
+        out = torch.ops.mkldnn._linear_pointwise(flat, dense(weight), bias, "none", [], "")
         return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod

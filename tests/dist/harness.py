@@ -18,6 +18,7 @@ from zaya_train.config.derive import Layout
 from zaya_train.optim.exchange import Groups
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.parallel.apply import chunking_of, parallelize
+from zaya_train.parallel.fsdp import Reduction, local_row_start, reshard
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.evaluate import validation_losses
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from zaya_train.model.zaya import ZayaModel
 
 CPU = torch.device("cpu")
+MESHES: dict[Layout, Mesh] = {}
 ROW_TOKENS = 32
 ROWS = 4
 STEPS = 3
@@ -49,13 +51,21 @@ DOCUMENTS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One layout; replicate x shard x context ranks."""
+    """One layout; replicate x shard x context ranks, experts divided over `expert` of them."""
 
     replicate: int = 1
     shard: int = 1
     context: int = 1
+    expert: int = 1
     micro_rows: int = 1
     chunks: str = "head_tail"
+    recompute: str = "none"
+    accumulation: str = "keep_unsharded"
+    reshard: bool = False
+    experts: int = 4
+    """Of the model, per layer."""
+    row_tokens: int = ROW_TOKENS
+    """A multiple of ROW_TOKENS; rows repeat their documents."""
 
     @property
     def world(self) -> int:
@@ -63,9 +73,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        accumulation = ROWS // (self.replicate * self.shard * self.micro_rows)
-        degrees = f"r{self.replicate}s{self.shard}c{self.context}"
-        return f"{degrees}-{self.chunks}-{self.micro_rows}rows-{accumulation}micro"
+        micro = ROWS // (self.replicate * self.shard * self.micro_rows)
+        degrees = f"r{self.replicate}s{self.shard}c{self.context}e{self.expert}"
+        degrees += f"of{self.experts}x{self.row_tokens}"
+        how = f"{self.chunks}-{self.micro_rows}rows-{micro}micro-{self.accumulation}"
+        return f"{degrees}-{how}-{self.recompute}" + ("-reshard" if self.reshard else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,21 +89,26 @@ class PackedRow:
     document_lengths: NDArray[np.int32]
 
 
-def packed_row(seed: int, documents: tuple[int, ...]) -> PackedRow:
+def packed_row(seed: int, documents: tuple[int, ...], row_tokens: int = ROW_TOKENS) -> PackedRow:
     """Random tokens; labels within documents, a few of them unsupervised."""
     generator = np.random.default_rng(seed)
-    tokens = generator.integers(0, VOCABULARY, ROW_TOKENS)
-    labels = np.full(ROW_TOKENS, -100, dtype=np.int64)
+    tokens = generator.integers(0, VOCABULARY, row_tokens)
+    labels = np.full(row_tokens, -100, dtype=np.int64)
     start = 0
     for length in documents:
         labels[start : start + length - 1] = tokens[start + 1 : start + length]
         start += length
-    labels[generator.random(ROW_TOKENS) < 0.2] = -100
+    labels[generator.random(row_tokens) < 0.2] = -100
     return PackedRow(tokens, labels, np.array(documents, dtype=np.int32))
 
 
-def rows_of_step(step: int) -> list[PackedRow]:
-    return [packed_row(100 * step + i, documents) for i, documents in enumerate(DOCUMENTS)]
+def rows_of_step(step: int, row_tokens: int = ROW_TOKENS) -> list[PackedRow]:
+    times = row_tokens // ROW_TOKENS
+    return [
+        # Padding stays behind the last document.
+        packed_row(100 * step + i, documents * times, row_tokens)
+        for i, documents in enumerate(DOCUMENTS)
+    ]
 
 
 def parity_config(case: Case, **changes: Any) -> TrainConfig:
@@ -104,10 +121,66 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             # The router's last matrix starts with this deviation; at 0.02 it is so small that the
             # rounding of its first updates stands out in a relative comparison.
             "model.init_std": 0.2,
+            "model.num_experts": case.experts,
             "parallel.context_chunks": case.chunks,
+            "parallel.expert_parallel": case.expert,
+            "parallel.accumulation": case.accumulation,
+            "parallel.recompute": case.recompute,
+            "parallel.reshard_after_forward": case.reshard,
             **changes,
         }
     )
+
+
+@dataclass(frozen=True, repr=False)
+class Part:
+    """A rank's rows of a tensor."""
+
+    shape: tuple[int, ...]
+    start: int
+    rows: NDArray[Any]
+
+    @staticmethod
+    def of(tensor: Tensor) -> Part:
+        tensor = tensor.detach()
+        start = local_row_start(tensor) if isinstance(tensor, DTensor) else 0
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return Part(tuple(tensor.shape), start, local.numpy().copy())
+
+
+def together(parts: list[Part]) -> NDArray[Any]:
+    """The whole tensor; parts that overlap must agree, and none may be missing."""
+    if not parts[0].shape:
+        return parts[0].rows
+    full = np.zeros(parts[0].shape, dtype=parts[0].rows.dtype)
+    seen = np.zeros(parts[0].shape[0], dtype=bool)
+    for part in parts:
+        place = slice(part.start, part.start + len(part.rows))
+        assert np.array_equal(full[place][seen[place]], part.rows[seen[place]])
+        full[place] = part.rows
+        seen[place] = True
+    assert seen.all()
+    return full
+
+
+@dataclass(frozen=True, repr=False)
+class Logits:
+    """Logits [rows, len(tokens), V] of rows first .. first + rows - 1 at these tokens."""
+
+    first: int
+    tokens: list[int]
+    values: NDArray[np.float32]
+
+
+def all_logits(ranks: list[list[Logits]]) -> NDArray[np.float32]:
+    """[ROWS, row tokens, V] from every rank's."""
+    parts = [part for rank in ranks for part in rank]
+    length = 1 + max(max(part.tokens) for part in parts)
+    full = np.full((ROWS, length, VOCABULARY), np.nan, dtype=np.float32)
+    for part in parts:
+        rows = np.arange(part.first, part.first + len(part.values))
+        full[np.ix_(rows, np.array(part.tokens))] = part.values
+    return full
 
 
 @dataclass
@@ -119,13 +192,17 @@ class Setup:
     mesh: Mesh
     model: ZayaModel
     optimizer: Optimizer
-    clipped: dict[str, Tensor] = field(default_factory=dict)
-    """Gradients as the optimizer saw them last."""
+    clipped: dict[str, Part] = field(default_factory=dict)
+    """This rank's part of the gradients as the optimizer saw them last."""
 
     @staticmethod
     def of(case: Case, **changes: Any) -> Setup:
         config = parity_config(case, **changes)
-        mesh = Mesh.build(Layout(case.replicate, case.shard, case.context), "cpu")
+        degrees = Layout(case.replicate, case.shard, case.context, case.expert)
+        # Many cases run in one process, and every mesh is a dozen groups of threads and sockets.
+        if degrees not in MESHES:
+            MESHES[degrees] = Mesh.build(degrees, "cpu")
+        mesh = MESHES[degrees]
         model = parallelize(config, config.model, mesh, CPU)
         optimizer = Optimizer(
             dict(model.named_parameters()),
@@ -137,35 +214,62 @@ class Setup:
         )
         return Setup(case, config, mesh, model, optimizer)
 
+    @property
+    def reduction(self) -> Reduction:
+        return Reduction.of(self.mesh, self.config.parallel)
+
+    @property
+    def first_rows(self) -> range:
+        """First row of each of this rank's micro-batches, dealt as the composition root does."""
+        size = self.case.micro_rows
+        return range(self.mesh.data_rank * size, ROWS, self.mesh.layout.data * size)
+
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches, dealt as the composition root deals them."""
-        rows, size = rows_of_step(step), self.case.micro_rows
-        unit = self.mesh.layout.data * size
+        """This rank's micro-batches."""
+        rows = rows_of_step(step, self.case.row_tokens)
         return [
             make_batch(
-                rows[start : start + size],
+                rows[start : start + self.case.micro_rows],
                 chunking_of(self.mesh, self.config),
                 self.mesh.context_rank,
                 CPU,
             )
-            for start in range(self.mesh.data_rank * size, len(rows), unit)
+            for start in self.first_rows
         ]
+
+    def logits(self, step: int) -> list[Logits]:
+        """Of every local token of a step's rows."""
+        chunking = chunking_of(self.mesh, self.config)
+        ranges = chunking.ranges_of(self.mesh.context_rank, self.case.row_tokens)
+        tokens = [t for start, end in ranges for t in range(start, end)]
+        with torch.no_grad():
+            found = [
+                Logits(first, tokens, self.model.logits(batch.tokens, batch.layout).numpy())
+                for first, batch in zip(self.first_rows, self.batches(step), strict=True)
+            ]
+        reshard(self.model)
+        return found
 
     def step(self, number: int) -> StepResult:
         rates = Rates(muon=0.02, adamw=0.01, clip_norm=self.config.optim.clip_norm)
-        group = self.mesh.fsdp_group
-        return train_step(self.model, self.optimizer, self.batches(number), rates, group)
+        batches = self.batches(number)
+        return train_step(self.model, self.optimizer, batches, rates, self.reduction)
 
     def validation(self) -> dict[str, float]:
-        rows = {"three": rows_of_step(90)[:3], "one": rows_of_step(91)[2:3]}
+        length = self.case.row_tokens
+        rows = {"three": rows_of_step(90, length)[:3], "one": rows_of_step(91, length)[2:3]}
         chunking = chunking_of(self.mesh, self.config)
         return validation_losses(self.model, rows, self.mesh, chunking, CPU)
 
-    def full(self) -> dict[str, Tensor]:
-        """Weights, biases and optimizer state, gathered."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, biases and optimizer state."""
         tensors: dict[str, Tensor] = {f"model.{n}": p for n, p in self.model.named_parameters()}
         tensors |= {f"model.{n}": b for n, b in self.model.named_buffers()}
-        return {n: whole(t) for n, t in (tensors | self.optimizer.tensors()).items()}
+        return tensors | self.optimizer.tensors()
+
+    def full(self) -> dict[str, Tensor]:
+        """The same, gathered."""
+        return {n: whole(t) for n, t in self.tensors().items()}
 
     def record_gradients(self) -> None:
         """Keep what the next optimizer steps see."""
@@ -173,7 +277,7 @@ class Setup:
 
         def step(*arguments: Any) -> None:
             self.clipped = {
-                n: whole(p.grad) for n, p in self.model.named_parameters() if p.grad is not None
+                n: Part.of(p.grad) for n, p in self.model.named_parameters() if p.grad is not None
             }
             inner(*arguments)
 
@@ -203,9 +307,11 @@ class Outcome:
     norms: list[float]
     supervised: list[int]
     loads: list[list[list[float]]]
-    gradients: list[dict[str, NDArray[np.float32]]]
+    gradients: list[dict[str, Part]]
     """Of every step, clipped."""
-    final: dict[str, NDArray[np.generic]]
+    final: dict[str, Part]
+    logits: list[Logits]
+    """Of the last step's rows, after it."""
     validation: dict[str, float]
     local_digest: str
     fsdp_rank: int
@@ -218,7 +324,7 @@ def three_steps(case: Case) -> Outcome:
     results, gradients = [], []
     for number in range(STEPS):
         results.append(setup.step(number))
-        gradients.append({n: g.numpy() for n, g in setup.clipped.items()})
+        gradients.append(setup.clipped)
     local = dict(setup.model.named_parameters()) | dict(setup.model.named_buffers())
     return Outcome(
         losses=[r.loss for r in results],
@@ -226,7 +332,8 @@ def three_steps(case: Case) -> Outcome:
         supervised=[r.supervised for r in results],
         loads=[r.load.tolist() for r in results],
         gradients=gradients,
-        final={n: t.numpy() for n, t in setup.full().items()},
+        final={n: Part.of(t) for n, t in setup.tensors().items()},
+        logits=setup.logits(STEPS - 1),
         validation=setup.validation(),
         local_digest=digest({**local, **setup.optimizer.tensors()}),
         fsdp_rank=setup.mesh.fsdp_group.rank(),

@@ -2,51 +2,100 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.dist.harness import (
     DOCUMENTS,
     ROW_TOKENS,
+    ROWS,
     Case,
     Outcome,
+    all_logits,
     norm_of_gathered,
     relative,
     run_cases,
+    together,
 )
 from tests.helpers.distributed import run_ranks
 
 TOLERANCE = 1e-5  # fp32, relative to each tensor's norm
 
-ALONE = Case(micro_rows=4)
+DEGREES = [
+    (shard, context, expert)
+    for shard in (1, 2, 4)
+    for context in (1, 2, 4)
+    for expert in (1, 2, 4)
+    if 4 % (shard * context) == 0 and (shard * context) % expert == 0
+]
+"""Every combination that four ranks allow; replicas make up for the rest."""
+ACCUMULATIONS = ("keep_unsharded", "all_reduce_last", "reduce_each")
+RECOMPUTES = ("full", "selective")
+
+
+def matrix() -> list[Case]:
+    """Every combination as one large micro-batch and as several, kept and recomputed."""
+    cases = []
+    for i, (shard, context, expert) in enumerate(DEGREES):
+        replicate = 4 // (shard * context)
+        plain = Case(replicate, shard, context, expert, ROWS // (replicate * shard))
+        small = replace(plain, micro_rows=1, accumulation=ACCUMULATIONS[i % 3])
+        again = RECOMPUTES[i % 2]
+        both = replace(small, recompute=RECOMPUTES[(i + 1) % 2], reshard=i % 4 < 2)
+        cases += [plain, small, replace(plain, recompute=again), both]
+    # Where a rank has a single row anyway, some of these are the same.
+    return list(dict.fromkeys(cases))
+
+
+def alone_with(experts: int, row_tokens: int) -> Case:
+    return Case(micro_rows=ROWS, experts=experts, row_tokens=row_tokens)
+
+
 CASES = {
-    1: [Case(micro_rows=1), Case(micro_rows=2)],
+    1: [
+        Case(micro_rows=1),
+        Case(micro_rows=2, recompute="full"),
+        Case(micro_rows=2, recompute="selective"),
+    ],
     2: [
-        Case(shard=2, micro_rows=1),
-        Case(shard=2, micro_rows=2),
+        Case(shard=2, micro_rows=1, experts=3),
+        Case(shard=2, micro_rows=1, reshard=True),
         Case(replicate=2, micro_rows=1),
-        Case(context=2, micro_rows=4),
-        Case(context=2, micro_rows=1),
         Case(context=2, micro_rows=2, chunks="contiguous"),
+        Case(shard=2, expert=2, experts=6),
     ],
     4: [
-        Case(shard=4),
-        Case(replicate=2, shard=2),
-        Case(replicate=4),
-        Case(shard=2, context=2, micro_rows=2),
+        *matrix(),
         Case(shard=2, context=2, micro_rows=1, chunks="contiguous"),
-        Case(replicate=2, context=2, micro_rows=1),
-        Case(context=4, micro_rows=4),
-        Case(context=4, micro_rows=1),
         Case(context=4, micro_rows=2, chunks="contiguous"),
+        # Three experts a rank pair, sharded two and one; one expert for two ranks, one of which
+        # holds nothing of it.
+        Case(shard=4, expert=2, experts=6),
+        Case(shard=2, context=2, expert=2, experts=2, micro_rows=1),
+        *(Case(2, 2, accumulation=mode) for mode in ACCUMULATIONS[1:]),
+        *(Case(1, 2, 2, 2, 1, accumulation=mode, reshard=True) for mode in ACCUMULATIONS),
     ],
+    8: [Case(context=8, expert=4, micro_rows=ROWS, row_tokens=2 * ROW_TOKENS)],
 }
 ALL = [(world, case) for world, cases in CASES.items() for case in cases]
+KINDS = sorted({(case.experts, case.row_tokens) for _, case in ALL})
 
 
 @pytest.fixture(scope="module")
-def alone() -> Outcome:
-    return run_ranks(run_cases, 1, [ALONE])[0][ALONE.name]
+def references() -> dict[tuple[int, int], Outcome]:
+    """One process without anything, by experts and row tokens."""
+    found = run_ranks(run_cases, 1, [alone_with(*kind) for kind in KINDS])[0]
+    return {kind: found[alone_with(*kind).name] for kind in KINDS}
+
+
+@pytest.fixture
+def alone(references: dict[tuple[int, int], Outcome], request: pytest.FixtureRequest) -> Outcome:
+    """The reference of the test's case."""
+    has_case = hasattr(request.node, "callspec") and "case" in request.node.callspec.params
+    case = request.node.callspec.params["case"] if has_case else Case()
+    return references[case.experts, case.row_tokens]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +103,20 @@ def outcomes() -> dict[str, list[Outcome]]:
     """Every rank's outcome of every case; one set of processes per number of ranks."""
     found: dict[str, list[Outcome]] = {}
     for world, cases in CASES.items():
-        ranks = run_ranks(run_cases, world, cases, timeout=300)
+        ranks = run_ranks(run_cases, world, cases, timeout=900)
         found |= {case.name: [rank[case.name] for rank in ranks] for case in cases}
     return found
+
+
+def test_the_matrix_is_whole() -> None:
+    cases = {(c.shard, c.context, c.expert) for c in CASES[4]}
+    assert cases == set(DEGREES) and len(DEGREES) == 14
+    for key in DEGREES:
+        own = [c for c in CASES[4] if (c.shard, c.context, c.expert) == key]
+        assert {c.recompute == "none" for c in own} == {True, False}
+        assert any(c.replicate * c.shard * c.micro_rows == ROWS for c in own)
+        if own[0].replicate * own[0].shard < ROWS:
+            assert any(c.replicate * c.shard * c.micro_rows < ROWS for c in own)
 
 
 def test_documents_meet_the_cuts_in_every_way() -> None:
@@ -75,10 +135,10 @@ def test_documents_meet_the_cuts_in_every_way() -> None:
 def test_the_reference_clips_and_learns(alone: Outcome) -> None:
     assert min(alone.norms) < 2.0 < max(alone.norms)
     for norm, gradients in zip(alone.norms, alone.gradients, strict=True):
-        flat = np.concatenate([g.ravel() for g in gradients.values()])
+        flat = np.concatenate([g.rows.ravel() for g in gradients.values()])
         applied = np.linalg.norm(flat.astype(np.float64))
         assert applied == pytest.approx(min(norm, 2.0), rel=1e-6)
-    bias = alone.final["model.layers.0.moe.router.balancing_bias"]
+    bias = alone.final["model.layers.0.moe.router.balancing_bias"].rows
     assert np.all(bias[:-1] != 0)
     assert bias[-1] == -1
 
@@ -97,18 +157,33 @@ class TestLayout:
     def test_gradients(
         self, world: int, case: Case, alone: Outcome, outcomes: dict[str, list[Outcome]]
     ) -> None:
-        for got, expected in zip(outcomes[case.name][0].gradients, alone.gradients, strict=True):
-            assert got.keys() == expected.keys()
-            errors = {n: relative(got[n], expected[n]) for n in expected}
+        ranks = outcomes[case.name]
+        for step, expected in enumerate(alone.gradients):
+            assert all(rank.gradients[step].keys() == expected.keys() for rank in ranks)
+            errors = {
+                name: relative(together([rank.gradients[step][name] for rank in ranks]), part.rows)
+                for name, part in expected.items()
+            }
             assert {n: e for n, e in errors.items() if e > TOLERANCE} == {}
 
     def test_weights_biases_and_optimizer_state(
         self, world: int, case: Case, alone: Outcome, outcomes: dict[str, list[Outcome]]
     ) -> None:
-        got = outcomes[case.name][0].final
-        assert got.keys() == alone.final.keys()
-        errors = {n: relative(got[n], alone.final[n]) for n in got}
+        ranks = outcomes[case.name]
+        assert all(rank.final.keys() == alone.final.keys() for rank in ranks)
+        errors = {
+            name: relative(together([rank.final[name] for rank in ranks]), part.rows)
+            for name, part in alone.final.items()
+        }
         assert {n: e for n, e in errors.items() if e > TOLERANCE} == {}
+
+    def test_every_tokens_logits(
+        self, world: int, case: Case, alone: Outcome, outcomes: dict[str, list[Outcome]]
+    ) -> None:
+        got = all_logits([rank.logits for rank in outcomes[case.name]])
+        expected = all_logits([alone.logits])
+        error = np.linalg.norm(got - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        assert np.nanmax(error) <= TOLERANCE and not np.isnan(error).any()
 
     def test_validation_losses(
         self, world: int, case: Case, alone: Outcome, outcomes: dict[str, list[Outcome]]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BATCH, CHANNELS = 2, 3
+CPU = torch.device("cpu")
 CHUNKINGS = [(1, True), (2, True), (2, False), (4, True), (4, False)]
 
 
@@ -49,14 +50,16 @@ def exchange_on_rank(head_tail: bool, tokens: int, rows: int) -> dict[str, float
     group = world()
     rank, ranks = group.rank(), group.size()
     chunking = Chunking(ranks, head_tail)
-    exchange = SharedRows(group, chunking)
+    exchange = SharedRows(group, chunking, CPU)
     row = full_row(tokens)
     mine = local_part(row, chunking, rank).requires_grad_()
-    gathered, halo = exchange.gather(mine), exchange.halo(mine, rows)
+    keys, values = exchange.gather(mine, 3 * mine)
+    halo = exchange.halo(mine, rows)
     seeds = range(ranks)
-    torch.autograd.backward((gathered * weights(gathered.shape, rank)).sum(), retain_graph=True)
+    joined = keys * weights(keys.shape, rank) + values / 3 * weights(values.shape, rank)
+    torch.autograd.backward(joined.sum(), retain_graph=True)
     assert mine.grad is not None
-    gather_grad, mine.grad = mine.grad, None
+    gather_grad, mine.grad = mine.grad / 2, None
     torch.autograd.backward((halo * weights(halo.shape, 10 + rank)).sum())
 
     whole = row.clone().requires_grad_()
@@ -69,7 +72,8 @@ def exchange_on_rank(head_tail: bool, tokens: int, rows: int) -> dict[str, float
     torch.autograd.backward(torch.stack(upstream).sum())
     assert mine.grad is not None
     return {
-        "gather": float((gathered - row).abs().max()),
+        "gathered keys": float((keys - row).abs().max()),
+        "gathered values": float((values - 3 * row).abs().max()),
         "halo": float((halo - halos[rank]).abs().max()) if rows else 0.0,
         "gather's gradient": float((gather_grad - expected_gather_grad).abs().max()),
         "halo's gradient": float((mine.grad - local_part(whole.grad, chunking, rank)).abs().max()),
@@ -92,7 +96,7 @@ def test_a_chunk_may_be_as_short_as_the_halo() -> None:
 
 
 def too_short() -> None:
-    SharedRows(world(), Chunking(2, True)).halo(torch.zeros(1, 4, 1), 3)
+    SharedRows(world(), Chunking(2, True), CPU).halo(torch.zeros(1, 4, 1), 3)
 
 
 def test_a_chunk_shorter_than_the_halo_is_an_error() -> None:
@@ -101,7 +105,7 @@ def test_a_chunk_shorter_than_the_halo_is_an_error() -> None:
 
 
 def no_halo() -> tuple[int, ...]:
-    return tuple(SharedRows(world(), Chunking(2, True)).halo(torch.zeros(2, 4, 3), 0).shape)
+    return tuple(SharedRows(world(), Chunking(2, True), CPU).halo(torch.zeros(2, 4, 3), 0).shape)
 
 
 def test_no_rows_asked_no_rows_given() -> None:

@@ -97,7 +97,7 @@ def phase_run(setup: Setup, folder: Path, saved: list[int], stop: list[int]) -> 
         model=setup.model,
         optimizer=setup.optimizer,
         optim=setup.config.optim,
-        fsdp_group=setup.mesh.fsdp_group,
+        reduction=setup.reduction,
         unit=setup.mesh.layout.data,
         num_experts=setup.config.model.num_experts,
         metrics=MetricsWriter(folder, [], enabled=dist.get_rank() == 0),
@@ -181,9 +181,13 @@ def heard_signals() -> list[int]:
     heard = []
     for signals in ((0, 0), (0, 15), (10, 0), (10, 15)):
         rates, mine = Rates(0.0, 0.0, 0.0), signals[dist.get_rank()]
-        group = setup.mesh.fsdp_group
         result = train_step(
-            setup.model, setup.optimizer, setup.batches(0), rates, group, stop_signal=mine
+            setup.model,
+            setup.optimizer,
+            setup.batches(0),
+            rates,
+            setup.reduction,
+            stop_signal=mine,
         )
         heard.append(result.stop_signal)
     return heard
@@ -195,9 +199,9 @@ def test_every_rank_hears_the_largest_signal() -> None:
 
 def nothing_supervised() -> tuple[StepResult, bool]:
     setup = Setup.of(Case(shard=2))
-    rates, group = Rates(0.1, 0.1, 1.0), setup.mesh.fsdp_group
+    rates = Rates(0.1, 0.1, 1.0)
     batches = [without_labels(batch) for batch in setup.batches(0)]
-    result = train_step(setup.model, setup.optimizer, batches, rates, group)
+    result = train_step(setup.model, setup.optimizer, batches, rates, setup.reduction)
     finite = all(bool(p.isfinite().all()) for p in setup.full().values())
     return result, finite
 

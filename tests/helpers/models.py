@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from zaya_train.config.labels import IGNORE_LABEL
-from zaya_train.config.schema import KernelsConfig, ModelConfig
+from zaya_train.config.schema import KernelsConfig, ModelConfig, RecomputeKind
 from zaya_train.hub.config import config_to_hf
 from zaya_train.model import SequenceLayout, ZayaModel, initialise
 from zaya_train.model.interfaces import Surroundings
@@ -73,10 +73,14 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def random_model(
-    config: ModelConfig, seed: int = 0, kernels: KernelsConfig | None = None
+    config: ModelConfig,
+    seed: int = 0,
+    kernels: KernelsConfig | None = None,
+    recompute: RecomputeKind = "none",
 ) -> ZayaModel:
     """A model as a training run would start it, then `randomise`d; fp32."""
-    model = ZayaModel(config, Surroundings(kernels=kernels or KernelsConfig()))
+    around = Surroundings(kernels=kernels or KernelsConfig(), recompute=recompute)
+    model = ZayaModel(config, around)
     initialise(model, seed)
     randomise(model, seed)
     return model

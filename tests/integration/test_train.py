@@ -142,7 +142,7 @@ def test_two_ranks_train_as_one_does(unbroken: Path, finished: Path) -> None:
         assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
     found, _ = find_newest(unbroken / CHECKPOINTS)
     assert found is not None
-    assert found.record.mesh == {"replicate": 1, "shard": 1, "context": 2}
+    assert found.record.mesh == {"replicate": 1, "shard": 1, "context": 2, "expert": 1}
 
 
 def test_comparison_sees_a_single_bit(finished: Path, unbroken: Path) -> None:

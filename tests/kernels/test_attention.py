@@ -1,21 +1,29 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from zaya_kernels import products
 from zaya_kernels.attention import blocks
 from zaya_kernels.attention import segments as planning
+from zaya_kernels.attention.behind import flash, flash_backward
 from zaya_kernels.attention.op import attention
-from zaya_kernels.attention.segments import AttentionPlan, Segment, plan_attention
+from zaya_kernels.attention.segments import (
+    AttentionPlan,
+    Segment,
+    key_query_pairs,
+    plan_attention,
+)
 
 from zaya_train.model import SequenceLayout
 
 from ..helpers.kernels import (
-    assert_backends_agree,
     assert_close,
     assert_low_precision,
     random,
@@ -106,19 +114,58 @@ def test_local_chunks_against_the_gathered_row(
         assert_close(found, expected, 1e-10)
 
 
-def test_long_runs_of_masked_queries_are_split() -> None:
-    """1,100 queries behind 37 earlier keys: blocks of at most 1,024 queries, the same result."""
-    plan = plan_attention([Segment(0, 1100, 0, 1137)], 1100, CPU, whole_rows=False)
-    masks = [group.mask for group in plan.groups if group.mask is not None]
-    assert len(masks) == len(plan.groups) == 2
-    assert max(mask.shape[2] for mask in masks) <= 1024
-    inputs = inputs_of(1, 1100, 1137, (1, 1))
-    assert_backends_agree(lambda name, x: call(name, x, plan), inputs)
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Elements of the largest tensor any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return out
 
 
-def test_plain_causal_segments_carry_no_mask_however_long() -> None:
-    plan = plan_attention([Segment(0, 2100, 0, 2100)], 2100, CPU, whole_rows=False)
-    assert [group.mask for group in plan.groups] == [None]
+def test_long_rows_need_no_mask_and_no_scores() -> None:
+    """2,048 queries at the end of a document of 8,192: everything stays linear in the length."""
+    plan = plan_attention([Segment(0, 2048, 0, 8192)], 2048, CPU, whole_rows=False)
+    inputs = inputs_of(1, 2048, 8192, (2, 1))
+    for x in inputs.values():
+        x.requires_grad_()
+    with LargestTensor() as largest:
+        (out,) = call("eager", inputs, plan)
+        torch.autograd.backward(out.sum())
+    assert largest.elements <= 2 * inputs["k"].numel() < 2048 * 8192 // 100
+
+
+def test_bf16_behind_earlier_keys() -> None:
+    plan = plan_attention([Segment(0, 40, 0, 140)], 40, CPU, whole_rows=False)
+    inputs = inputs_of(1, 40, 140, (4, 2))
+    assert_low_precision(lambda name, x: call(name, x, plan), inputs, torch.bfloat16, 2**-6)
+
+
+def test_behind_calls_the_kernels_of_a_gpu_rightly() -> None:
+    """Signatures and shapes alone: fake tensors stand in for a device."""
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 40, 64, dtype=torch.bfloat16, device="cuda")
+        k = torch.empty(1, 2, 100, 64, dtype=torch.bfloat16, device="cuda")
+        out, lse = flash(q, k, k, False)
+        grads = flash_backward(q, (q, k, k), out, lse, False)
+        with pytest.raises(ValueError, match=r"no flash attention in torch\.float32 on cuda"):
+            flash(q.float(), k.float(), k.float(), False)
+    assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (1, 4, 40))
+    assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+
+
+def test_pairs_of_keys_and_queries() -> None:
+    documents = [[5, 1, 7], [1, 12]]
+    plan = packed(documents, 16).attention
+    assert key_query_pairs(plan) == int(sees(documents, 16).sum())
+    plan = SequenceLayout.of_documents(documents, 16, CPU, [(4, 8), (12, 16)]).attention
+    local = [4, 5, 6, 7, 12, 13, 14, 15]
+    assert key_query_pairs(plan) == int(sees(documents, 16)[:, local].sum())
 
 
 @pytest.mark.parametrize("scores", [2**23, 200], ids=["blocks_of_8", "smaller"])
@@ -187,6 +234,6 @@ def test_buckets_are_few() -> None:
 )
 def test_groups_hold_each_query_in_its_place(documents: list[list[int]]) -> None:
     plan = packed(documents, 64).attention
-    queries = torch.cat([group.queries.flatten() for group in plan.groups])
-    assert torch.equal(queries[plan.inverse], torch.arange(64 * len(documents)))
-    assert all(group.mask is None for group in plan.groups)
+    assert torch.equal(plan.taken[plan.inverse], torch.arange(64 * len(documents)))
+    assert int(plan.groups.prod(dim=1).sum()) == plan.taken.numel()
+    assert plan.behind.numel() == 0

@@ -74,7 +74,8 @@ def test_counts_are_exact(config: ModelConfig) -> None:
     model = meta_model(config)
     assert size.total == sum(p.numel() for p in model.parameters())
     assert size.embedding == model.embedding.numel()
-    experts = sum(p.numel() for layer in blocks(model) for p in (layer.moe.gate_up, layer.moe.down))
+    experts = sum(p.numel() for layer in blocks(model) for p in layer.moe.experts.parameters())
+    assert size.experts == experts
     idle = experts - experts // config.num_experts
     assert size.active == size.total - size.embedding - idle
 

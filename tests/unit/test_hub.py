@@ -99,9 +99,12 @@ def test_a_truncated_file_is_refused(folder: Path, keep: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("moe.down"), r"missing: layers\.0\.moe\.down"),
+        (lambda s: s.pop("moe.experts.down"), r"missing: layers\.0\.moe\.experts\.down"),
         (lambda s: s.update({"moe.extra": torch.zeros(1)}), r"layers\.0\.moe\.extra has no name"),
-        (lambda s: s.update({"moe.down": s["moe.down"][:2]}), r"layers\.0\.moe\.down is \[2, 32"),
+        (
+            lambda s: s.update({"moe.experts.down": s["moe.experts.down"][:2]}),
+            r"layers\.0\.moe\.experts\.down is \[2, 32",
+        ),
     ],
     ids=["missing", "surplus", "shape"],
 )

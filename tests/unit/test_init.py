@@ -38,8 +38,8 @@ STD = {
     "attention.out_proj": DEPTH * 32**-0.5,
     "attention.conv_depthwise": 2**-0.5,
     "attention.conv_grouped": (2 * CHANNELS) ** -0.5,
-    "moe.gate_up": 64**-0.5,
-    "moe.down": DEPTH * 24**-0.5,
+    "moe.experts.gate_up": 64**-0.5,
+    "moe.experts.down": DEPTH * 24**-0.5,
     "moe.router.down": 64**-0.5,
     "moe.router.fc1": 32**-0.5,
     "moe.router.fc2": 32**-0.5,
@@ -87,7 +87,7 @@ def test_values_depend_on_seed_and_name_alone() -> None:
         assert torch.equal(a, c) == (leaf(name) not in STD), name
     deeper = ZayaModel(replace(CONFIG, num_experts=CONFIG.num_experts, num_layers=2, vocab_size=9))
     initialise(deeper, 3)
-    assert torch.equal(blocks(deeper)[1].moe.gate_up, blocks(one)[1].moe.gate_up)
+    assert torch.equal(blocks(deeper)[1].moe.experts.gate_up, blocks(one)[1].moe.experts.gate_up)
     first, second = (layer.attention.q_proj for layer in blocks(one))
     assert not torch.equal(first, second)
     assert not torch.equal(first[: CONFIG.head_dim], blocks(one)[0].attention.k_proj[:CHANNELS])

@@ -103,9 +103,9 @@ def queries_of(model: ZayaModel, tokens: Tensor) -> Tensor:
     seen: list[Tensor] = []
 
     class Watching(WholeRows):
-        def gather(self, x: Tensor) -> Tensor:
-            seen.append(x)
-            return x
+        def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            seen.append(keys)
+            return keys, values
 
     watched = ZayaModel(model.config, Surroundings(exchange=Watching()))
     watched.load_state_dict(model.state_dict())
@@ -197,11 +197,13 @@ CHOICES = {
 def test_dispatch_and_combine(name: str) -> None:
     choice = torch.tensor(CHOICES[name], dtype=torch.int64)
     tokens = torch.randn(len(choice), 5, dtype=torch.float64, requires_grad=True)
-    sent = LocalDispatcher().dispatch(tokens, choice, 4)
+    dispatcher = LocalDispatcher()
+    route = dispatcher.route(choice, 4)
+    rows = dispatcher.dispatch(tokens, route)
     expected = [token for e in range(4) for token in tokens[choice == e]]
-    assert sent.counts.tolist() == [int((choice == e).sum()) for e in range(4)]
-    assert torch.equal(sent.rows, torch.stack(expected) if expected else tokens[:0])
-    out = LocalDispatcher().combine(sent.rows * 3, sent)
+    assert route.counts.tolist() == [int((choice == e).sum()) for e in range(4)]
+    assert torch.equal(rows, torch.stack(expected) if expected else tokens[:0])
+    out = dispatcher.combine(rows * 3, route)
     kept = (choice < 4).unsqueeze(-1)
     assert torch.equal(out, torch.where(kept, tokens * 3, 0.0))
     torch.autograd.backward(out.sum())

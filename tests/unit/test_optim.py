@@ -43,7 +43,9 @@ def test_every_parameter_of_a_model_has_one_row(skip_class: bool) -> None:
     assert used == {rule.pattern for rule in RULES}
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.gate", "head", "layers.x.moe.down", ""])
+@pytest.mark.parametrize(
+    "name", ["layers.0.attention.gate", "head", "layers.x.moe.experts.down", ""]
+)
 def test_unknown_parameter_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"parameter {name} must match one row.*none"):
         assign(["embedding", name])

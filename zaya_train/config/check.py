@@ -35,7 +35,7 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     yield from _optim(config.optim)
     yield from _skip_target(config)
     yield from _settings(config)
-    yield from _parallel(config.parallel, world)
+    yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"
     previous: tuple[str, PhaseConfig] | None = None
@@ -155,11 +155,23 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     yield from _positive("runtime", runtime, ("init_timeout_seconds", "step_timeout_seconds"))
 
 
-def _parallel(parallel: ParallelConfig, world: int) -> Iterator[str]:
+def _parallel(parallel: ParallelConfig, model: ModelConfig, world: int) -> Iterator[str]:
     yield from _not_negative("parallel.shard", parallel.shard)
+    yield from _positive("parallel", parallel, ("expert_parallel",))
     yield from _not_negative("parallel.context_parallel_limit", parallel.context_parallel_limit)
     if parallel.shard > 0 and world % parallel.shard:
         yield f"parallel.shard: {parallel.shard} does not divide the {world} ranks of this launch"
+    group, experts = parallel.shard or world, parallel.expert_parallel
+    if experts > 0 and group > 0 and group % experts:
+        yield (
+            f"parallel.expert_parallel: {experts} does not divide the {group} ranks of an FSDP "
+            f"group (world {world}, parallel.shard {parallel.shard})"
+        )
+    if experts > 0 and model.num_experts > 0 and model.num_experts % experts:
+        yield (
+            f"parallel.expert_parallel: {experts} does not divide the {model.num_experts} experts "
+            "of model.num_experts"
+        )
 
 
 def _phase(key: str, phase: PhaseConfig) -> Iterator[str]:

@@ -18,12 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of one phase on a given number of ranks; replicate x shard x context = world."""
+    """Degrees of one phase on a given number of ranks; replicate x shard x context = world.
+
+    `parallel.mesh` says what the axes mean.
+    """
 
     replicate: int
     shard: int
     """Data-parallel ranks inside an FSDP group; the group holds shard x context ranks."""
     context: int
+    expert: int = 1
+    """Ranks of an FSDP group among which every layer's experts are divided."""
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks of an FSDP group, over which every tensor is sharded."""
+        return self.shard * self.context
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that hold parts of the same experts."""
+        return self.fsdp // self.expert
 
     @property
     def data(self) -> int:
@@ -47,7 +62,12 @@ def layout(phase: PhaseConfig, parallel: ParallelConfig, world: int) -> Layout:
     """Degrees of `phase` on `world` ranks; valid only where `check` passes."""
     context = context_degree(phase, parallel, world)
     group = parallel.shard or world
-    return Layout(replicate=world // group, shard=group // context, context=context)
+    return Layout(
+        replicate=world // group,
+        shard=group // context,
+        context=context,
+        expert=parallel.expert_parallel,
+    )
 
 
 def layout_notes(config: TrainConfig, world: int) -> list[str]:

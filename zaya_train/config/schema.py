@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 KernelName = Literal["eager", "reference"]
+AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
+RecomputeKind = Literal["none", "selective", "full"]
 ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
 
 
@@ -200,6 +202,11 @@ class ParallelConfig:
 
     shard: int = 0
     """Ranks over which FSDP shards parameters, context ranks included; 0 means all of them."""
+    expert_parallel: int = 1
+    """Ranks of an FSDP group among which each layer's experts are divided, tokens travelling to
+    them; divides parallel.shard and model.num_experts. 1 gathers all experts on every rank, what
+    ZAYA1 did (arXiv 2511.17127) and what 192 GB hold; more saves memory and costs two all-to-alls
+    per layer and direction."""
     context_parallel_limit: int = 0
     """Largest context-parallel degree this launch can hold; phases that ask for more are lowered to
     it, and the log says so. 0 means no limit."""
@@ -208,6 +215,18 @@ class ParallelConfig:
     and log it, instead of refusing the launch: for recipes that run on any number of ranks."""
     reshard_after_forward: bool = False
     """Free gathered weights between forward and backward (ZeRO-3) instead of keeping them."""
+    accumulation: AccumulationKind = "keep_unsharded"
+    """How the gradients of a step's micro-batches are added up. With P parameters, an FSDP group of
+    S ranks, and bytes of fp32 besides the 4 P / S of the sharded gradient:
+
+    keep_unsharded: each rank adds up whole gradients, one reduction per step; + 4 P bytes (33 GiB
+    for 8.8B parameters; of experts only those this rank computes).
+    all_reduce_last: reduce-scatter after every micro-batch, all-reduce over replicas once;
+    + 4 P / S bytes.
+    reduce_each: reduce-scatter and all-reduce after every micro-batch; no more memory."""
+    recompute: RecomputeKind = "none"
+    """Activations made again in the backward pass: none, cheap ones (selective), or whole layers
+    (full); model/recompute.py lists them. Routing is never made again."""
     context_chunks: Literal["head_tail", "contiguous"] = "head_tail"
     """Which chunks of a row a context-parallel rank holds; head_tail balances causal attention."""
 

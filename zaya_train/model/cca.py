@@ -13,12 +13,15 @@ from zaya_kernels.attention.op import attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.products import linear
 
+from zaya_train.model.recompute import again, again_but_products, run
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.interfaces import Surroundings
     from zaya_train.model.layout import SequenceLayout
+    from zaya_train.model.norm import RMSNorm
 
 Rotation = tuple["Tensor", "Tensor"]
 
@@ -45,26 +48,28 @@ class CCA(nn.Module):
         self.temperature = nn.Parameter(torch.empty(config.num_kv_heads))
         self.out_proj = nn.Parameter(torch.empty(hidden, query))
 
-    def forward(self, x: Tensor, layout: SequenceLayout, rotation: Rotation) -> Tensor:
-        """x [B, S, D] normalised -> [B, S, D]."""
-        inputs = self._project(x)
-        q, k, v = cca(inputs, self._weights(), self._context(inputs, layout, rotation), self._cca)
-        exchange = self.around.exchange
-        backend = self.around.kernels.attention
-        mixed = attention(q, exchange.gather(k), exchange.gather(v), layout.attention, backend)
+    def forward(
+        self, x: Tensor, norm: RMSNorm, layout: SequenceLayout, rotation: Rotation
+    ) -> Tensor:
+        """x [B, S, D] before `norm` -> [B, S, D]."""
+        exchange, kernels = self.around.exchange, self.around.kernels
+        selective = self.around.recompute == "selective"
+        half = self.v_now_proj.shape[0]
+        together = (again_but_products if selective else run)(self._project, x, norm)
+        sizes = [together.shape[-1] - 2 * half, half, half]
+        inputs = Projections(*together.split(sizes, dim=-1))
+        context = self._context(inputs, layout, rotation)
+        q, k, v = (again if selective else run)(self._mix, inputs, context)
+        mixed = attention(q, *exchange.gather(k, v), layout.attention, kernels.attention)
         return linear(mixed.flatten(2), self.out_proj)
 
-    @property
-    def _cca(self) -> str:
-        return self.around.kernels.cca
-
-    def _project(self, x: Tensor) -> Projections:
+    def _project(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """One product for all four projections."""
         parts = (self.q_proj, self.k_proj, self.v_now_proj, self.v_delayed_proj)
-        half = self.v_now_proj.shape[0]
-        together = linear(x, torch.cat(parts))
-        qk, v_now, v_delayed = together.split([together.shape[-1] - 2 * half, half, half], dim=-1)
-        return Projections(qk, v_now, v_delayed)
+        return linear(norm(x), torch.cat(parts))
+
+    def _mix(self, inputs: Projections, context: CCAContext) -> tuple[Tensor, Tensor, Tensor]:
+        return cca(inputs, self._weights(), context, self.around.kernels.cca)
 
     def _weights(self) -> CCAWeights:
         return CCAWeights(

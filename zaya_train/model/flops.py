@@ -21,6 +21,8 @@ class ModelSize:
     embedding: int
     active: int
     """Without the embedding, with one expert per layer: what a token passes through."""
+    experts: int
+    """Of all routed experts together."""
 
 
 def model_size(config: ModelConfig) -> ModelSize:
@@ -39,10 +41,12 @@ def model_size(config: ModelConfig) -> ModelSize:
     embedding = config.vocab_size * hidden
     # Layer 0's router has no depth-averaging scale.
     shared = config.num_layers * per_layer - config.router_size + 3 * hidden
+    experts = config.num_layers * config.num_experts * expert
     return ModelSize(
-        total=embedding + shared + config.num_layers * config.num_experts * expert,
+        total=embedding + shared + experts,
         embedding=embedding,
         active=shared + config.num_layers * expert,
+        experts=experts,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from zaya_train.config.schema import KernelsConfig
+from zaya_train.config.schema import KernelsConfig, RecomputeKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,9 @@ class ContextExchange(Protocol):
         None when this rank holds whole rows."""
         ...
 
-    def gather(self, x: Tensor) -> Tensor:
-        """x [B, S, ...] -> [B, S_row, ...], the whole row in order; gradients are summed back."""
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """keys and values [B, S, K, d] -> [B, S_row, K, d], the whole row in order; gradients are
+        summed back."""
         ...
 
 
@@ -39,36 +40,44 @@ class WholeRows:
         """Nothing precedes a row."""
         return None
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The row is here already."""
-        return x
+        return keys, values
 
 
 @dataclass(frozen=True)
-class Dispatched:
-    """Token rows brought to their experts."""
+class Route:
+    """Where one layer's tokens go; follows from the choice alone, so it is made once per choice."""
 
-    rows: Tensor
-    """[R, D] sorted by expert."""
     counts: Tensor
-    """[E_local] int64, rows of each local expert, summing to R."""
+    """[E_local] int64 on the host: rows that each local expert receives, summing to R."""
     handle: Any
-    """What `combine` needs to bring the results back."""
+    """What the dispatcher that made it needs to bring tokens there and back."""
 
 
 class TokenDispatcher(Protocol):
     """Brings tokens to experts and results back; dropless."""
 
-    def dispatch(self, tokens: Tensor, choice: Tensor, num_experts: int) -> Dispatched:
-        """tokens [T, D], choice [T] int64; tokens with choice >= num_experts go to no expert."""
+    def route(self, choice: Tensor, num_experts: int) -> Route:
+        """choice [T] int64; tokens with choice >= num_experts go to no expert. num_experts counts
+        all experts, wherever they are. Waits for the device once, because sizes are shapes."""
         ...
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
+        """tokens [T, D] -> rows [R, D] for this rank's experts, sorted by expert."""
+        ...
+
+    def combine(self, rows: Tensor, route: Route) -> Tensor:
         """rows [R, D] -> [T, D] in token order, zeros for tokens that went to no expert."""
         ...
 
+    def own_experts(self, stack: Tensor) -> Tensor:
+        """A parameter that stacks all experts along dim 0 -> [E_local, ...], those whose rows
+        `dispatch` brings here, as a plain tensor."""
+        ...
 
-class _Permute(torch.autograd.Function):
+
+class Permute(torch.autograd.Function):
     """Rows of x [T, D] by index [R]; the backward is a gather by the inverse, or a copy when rows
     are left out."""
 
@@ -85,7 +94,7 @@ class _Permute(torch.autograd.Function):
         return full(ctx.size, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
-class _Unpermute(torch.autograd.Function):
+class Unpermute(torch.autograd.Function):
     """The reverse: rows [R, D] to their places in [T, D], zeros elsewhere."""
 
     @staticmethod
@@ -103,23 +112,33 @@ class _Unpermute(torch.autograd.Function):
 class LocalDispatcher:
     """TokenDispatcher of a rank that holds every expert: a stable sort, no communication."""
 
-    def dispatch(self, tokens: Tensor, choice: Tensor, num_experts: int) -> Dispatched:
+    def route(self, choice: Tensor, num_experts: int) -> Route:
         """See TokenDispatcher."""
-        counts = torch.bincount(choice, minlength=num_experts + 1)[:num_experts]
         order = torch.argsort(choice, stable=True)
-        order = order[: int(counts.sum())]
-        return Dispatched(_Permute.apply(tokens, order), counts, (order, tokens.shape[0]))
+        counts = torch.bincount(choice, minlength=num_experts + 1)[:num_experts].cpu()
+        return Route(counts, (order[: int(counts.sum())], choice.shape[0]))
 
-    def combine(self, rows: Tensor, dispatched: Dispatched) -> Tensor:
+    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
         """See TokenDispatcher."""
-        order, size = dispatched.handle
-        return _Unpermute.apply(rows, order, size)
+        order, _ = route.handle
+        return Permute.apply(tokens, order)
+
+    def combine(self, rows: Tensor, route: Route) -> Tensor:
+        """See TokenDispatcher."""
+        order, size = route.handle
+        return Unpermute.apply(rows, order, size)
+
+    def own_experts(self, stack: Tensor) -> Tensor:
+        """See TokenDispatcher."""
+        return stack
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Everything injected into a model: who exchanges, who dispatches, which kernels run."""
+    """Everything injected into a model: who exchanges, who dispatches, which kernels run, what is
+    made again in the backward pass."""
 
     exchange: ContextExchange = field(default_factory=WholeRows)
     dispatcher: TokenDispatcher = field(default_factory=LocalDispatcher)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    recompute: RecomputeKind = "none"

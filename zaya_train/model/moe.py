@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 
+from zaya_train.model.recompute import RoutingTape, again_but_products, run
 from zaya_train.model.router import Router, Routing
 
 if TYPE_CHECKING:
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.interfaces import Surroundings
+    from zaya_train.model.norm import RMSNorm
+
+
+class Experts(nn.Module):
+    """The SwiGLU experts' weights. A module of its own, so that they can be sharded over other
+    ranks than the rest of the layer."""
+
+    def __init__(self, config: ModelConfig, around: Surroundings) -> None:
+        super().__init__()
+        experts, width, hidden = config.num_experts, config.expert_ffn_size, config.hidden_size
+        self.around = around
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows [R, D] sorted by local expert, counts [E_local] -> [R, D]."""
+        own = self.around.dispatcher.own_experts
+        backend = self.around.kernels.grouped_mlp
+        return grouped_mlp(rows, counts, own(self.gate_up), own(self.down), backend)
 
 
 class MoE(nn.Module):
@@ -25,25 +45,33 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, around: Surroundings) -> None:
         super().__init__()
-        experts, width, hidden = config.num_experts, config.expert_ffn_size, config.hidden_size
         self.config = config
         self.around = around
         self.router = Router(config, layer, around)
-        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
-        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        self.experts = Experts(config, around)
 
-    def forward(self, x: Tensor, previous: Tensor | None, valid: Tensor) -> tuple[Tensor, Routing]:
-        """x [B, S, D] normalised, previous router state, valid [B, S] -> [B, S, D], routing."""
-        routing = self.router(x, previous, valid)
-        tokens, choice = x.flatten(0, 1), routing.choice.flatten()
+    def forward(
+        self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
+    ) -> tuple[Tensor, Routing]:
+        """x [B, S, D] before `norm`, previous router state, valid [B, S] -> [B, S, D], routing."""
+        make = again_but_products if self.around.recompute == "selective" else run
+        normed, routing = make(self._choose, x, previous, valid, norm, tape)
+        tokens, choice = normed.flatten(0, 1), routing.choice.flatten()
         dispatcher = self.around.dispatcher
-        sent = dispatcher.dispatch(tokens, choice, self.config.num_experts)
-        rows = grouped_mlp(
-            sent.rows, sent.counts, self.gate_up, self.down, self.around.kernels.grouped_mlp
-        )
-        out = dispatcher.combine(rows, sent)
+        if tape.route is None:
+            tape.route = dispatcher.route(choice, self.config.num_experts)
+        route = tape.route
+        rows = self.experts(dispatcher.dispatch(tokens, route), route.counts)
+        out = dispatcher.combine(rows, route)
         if self.config.skip_class and self.config.skip_output == "identity":
             skipped = (choice == self.config.num_experts).unsqueeze(-1)
             out = torch.where(skipped, tokens, out)
         weight = routing.probability.flatten().unsqueeze(-1).to(out.dtype)
         return (out * weight).view_as(x), routing
+
+    def _choose(
+        self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
+    ) -> tuple[Tensor, Routing]:
+        """The normalised input and its routing."""
+        normed = norm(x)
+        return normed, self.router(normed, previous, valid, tape)

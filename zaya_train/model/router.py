@@ -14,6 +14,8 @@ from torch.nn.functional import gelu
 from zaya_kernels.norm_residual.op import rms_norm
 from zaya_kernels.products import linear
 
+from zaya_train.model.recompute import RoutingTape
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,8 +62,16 @@ class Router(nn.Module):
         self.balancing_bias: Tensor
         self.register_buffer("balancing_bias", torch.empty(self.num_classes))
 
-    def forward(self, x: Tensor, previous: Tensor | None, valid: Tensor) -> Routing:
-        """x [B, S, D] normalised, previous [B, S, R] or None, valid [B, S] bool."""
+    def forward(
+        self,
+        x: Tensor,
+        previous: Tensor | None,
+        valid: Tensor,
+        tape: RoutingTape | None = None,
+    ) -> Routing:
+        """x [B, S, D] normalised, previous [B, S, R] or None, valid [B, S] bool. The choice is the
+        tape's if that holds one, else written to it."""
+        tape = tape or RoutingTape()
         state = _wide(linear(x, self.down, self.down_bias))
         if self.depth_scale is not None and previous is not None:
             state = torch.addcmul(state, previous, self.depth_scale.to(state.dtype))
@@ -70,9 +80,12 @@ class Router(nn.Module):
             # product (which `linear` gives) would make it warn about wrong gradients.
             state = state.clone()
         probabilities = self._logits(state).softmax(dim=-1)
-        with torch.no_grad():
-            choice = (probabilities + self.balancing_bias).argmax(dim=-1)
-            load = torch.bincount(choice[valid], minlength=self.num_classes).float()
+        if tape.choice is None or tape.load is None:
+            with torch.no_grad():
+                tape.choice = (probabilities + self.balancing_bias).argmax(dim=-1)
+                load = torch.bincount(tape.choice[valid], minlength=self.num_classes)
+                tape.load = load.float()
+        choice, load = tape.choice, tape.load
         probability = probabilities.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
         return Routing(choice, probability, state, load)
 

@@ -18,6 +18,7 @@ from zaya_train.model.interfaces import Surroundings
 from zaya_train.model.layout import SequenceLayout
 from zaya_train.model.moe import MoE
 from zaya_train.model.norm import ResidualScaling, RMSNorm
+from zaya_train.model.recompute import RoutingTape, again, run
 from zaya_train.model.rope import rotary_tables
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, around: Surroundings) -> None:
         super().__init__()
+        self.around = around
         backend = around.kernels.norm_residual
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, backend)
         self.attention = CCA(config, around)
@@ -53,9 +55,20 @@ class Layer(nn.Module):
         self, x: Tensor, state: Tensor | None, layout: SequenceLayout, rotation: Rotation
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] fp32 stream, state [B, S, R] -> stream, router state, load [C]."""
-        mixed = self.attention(self.attention_norm(x), layout, rotation)
+        make = again if self.around.recompute == "full" else run
+        return make(self._compute, x, state, layout, rotation, RoutingTape())
+
+    def _compute(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        layout: SequenceLayout,
+        rotation: Rotation,
+        tape: RoutingTape,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mixed = self.attention(x, self.attention_norm, layout, rotation)
         x = self.attention_residual(x, mixed)
-        routed, routing = self.moe(self.moe_norm(x), state, layout.valid)
+        routed, routing = self.moe(x, state, layout.valid, self.moe_norm, tape)
         return self.moe_residual(x, routed), routing.state, routing.load
 
 

@@ -75,7 +75,7 @@ RULES = (
     Rule(_LAYER + r"attention\.conv_depthwise", "adamw", False, "taps per channel, no matrix"),
     Rule(_LAYER + r"attention\.conv_(depthwise|grouped)_bias", "adamw", False, "vector"),
     Rule(_LAYER + r"attention\.temperature", "adamw", False, "vector"),
-    Rule(_LAYER + r"moe\.(gate_up|down)", "muon", True, "experts", PER_EXPERT),
+    Rule(_LAYER + r"moe\.experts\.(gate_up|down)", "muon", True, "experts", PER_EXPERT),
     Rule(_LAYER + r"moe\.router\.(down|fc1|fc2|out)", "muon", True, "router", MATRIX),
     Rule(_LAYER + r"moe\.router\.(down|fc1|fc2)_bias", "adamw", False, "vector"),
     Rule(_LAYER + r"moe\.router\.(norm|depth_scale)", "adamw", False, "vector"),

@@ -8,8 +8,15 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from zaya_train.model.init import initialise
-from zaya_train.model.interfaces import ContextExchange, Surroundings, WholeRows
+from zaya_train.model.interfaces import (
+    ContextExchange,
+    LocalDispatcher,
+    Surroundings,
+    TokenDispatcher,
+    WholeRows,
+)
 from zaya_train.model.zaya import ZayaModel
+from zaya_train.parallel.experts import AllToAllDispatcher
 from zaya_train.parallel.fsdp import shard, write_full
 from zaya_train.parallel.sequence import Chunking, SharedRows
 
@@ -28,10 +35,14 @@ def parallelize(
 ) -> ZayaModel:
     """Build on the meta device, shard, allocate the local part, initialise from run.seed."""
     exchange: ContextExchange = WholeRows()
+    dispatcher: TokenDispatcher = LocalDispatcher()
+    if mesh.sparse is not None:
+        dispatcher = AllToAllDispatcher(mesh.sparse.get_group("expert"))
     if mesh.layout.context > 1:
-        exchange = SharedRows(mesh.context_group, chunking_of(mesh, config))
+        exchange = SharedRows(mesh.context_group, chunking_of(mesh, config), device)
     with torch.device("meta"):
-        model = ZayaModel(model_config, Surroundings(exchange=exchange, kernels=config.kernels))
+        around = Surroundings(exchange, dispatcher, config.kernels, config.parallel.recompute)
+        model = ZayaModel(model_config, around)
     shard(model, mesh, config.precision, config.parallel.reshard_after_forward)
     register_fsdp_forward_method(model, "logits")
     model.to_empty(device=device)

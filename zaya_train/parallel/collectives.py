@@ -45,6 +45,29 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     return _GatherDim0.apply(x, group)
 
 
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sends: list[int], receives: list[int], group: ProcessGroup
+    ) -> Tensor:
+        ctx.sends, ctx.receives, ctx.group = sends, receives, group
+        out = x.new_empty(sum(receives), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        out = grad.new_empty(sum(ctx.sends), *grad.shape[1:])
+        dist.all_to_all_single(out, grad.contiguous(), ctx.sends, ctx.receives, group=ctx.group)
+        return out, None, None, None
+
+
+def exchange_rows(x: Tensor, sends: list[int], receives: list[int], group: ProcessGroup) -> Tensor:
+    """x [sum of sends, ...] -> [sum of receives, ...]: sends[r] rows to rank r, receives[r] from
+    it, both in rank order; differentiable, the backward sends gradients the same way back."""
+    return _ExchangeRows.apply(x, sends, receives, group)
+
+
 def all_to_all(
     x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: ProcessGroup
 ) -> Tensor:

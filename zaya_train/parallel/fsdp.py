@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from zaya_train.parallel.collectives import row_counts
+from zaya_train.parallel.experts import divide_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
-    from zaya_train.config.schema import PrecisionConfig
+    from zaya_train.config.schema import AccumulationKind, ParallelConfig, PrecisionConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.parallel.mesh import Mesh
 
@@ -25,9 +30,11 @@ def shard(
 ) -> None:
     """Shard every layer, then the root (embedding and final norm), in place.
 
+    Under expert parallelism a layer's experts are a unit of their own, sharded over the ranks that
+    hold parts of the same experts.
+
     Gradients are summed, never averaged: the loss is divided by the global count of supervised
-    tokens beforehand, and AVG would be wrong once expert parallelism makes groups of different
-    size.
+    tokens beforehand. AVG would divide dense and expert gradients by the sizes of different groups.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=DTYPES[precision.compute_dtype],
@@ -35,18 +42,43 @@ def shard(
         # The residual stream enters layers in fp32 and must stay so.
         cast_forward_inputs=False,
     )
+    apply = partial(fully_shard, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     for layer in model.layers:
-        fully_shard(
-            layer, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward
-        )
-    fully_shard(
-        model, mesh=mesh.fsdp, mp_policy=policy, reshard_after_forward=reshard_after_forward
-    )
+        if mesh.sparse is not None:
+            experts = layer.get_submodule("moe.experts")
+            divide_experts(experts, mesh.sparse["expert"])
+            apply(experts, mesh=mesh.expert_fsdp)
+        apply(layer, mesh=mesh.fsdp)
+    apply(model, mesh=mesh.fsdp)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # Gloo has no PREMUL_SUM, which a divide factor would select.
             module.set_force_sum_reduction_for_comms(True)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How the gradients of a step's micro-batches come together over the ranks."""
+
+    group: ProcessGroup
+    """Ranks the parameters are sharded over."""
+    accumulation: AccumulationKind
+    """See config.schema.ParallelConfig."""
+    keep_gathered: bool
+    """Gathered weights live until the step's last backward pass."""
+
+    @staticmethod
+    def of(mesh: Mesh, parallel: ParallelConfig) -> Reduction:
+        return Reduction(mesh.fsdp_group, parallel.accumulation, not parallel.reshard_after_forward)
+
+    def prepare(self, model: ZayaModel, last: bool) -> None:
+        """Before each micro-batch's forward pass; `last`: the step's last one."""
+        if not isinstance(model, FSDPModule):
+            return
+        model.set_requires_gradient_sync(last or self.accumulation != "keep_unsharded")
+        model.set_requires_all_reduce(last or self.accumulation == "reduce_each")
+        model.set_reshard_after_backward(last or not self.keep_gathered)
 
 
 def reshard(model: ZayaModel) -> None:
@@ -68,7 +100,15 @@ def write_full(target: Tensor, full: Tensor) -> None:
 
 
 def local_row_start(tensor: DTensor) -> int:
-    """First row of the full tensor held by this rank (sharding is along dim 0)."""
-    (axis,) = (i for i, p in enumerate(tensor.placements) if p.is_shard())
-    rank, ranks = tensor.device_mesh.get_local_rank(axis), tensor.device_mesh.size(axis)
-    return sum(row_counts(tensor.shape[0], ranks)[:rank])
+    """First row of the full tensor held by this rank.
+
+    Sharding is along dim 0, over one axis or, for experts, over two: first the expert axis, then
+    the axis on its left, which torch calls a strided shard.
+    """
+    mesh = tensor.device_mesh
+    axes = [i for i, p in enumerate(tensor.placements) if isinstance(p, Shard | _StridedShard)]
+    start, rows = 0, tensor.shape[0]
+    for axis in reversed(axes):
+        counts, rank = row_counts(rows, mesh.size(axis)), mesh.get_local_rank(axis)
+        start, rows = start + sum(counts[:rank]), counts[rank]
+    return start

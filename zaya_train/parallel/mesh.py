@@ -12,8 +12,22 @@ world = replicate x shard x context. Derived groups:
                 reduce-scattered (summed) over it
     data        replicate x shard: ranks that read different rows; rank number in it says which
 
-A rank's context peers are neighbours in world order, so they share a node when the degree divides
-the ranks of a node. `config.check` refuses degrees that do not divide; nothing here checks again.
+Experts see the same ranks otherwise (the sparse view). The fsdp group, in its order, is divided as
+
+    expert_shard   ranks that hold parts of the same experts and gather them from each other
+    expert         ranks that hold different experts and exchange tokens; fastest, so neighbours
+
+fsdp = expert_shard x expert. An expert's weights are divided along their first dimension, first
+over expert (whole experts, E / expert each), then over expert_shard; where expert_shard exceeds
+E / expert, the last ranks hold no rows of them.
+
+What the optimizer relies on: every tensor, dense or expert, is partitioned over the ranks of one
+fsdp group, and ranks of one replicate group hold the same part. So one sum over the fsdp group
+gives a norm, and one exchange over it whole matrices, whatever the degrees.
+
+A rank's context peers and its expert peers are neighbours in world order, so they share a node when
+the degree divides the ranks of a node. `config.check` refuses degrees that do not divide, without a
+process group; nothing here checks again.
 """
 
 from __future__ import annotations
@@ -28,6 +42,9 @@ if TYPE_CHECKING:
 
     from zaya_train.config.derive import Layout
 
+DENSE_AXES = ("replicate", "shard", "context")
+SPARSE_AXES = ("replicate", "expert_shard", "expert")
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -38,20 +55,22 @@ class Mesh:
     """Axes (replicate, shard, context)."""
     sharding: DeviceMesh
     """The same ranks as axes (replicate, fsdp)."""
+    sparse: DeviceMesh | None
+    """The same ranks as axes (replicate, expert_shard, expert); None without expert parallelism."""
 
     @staticmethod
     def build(layout: Layout, device_type: str) -> Mesh:
         """Collective over the world."""
         world = init_device_mesh(device_type, (layout.world,), mesh_dim_names=("world",))
-        axes = ("replicate", "shard", "context")
-        sizes = (layout.replicate, layout.shard, layout.context)
-        group = (layout.replicate, layout.shard * layout.context)
-        # Private in torch 2.13, and what torchtitan uses: both views share one root mesh, which
+        dense = (layout.replicate, layout.shard, layout.context)
+        sparse = (layout.replicate, layout.expert_shard, layout.expert)
+        # Private in torch 2.13, and what torchtitan uses: all views share one root mesh, which
         # FSDP and distributed checkpoints require.
         return Mesh(
             layout,
-            world._unflatten(0, sizes, axes),
-            world._unflatten(0, group, ("replicate", "fsdp")),
+            world._unflatten(0, dense, DENSE_AXES),
+            world._unflatten(0, (layout.replicate, layout.fsdp), ("replicate", "fsdp")),
+            world._unflatten(0, sparse, SPARSE_AXES) if layout.expert > 1 else None,
         )
 
     @property
@@ -60,10 +79,20 @@ class Mesh:
         return self.sharding["fsdp"] if self.layout.replicate == 1 else self.sharding
 
     @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """What `fully_shard` takes for experts; only under expert parallelism."""
+        assert self.sparse is not None
+        if self.layout.replicate == 1:
+            return self.sparse["expert_shard"]
+        return self.sparse["replicate", "expert_shard"]
+
+    @property
     def groups(self) -> list[ProcessGroup]:
         """Every group that training communicates over, besides the world."""
-        named = [self.device_mesh.get_group(axis) for axis in ("replicate", "shard", "context")]
-        return [*named, *(self.sharding.get_group(axis) for axis in ("replicate", "fsdp"))]
+        views = [(self.device_mesh, DENSE_AXES), (self.sharding, ("replicate", "fsdp"))]
+        if self.sparse is not None:
+            views.append((self.sparse, SPARSE_AXES))
+        return [view.get_group(axis) for view, axes in views for axis in axes]
 
     @property
     def context_group(self) -> ProcessGroup:

@@ -62,21 +62,27 @@ class SharedRows:
     moves its compressed keys and values once, and a halo of a few tokens per chunk.
     """
 
-    def __init__(self, group: ProcessGroup, chunking: Chunking) -> None:
+    def __init__(self, group: ProcessGroup, chunking: Chunking, device: torch.device) -> None:
         self.group = group
         self.chunking = chunking
-        order = torch.tensor(chunking.order())
-        self._places = torch.argsort(order)
+        self._places = torch.argsort(torch.tensor(chunking.order())).to(device)
         """Place in rank order of each chunk of the row."""
-        self._mine = chunking.chunks_of(group.rank())
+        mine = torch.tensor(chunking.chunks_of(group.rank()))
+        self._first = (mine == 0).view(1, -1, 1, 1).to(device)
+        """Which of this rank's chunks begin the row: nothing precedes them."""
+        before = torch.argsort(torch.tensor(chunking.order()))[(mine - 1).clamp_min(0)]
+        self._before = before.to(device)
+        """Place in rank order of the chunk before each of this rank's."""
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[B, S / n, ...] -> [B, S, ...], the row in order."""
-        batch, local = x.shape[:2]
+    def gather(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S / n, K, d] each -> [B, S, K, d], the row in order; one collective for both."""
+        batch, local = keys.shape[:2]
         count = self.chunking.per_rank
-        chunks = x.view(batch, count, local // count, *x.shape[2:]).transpose(0, 1)
-        row = all_gather(chunks, self.group).index_select(0, self._places.to(x.device))
-        return row.transpose(0, 1).flatten(1, 2)
+        both = torch.cat([keys, values], dim=-1)
+        chunks = both.view(batch, count, local // count, *both.shape[2:]).transpose(0, 1)
+        row = all_gather(chunks, self.group).index_select(0, self._places)
+        row = row.transpose(0, 1).flatten(1, 2)
+        return row[..., : keys.shape[-1]], row[..., keys.shape[-1] :]
 
     def halo(self, x: Tensor, rows: int) -> Tensor:
         """[B, S / n, C] -> [B, c, rows, C]: the tokens before each local chunk, zeros before the
@@ -91,7 +97,5 @@ class SharedRows:
                 f"context-parallel chunks of {length} tokens are shorter than the halo of {rows}"
             )
         tails = x.view(batch, count, length, channels)[:, :, length - rows :].transpose(0, 1)
-        tails = all_gather(tails, self.group).index_select(0, self._places.to(x.device))
-        before = torch.cat([torch.zeros_like(tails[:1]), tails[:-1]])
-        mine = torch.tensor(self._mine, device=x.device)
-        return before.index_select(0, mine).transpose(0, 1)
+        before = all_gather(tails, self.group).index_select(0, self._before).transpose(0, 1)
+        return before.masked_fill(self._first, 0)

@@ -78,7 +78,7 @@ def _phase_table(request: PlanRequest) -> Table:
         "replicate",
         "shard",
     )
-    for column in (*columns, "context ranks", "accumulation", "PFLOP/step"):
+    for column in (*columns, "context ranks", "expert ranks", "accumulation", "PFLOP/step"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for name, phase in request.config.plan.phases.items():
         degrees = layout(phase, request.config.parallel, request.ranks)
@@ -96,6 +96,7 @@ def _phase_table(request: PlanRequest) -> Table:
             str(degrees.replicate),
             str(degrees.shard),
             str(degrees.context),
+            str(degrees.expert),
             str(rows // unit),
             f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
         )
@@ -116,18 +117,23 @@ def state_bytes(config: TrainConfig, world: int) -> dict[str, float]:
         for phase in config.plan.phases.values()
     )
     momentum = _BF16_BYTES if config.optim.muon.momentum_dtype == "bf16" else _FP32_BYTES
+    # Of the experts a rank gathers, and sums gradients of, only those it computes.
+    own = config.parallel.expert_parallel
+    computed = size.total - size.experts * (own - 1) // own
+    held = {
+        "keep_unsharded": float(computed * _FP32_BYTES),
+        "all_reduce_last": size.total * _FP32_BYTES / fsdp_ranks,
+        "reduce_each": 0.0,
+    }[config.parallel.accumulation]
     gathered = _BF16_BYTES if config.precision.compute_dtype == "bf16" else _FP32_BYTES
     return {
         "fp32 master weights": size.total * _FP32_BYTES / fsdp_ranks,
         "fp32 gradients": size.total * _FP32_BYTES / fsdp_ranks,
         "Muon momentum": matrices * momentum / fsdp_ranks,
         "AdamW moments": 2 * size.embedding * _FP32_BYTES / fsdp_ranks,
-        # FSDP sums the micro-batches of a step before it reduces them.
-        "unsharded fp32 gradients while accumulating": float(
-            size.total * _FP32_BYTES if accumulates else 0
-        ),
+        "fp32 gradients while accumulating": held if accumulates else 0.0,
         "gathered weights": (
-            0.0 if config.parallel.reshard_after_forward else float(size.total * gathered)
+            0.0 if config.parallel.reshard_after_forward else float(computed * gathered)
         ),
     }
 

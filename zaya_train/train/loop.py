@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from zaya_train.config.schema import OptimConfig, PhaseConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.optim.optimizer import Optimizer
+    from zaya_train.parallel.fsdp import Reduction
     from zaya_train.train.batch import Batch
     from zaya_train.train.metrics import MetricsWriter
     from zaya_train.train.state import TrainState
@@ -70,7 +70,7 @@ class PhaseRun:
     model: ZayaModel
     optimizer: Optimizer
     optim: OptimConfig
-    fsdp_group: ProcessGroup
+    reduction: Reduction
     unit: int
     """Rows of one micro-batch over all data ranks."""
     num_experts: int
@@ -131,7 +131,7 @@ def _one_step(
     consumed = (state.phase_rows + rows) * run.phase.context_tokens
     now = rates(run, consumed)
     result = train_step(
-        run.model, run.optimizer, micro_batches, now, run.fsdp_group, run.hooks.stop_signal()
+        run.model, run.optimizer, micro_batches, now, run.reduction, run.hooks.stop_signal()
     )
     state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
     seconds = time.perf_counter() - start

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from zaya_train.parallel.collectives import sum_over
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.optim.optimizer import Optimizer
     from zaya_train.optim.shards import Shard
+    from zaya_train.parallel.fsdp import Reduction
     from zaya_train.train.batch import Batch
 
 
@@ -57,7 +57,7 @@ def train_step(
     optimizer: Optimizer,
     batches: Sequence[Batch],
     rates: Rates,
-    fsdp_group: ProcessGroup,
+    reduction: Reduction,
     stop_signal: int = 0,
 ) -> StepResult:
     """Count supervised tokens globally, forward and backward, clip, check finite, update.
@@ -68,10 +68,10 @@ def train_step(
     """
     device = batches[0].tokens.device
     count = sum_over(torch.tensor(sum(b.supervised for b in batches), device=device))
-    loss, load = _accumulate(model, batches, count.clamp_min(1))
+    loss, load = _accumulate(model, batches, count.clamp_min(1), reduction)
     loss, load, heard = _reduce(loss, load, stop_signal)
     shards = optimizer.shards.values()
-    norm = global_norm(shards, fsdp_group)
+    norm = global_norm(shards, reduction.group)
     applied = bool(torch.isfinite(norm) & torch.isfinite(loss))
     if applied:
         _clip(shards, norm, rates.clip_norm)
@@ -80,12 +80,13 @@ def train_step(
     return StepResult(float(loss), float(norm), int(count), load, applied, heard)
 
 
-def _accumulate(model: ZayaModel, batches: Sequence[Batch], count: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of all micro-batches, reduced once after the last; this rank's loss and load."""
+def _accumulate(
+    model: ZayaModel, batches: Sequence[Batch], count: Tensor, reduction: Reduction
+) -> tuple[Tensor, Tensor]:
+    """Gradients of all micro-batches, reduced after the last; this rank's loss and load."""
     losses, loads = [], []
     for i, batch in enumerate(batches):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(i == len(batches) - 1)
+        reduction.prepare(model, last=i == len(batches) - 1)
         out = model(batch.tokens, batch.labels, batch.layout)
         loss = out.loss / count
         loss.backward()

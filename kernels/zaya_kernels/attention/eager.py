@@ -2,8 +2,8 @@
 by it, else through torch's scaled_dot_product_attention.
 
 Documents of similar length form one batch padded on the right: causality alone keeps real queries
-from padded keys, so no mask is needed and the flash path runs. Only segments whose queries start
-inside a document (context parallelism) carry a mask.
+from padded keys, so no mask is needed and the flash path runs. Segments whose queries start inside
+a document (context parallelism) go through `behind`, which needs none either.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from zaya_kernels.attention.behind import behind
 from zaya_kernels.attention.blocks import causal, worthwhile
 
 if TYPE_CHECKING:
@@ -52,51 +53,60 @@ class _Return(torch.autograd.Function):
         return full.index_copy_(0, inverse, grad), None
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """[N, Q, H, d], [N, L, K, d] -> [N, Q, H, d]; without a mask Q == L and attention is causal."""
-    if mask is None and worthwhile(q, k):
+class _Parts(torch.autograd.Function):
+    """Rows of x [T, ...] by `index`, each at most once, and the given [start, end) ranges of x;
+    their gradients are added up in one buffer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, ranges: list[tuple[int, int]]
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(index)
+        ctx.ranges, ctx.shape = ranges, x.shape
+        return x.index_select(0, index), *(x[start:end] for start, end in ranges)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *more: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        full = grad.new_zeros(ctx.shape).index_copy_(0, index, grad)
+        for (start, end), part in zip(ctx.ranges, more, strict=True):
+            full[start:end] += part
+        return full, None, None
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [N, L, H, d], k and v [N, L, K, d] -> [N, L, H, d]."""
+    if worthwhile(q, k):
         return causal(q, k, v)
-    out = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=True,
-    )
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)
 
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """See `zaya_kernels.attention.op.attention`."""
     if plan.whole_rows:
-        return _sdpa(q, k, v, None)
-    sizes = [group.queries.numel() for group in plan.groups]
-    local = k.shape[1] == q.shape[1] and all(group.mask is None for group in plan.groups)
-    flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
-    query_index = torch.cat([group.queries.flatten() for group in plan.groups])
-    taken = _TakeOnce.apply(q.flatten(0, 1), query_index, plan.inverse)
-    if local:
-        keys = _TakeOnce.apply(flat_k, query_index, plan.inverse)
-        values = _TakeOnce.apply(flat_v, query_index, plan.inverse)
-        key_sizes = sizes
-    else:
-        key_index = torch.cat([group.keys.flatten() for group in plan.groups])
-        keys, values = flat_k.index_select(0, key_index), flat_v.index_select(0, key_index)
-        key_sizes = [group.keys.numel() for group in plan.groups]
+        return _causal(q, k, v)
+    groups, behinds = plan.groups.tolist(), plan.behind.tolist()
+    sizes = [count * length for count, length in groups] + [row[1] for row in behinds]
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    earlier: list[tuple[Tensor, Tensor]] = []
+    if k.shape[1] != q.shape[1]:
+        ranges = [(start, start + keys - queries) for _, queries, start, keys in behinds]
+        keys, *earlier_keys = _Parts.apply(keys, plan.own_keys, ranges)
+        values, *earlier_values = _Parts.apply(values, plan.own_keys, ranges)
+        earlier = list(zip(earlier_keys, earlier_values, strict=True))
+    pieces = [
+        _TakeOnce.apply(x, plan.taken, plan.inverse).split(sizes)
+        for x in (q.flatten(0, 1), keys, values)
+    ]
+    inputs = list(zip(*pieces, strict=True))
     outputs = [
-        _sdpa(
-            query.unflatten(0, group.queries.shape),
-            key.unflatten(0, group.keys.shape),
-            value.unflatten(0, group.keys.shape),
-            group.mask,
-        ).flatten(0, 1)
-        for group, query, key, value in zip(
-            plan.groups,
-            taken.split(sizes),
-            keys.split(key_sizes),
-            values.split(key_sizes),
-            strict=True,
-        )
+        _causal(*(x.unflatten(0, shape) for x in taken)).flatten(0, 1)
+        for shape, taken in zip(groups, inputs[: len(groups)], strict=True)
+    ]
+    outputs += [
+        behind(query, (key, value), before)
+        for (query, key, value), before in zip(inputs[len(groups) :], earlier, strict=True)
     ]
     return _Return.apply(torch.cat(outputs), plan.inverse).view_as(q)

@@ -1,0 +1,193 @@
+"""Expert parallelism alone: the all-to-all dispatcher against the local one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from tests.dist.harness import Case, Setup, whole
+from tests.helpers.distributed import run_ranks
+from tests.helpers.traffic import Traffic
+from zaya_train.model.interfaces import LocalDispatcher
+from zaya_train.parallel.experts import AllToAllDispatcher, divide_experts
+from zaya_train.parallel.fsdp import local_row_start, write_full
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+    from zaya_train.model.interfaces import TokenDispatcher
+
+HIDDEN, EXPERTS = 5, 8
+SKIP = EXPERTS
+CHOICES = {
+    # Of every rank; ranks beyond the list start over.
+    "mixed": [[3, 8, 0, 7, 0, 5, 2, 8, 3], [1, 1, 6, 4], [8, 2, 5, 5, 7, 0], [0, 7, 3]],
+    "one expert takes everything": [[5, 5, 5], [5], [5, 5], [5, 5, 5, 5]],
+    "a rank without tokens": [[], [3, 0, 8, 7], [], [1, 8]],
+    "no tokens at all": [[]],
+    "everything skips": [[8, 8, 8], [8]],
+    "one rank's experts are idle": [[0, 1, 6, 7, 0], [6, 1, 8]],
+    "in order": [[0, 1, 2, 3, 4, 5, 6, 7]],
+}
+
+
+def world() -> ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def choice_of(name: str, rank: int) -> Tensor:
+    return torch.tensor(CHOICES[name][rank % len(CHOICES[name])], dtype=torch.int64)
+
+
+def tokens_of(rank: int, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64)
+
+
+def pass_through(
+    dispatcher: TokenDispatcher, tokens: Tensor, choice: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dispatch, multiply each expert's rows by its matrix, combine; rows, output, token gradient.
+    `experts` [E_local, D, D] collects its own gradient."""
+    tokens = tokens.clone().requires_grad_()
+    route = dispatcher.route(choice, EXPERTS)
+    rows = dispatcher.dispatch(tokens, route)
+    pieces = zip(rows.split(route.counts.tolist()), experts, strict=True)
+    out = dispatcher.combine(torch.cat([piece @ matrix for piece, matrix in pieces]), route)
+    torch.autograd.backward((out * torch.arange(1.0, HIDDEN + 1)).square().sum())
+    assert tokens.grad is not None
+    return rows.detach(), out.detach(), tokens.grad
+
+
+def against_the_local_one(name: str) -> dict[str, float]:
+    group = world()
+    rank, ranks = group.rank(), group.size()
+    matrices = tokens_of(99, EXPERTS * HIDDEN).view(EXPERTS, HIDDEN, HIDDEN)
+    held = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
+    mine = matrices[held].clone().requires_grad_()
+    choices = [choice_of(name, r) for r in range(ranks)]
+    tokens = [tokens_of(r, len(choice)) for r, choice in enumerate(choices)]
+    rows, out, grad = pass_through(AllToAllDispatcher(group), tokens[rank], choices[rank], mine)
+
+    everything = matrices.clone().requires_grad_()
+    flat = pass_through(LocalDispatcher(), torch.cat(tokens), torch.cat(choices), everything)
+    # The local one sorts all ranks' tokens by expert, stably: of each expert, by sender.
+    counts = torch.bincount(torch.cat(choices), minlength=EXPERTS + 1)[:EXPERTS]
+    first, last = int(counts[: held.start].sum()), int(counts[: held.stop].sum())
+    sizes = [len(choice) for choice in choices]
+    assert rows.shape == flat[0][first:last].shape
+    pairs = {
+        "rows": (rows, flat[0][first:last]),
+        "out": (out, flat[1].split(sizes)[rank]),
+        "gradient": (grad, flat[2].split(sizes)[rank]),
+    }
+    if mine.grad is not None or everything.grad is not None:
+        assert mine.grad is not None and everything.grad is not None
+        pairs["experts' gradient"] = (mine.grad, everything.grad[held])
+    return {n: float((a - b).abs().max()) for n, (a, b) in pairs.items() if a.numel()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", CHOICES)
+def test_equals_the_local_dispatcher(name: str, ranks: int) -> None:
+    for errors in run_ranks(against_the_local_one, ranks, name):
+        assert {n: e for n, e in errors.items() if e > 1e-12} == {}
+
+
+def bytes_sent(name: str) -> tuple[int, int]:
+    """(rows' bytes this rank hands to the all-to-all, forward; host waits besides)."""
+    group = world()
+    choice = choice_of(name, group.rank())
+    dispatcher = AllToAllDispatcher(group)
+    route = dispatcher.route(choice, EXPERTS)
+    with Traffic() as traffic:
+        dispatcher.dispatch(tokens_of(group.rank(), len(choice)), route)
+    return traffic.sent_bytes("all_to_all"), int((choice != SKIP).sum()) * HIDDEN * 8
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_skipped_tokens_do_not_travel(name: str) -> None:
+    for sent, expected in run_ranks(bytes_sent, 2, name):
+        assert sent == expected
+
+
+def rows_of_division(experts: int, expert: int) -> tuple[int, list[int], float]:
+    """Start row, local shape and largest error of a tensor written in full and read back."""
+    mesh = Setup.of(Case(shard=4, expert=expert, experts=experts)).model.layers[0]
+    parameter = mesh.get_parameter("moe.experts.down")
+    assert isinstance(parameter, DTensor)
+    full = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
+    with torch.no_grad():
+        write_full(parameter, full)
+    error = float((whole(parameter) - full).abs().max())
+    return local_row_start(parameter), list(parameter.to_local().shape), error
+
+
+@pytest.mark.parametrize(
+    ("experts", "expert", "starts", "counts"),
+    [
+        (8, 2, [0, 4, 2, 6], [2, 2, 2, 2]),
+        (8, 4, [0, 2, 4, 6], [2, 2, 2, 2]),
+        # Three experts a rank pair: two and one. One: one and none.
+        (6, 2, [0, 3, 2, 5], [2, 2, 1, 1]),
+        (2, 2, [0, 1, 1, 2], [1, 1, 0, 0]),
+    ],
+)
+def test_experts_are_divided_first_and_sharded_then(
+    experts: int, expert: int, starts: list[int], counts: list[int]
+) -> None:
+    found = run_ranks(rows_of_division, 4, experts, expert)
+    assert [start for start, _, _ in found] == starts
+    assert [shape[0] for _, shape, _ in found] == counts
+    assert all(error == 0 for _, _, error in found)
+
+
+def divided_on_meta() -> tuple[str, list[int]]:
+    with torch.device("meta"):
+        experts = torch.nn.ParameterDict({"gate_up": torch.empty(8, 4, 3)})
+    divide_experts(experts, init_device_mesh("cpu", (2,), mesh_dim_names=("expert",)))
+    divided = experts["gate_up"]
+    assert isinstance(divided, DTensor)
+    return divided.to_local().device.type, list(divided.to_local().shape)
+
+
+def test_dividing_allocates_nothing() -> None:
+    assert run_ranks(divided_on_meta, 2) == [("meta", [4, 4, 3])] * 2
+
+
+def test_undivided_experts_are_refused() -> None:
+    def call() -> None:
+        AllToAllDispatcher(world()).own_experts(torch.zeros(4, 2))
+
+    with pytest.raises(Exception, match="expert weights have not been divided"):
+        run_ranks(call, 1)
+
+
+def moved_bias(recompute: str) -> list[float]:
+    """Losses' gradients after the biases moved between forward and backward; per rank norms."""
+    setup = Setup.of(Case(shard=2, expert=2, recompute=recompute))
+    batch = setup.batches(0)[0]
+    out = setup.model(batch.tokens, batch.labels, batch.layout)
+    if recompute != "none":
+        with torch.no_grad():
+            for name, bias in setup.model.named_buffers():
+                assert name.endswith("balancing_bias")
+                bias[1] += 9
+    out.loss.backward()
+    grads = [whole(p.grad) for p in setup.model.parameters() if p.grad is not None]
+    return [float(g.double().norm()) for g in grads]
+
+
+def test_recompute_sends_tokens_where_they_went() -> None:
+    expected = run_ranks(moved_bias, 2, "none")
+    for recompute in ("selective", "full"):
+        found = run_ranks(moved_bias, 2, recompute)
+        assert found == expected
