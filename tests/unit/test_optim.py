@@ -80,8 +80,8 @@ def test_every_matrix_of_muon_has_a_declared_view() -> None:
     layer = "layers.1."
     # Six heads of eight channels and two taps; three experts.
     assert [list(m.shape) for m in matrices[layer + "attention.conv_grouped"]] == [[8, 16]] * 6
-    assert [list(m.shape) for m in matrices[layer + "moe.gate_up"]] == [[16, 16]] * 3
-    assert [list(m.shape) for m in matrices[layer + "moe.down"]] == [[16, 8]] * 3
+    assert [list(m.shape) for m in matrices[layer + "moe.experts.gate_up"]] == [[16, 16]] * 3
+    assert [list(m.shape) for m in matrices[layer + "moe.experts.down"]] == [[16, 8]] * 3
     assert [list(m.shape) for m in matrices[layer + "moe.router.out"]] == [[4, 8]]
     assert [list(m.shape) for m in matrices[layer + "attention.q_proj"]] == [[32, 16]]
 
