@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 STEPS = 4
-EVEN = ((8, 12), (16, 8), (8, 12), (4, 12, 14), (8, 14, 10))
+Shapes = tuple[tuple[int, ...], ...]
+EVEN: Shapes = ((8, 12), (16, 8), (8, 12), (4, 12, 14), (8, 14, 10))
 """Every rank of up to four holds the same, and stacks are the larger part: none need move."""
-UNEVEN = (
+UNEVEN: Shapes = (
     (13, 20),
     (17, 8),
     # Fewer rows than ranks.
@@ -44,7 +45,7 @@ UNEVEN = (
     (2, 9, 6),
 )
 
-EXPERTS = ((13, 20), (6, 6, 10), (2, 9, 6))
+EXPERTS: Shapes = ((13, 20), (6, 6, 10), (2, 9, 6))
 """Stacks that two expert ranks share evenly and their expert_shard ranks do not."""
 
 
@@ -57,7 +58,7 @@ class Grid:
     expert: int = 1
     dtype: str = "fp32"
     momentum_dtype: str = "fp32"
-    shapes: tuple[tuple[int, ...], ...] = UNEVEN
+    shapes: Shapes = UNEVEN
     round_elements: int = 2**26
 
     @property

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     from zaya_train.config.schema import MuonConfig
     from zaya_train.optim.exchange import Groups, Piece, Round
@@ -42,8 +43,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Muon:
     """Muon over the given shards, `views[i]` being what counts as one matrix of shard i.
 
-    Construction is collective. ValueError where a view does not fit its tensor or replicas do not
-    hold the same matrices.
+    Construction is collective and reads numbers other ranks send, so it is no work for fake or meta
+    tensors (steps are, on fake ones). ValueError where a view does not fit its tensor or replicas
+    do not hold the same matrices.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class Muon:
         dtype = _DTYPES[config.newton_schulz_dtype]
         self.momentum = [shard.state(_DTYPES[config.momentum_dtype]) for shard in self.shards]
         counts = _local_counts(self.shards, self.views)
-        held = _gathered(counts, groups, self.device)
+        _check_replicas([shard.name for shard in self.shards], counts, groups, self.device)
+        held = _gathered(counts, groups.fsdp, self.device)
         places = matrices_of([shard.parameter.shape for shard in self.shards], held)
         matrices = [place.matrix for place in places]
         # Those with local rows, by number: shard, matrix within it.
@@ -146,15 +149,21 @@ def _local_counts(shards: Sequence[Shard], views: Sequence[MatrixView]) -> list[
     ]
 
 
-def _gathered(counts: list[int], groups: Groups, device: torch.device) -> list[list[int]]:
-    """Of each rank of the replica, its `_local_counts`. Collective.
-
-    How stacks are dealt is the parallel layout's affair: ranks may hold none, or rows that do not
-    follow one another. Ranks of a column must agree, though.
-    """
+def _gathered(counts: list[int], group: ProcessGroup, device: torch.device) -> list[list[int]]:
+    """Every rank's `_local_counts`. How stacks are dealt is the parallel layout's affair: a rank
+    may hold none, or rows that do not follow one another."""
     own = torch.tensor(counts, dtype=torch.int64, device=device)
-    copies = all_gather(own, groups.replicate).view(groups.replicate.size(), len(counts))
-    if not bool((copies == own).all()):
-        raise ValueError(f"replicas hold different matrices of the stacks: {copies.tolist()}")
-    rows = all_gather(own, groups.fsdp).view(groups.fsdp.size(), len(counts))
+    rows = all_gather(own, group).view(group.size(), len(counts))
     return [list(map(int, row)) for row in rows.tolist()]
+
+
+def _check_replicas(
+    names: Sequence[str], counts: list[int], groups: Groups, device: torch.device
+) -> None:
+    for replica, other in enumerate(_gathered(counts, groups.replicate, device)):
+        for name, mine, theirs in zip(names, counts, other, strict=True):
+            if mine != theirs:
+                raise ValueError(
+                    f"replica {groups.replicate.rank()} holds {mine} matrices of {name} on shard "
+                    f"rank {groups.fsdp.rank()} and replica {replica} holds {theirs}"
+                )
