@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from zaya_kernels.dtypes import DTYPES
 
 from zaya_train.parallel.collectives import row_counts
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import PrecisionConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.parallel.mesh import Mesh
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shard(
