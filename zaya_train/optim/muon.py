@@ -16,6 +16,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
+from zaya_kernels.dtypes import DTYPES
 from zaya_kernels.newton_schulz.op import newton_schulz
 
 from zaya_train.parallel.collectives import all_to_all, row_counts
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import MuonConfig
     from zaya_train.optim.shards import Shard
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Muon:
@@ -80,7 +79,7 @@ class Muon:
         for i, matrix in enumerate(matrices):
             by_shape[matrix.shape].append(i)
         results: list[Tensor] = list(matrices)
-        dtype, steps = _DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
+        dtype, steps = DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
         for members in by_shape.values():
             batch = torch.stack([matrices[i] for i in members])
             for i, result in zip(
