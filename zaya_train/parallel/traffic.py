@@ -1,6 +1,6 @@
 """What a rank hands to each collective in one optimizer step, from the configuration alone.
 
-The arithmetic that `tests/dist/test_traffic.py` holds against the counted bytes; the optimizer's own
+`tests/dist/test_traffic.py` holds this arithmetic against counted bytes; the optimizer's own
 exchange (Muon) is not in it. Bytes are operands: what this rank contributes, its own part of an
 all-gather, the whole buffer of a reduce-scatter or all-reduce, everything an all-to-all sends.
 
