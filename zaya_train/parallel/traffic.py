@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from zaya_kernels.dtypes import DTYPES
 
 from zaya_train.model.zaya import ZayaModel
-from zaya_train.parallel.fsdp import DTYPES
 from zaya_train.parallel.sequence import Chunking
 
 if TYPE_CHECKING:
