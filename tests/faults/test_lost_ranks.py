@@ -60,8 +60,8 @@ def go(how: str) -> None:
 def test_the_lost_rank_is_named_by_every_other(
     case: Case, axes: dict[int, str], how: str, tmp_path: Path
 ) -> None:
-    with ranks_running(train_and_lose, 4, case, 2, how, tmp_path):
-        deadline = time.monotonic() + 60
+    with ranks_running(train_and_lose, 4, case, 2, how, tmp_path, timeout=300):
+        deadline = time.monotonic() + 180
         wanted = {"0", "1", "3"}
         while time.monotonic() < deadline and {p.name for p in tmp_path.iterdir()} < wanted:
             time.sleep(0.1)

@@ -51,7 +51,7 @@ def test_bad_value_exits_2_with_one_line_and_writes_nothing(tmp_path: Path) -> N
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(
-        "error: plan.phases.midtrain.global_batch_tokens: 4096 is not a multiple"
+        "error: plan.phases.midtrain.global_batch_tokens: 2048 is not a multiple"
     )
     assert list(tmp_path.iterdir()) == []
 
