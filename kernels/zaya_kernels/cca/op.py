@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "CCAContext", "CCAWeights", "Projections", "cca"]
 
-BACKENDS = {"eager": cca_eager, "reference": cca_reference}
+
+def _cca_triton(
+    qk: Tensor, v_now: Tensor, v_delayed: Tensor, weights: CCAWeights, context: CCAContext
+) -> tuple[Tensor, Tensor, Tensor]:
+    from zaya_kernels.cca.triton import cca_triton
+
+    return cca_triton(qk, v_now, v_delayed, weights, context)
+
+
+BACKENDS = {"eager": cca_eager, "reference": cca_reference, "triton": _cca_triton}
 
 
 @dataclass(frozen=True)
