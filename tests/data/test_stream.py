@@ -150,7 +150,7 @@ def test_an_epoch_of_text_holds_every_token_once(sources: dict[str, Path]) -> No
     rows = [stream.row(index) for index in range(stream.reports["text"].rows)]
     seen = Counter(t for row in rows for t in row.tokens[: row.document_lengths.sum()].tolist())
     stored = Corpus.open(sources["text"])
-    assert seen == Counter(stored.token_map.tolist())
+    assert seen == Counter(stored.token_file.read(0, stored.manifest.tokens).tolist())
     targets = sum(int((row.labels != IGNORED_LABEL).sum()) for row in rows)
     assert targets == stored.manifest.tokens - stored.manifest.documents
 
@@ -257,5 +257,5 @@ def test_validation_errors_name_the_phase(corpora: CorpusFactory) -> None:
 
 
 def test_reasoning_sections_exist_in_the_corpus(sources: dict[str, Path]) -> None:
-    kinds = set(Corpus.open(sources["chat"]).section_map["kind"].tolist())
+    kinds = set(Corpus.open(sources["chat"]).section_block(0, 60)[0]["kind"].tolist())
     assert kinds == {Kind.PROMPT, Kind.REASONING, Kind.ANSWER, Kind.MARKUP}

@@ -37,6 +37,7 @@ class Kind(IntEnum):
 class RejectReason(StrEnum):
     """Why a document cannot be used; the codes that manifests and reports count."""
 
+    BAD_ROW = "bad_row"
     NO_MESSAGES = "no_messages"
     UNKNOWN_ROLE = "unknown_role"
     EMPTY_MESSAGE = "empty_message"
@@ -74,6 +75,9 @@ class Sample:
 
     tokens: Tokens
     sections: Sections
+    continues: NDArray[np.bool_] | None = None
+    """[vocabulary], True for ids that begin inside a character (Tokenizer.continues): reasoning is
+    not cut before one. None: it may be cut anywhere."""
 
     def supervised(self) -> NDArray[np.bool_]:
         """[n], True where the token is a training target."""
