@@ -95,9 +95,7 @@ class Corpus:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        corpus = cls(
-            path, manifest, *_open_tokens(path, manifest), *_open_sections(path, manifest)
-        )
+        corpus = cls(path, manifest, *_open_tokens(path, manifest), *_open_sections(path, manifest))
         if verify == "hashes":
             _check_hashes(path, manifest)
         if verify in ("tokens", "hashes"):
@@ -120,7 +118,7 @@ class Corpus:
             rows, counts = self.section_block(first, min(first + _SCAN_DOCUMENTS, len(self)))
             sizes = (rows["end"].astype(np.int64) - rows["start"]) * rows["supervised"]
             parts.append(np.bincount(np.repeat(np.arange(len(counts)), counts), sizes, len(counts)))
-        return np.concatenate(parts or [[]]).astype(np.int64)
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
     @cached_property
     def continues(self) -> NDArray[np.bool_]:

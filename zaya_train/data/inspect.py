@@ -50,7 +50,9 @@ def inspect_corpus(path: str | Path, index: int, budget: int | None, console: Co
     if not 0 <= index < len(corpus):
         raise DataError(f"{path}: document {index} of {len(corpus)}: counted from 0")
     console.print(_summary(corpus))
-    console.print(length_histogram(_powers(corpus.lengths), "document lengths (tokens)", "documents"))
+    console.print(
+        length_histogram(_powers(corpus.lengths), "document lengths (tokens)", "documents")
+    )
     console.print(_document_table(corpus, index))
     kept = trim(corpus.sample(index), budget) if budget else None
     if budget:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zaya_train.data.sections import Kind, Role
 from zaya_train.data.trim import TrimRule
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from zaya_train.data.corpus import Corpus
     from zaya_train.data.sections import Sections
 
@@ -24,7 +23,7 @@ RULES = (TrimRule.WHOLE, TrimRule.TAIL_CUT, TrimRule.EARLIER_DROPPED)
 REJECTED, UNSUPERVISED = len(RULES), len(RULES) + 1
 _BLOCK_DOCUMENTS = 1 << 18
 
-Counts = NDArray[np.int64] if TYPE_CHECKING else object
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,23 +55,28 @@ class _Reasoning(NamedTuple):
     earlier_supervised: Counts
 
 
-def trim_all(corpus: Corpus, budget: int) -> TrimTable:
-    """What `trim` makes of every document at `budget` tokens."""
+def trim_all(corpus: Corpus, budget: int, loss_on: str = "assistant") -> TrimTable:
+    """What `trim` makes of every document at `budget` tokens.
+
+    With `loss_on` "all" every token but a document's first is a target, whatever its section says.
+    """
     parts = [
-        _trim_block(corpus, first, min(first + _BLOCK_DOCUMENTS, len(corpus)), budget)
+        _trim_block(corpus, first, min(first + _BLOCK_DOCUMENTS, len(corpus)), budget, loss_on)
         for first in range(0, len(corpus), _BLOCK_DOCUMENTS)
     ]
     return TrimTable(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _trim_block(
-    corpus: Corpus, first: int, stop: int, budget: int
+    corpus: Corpus, first: int, stop: int, budget: int, loss_on: str
 ) -> tuple[Counts, Counts, NDArray[np.uint8]]:
     offsets = corpus.index.spans(first, stop)
     total = np.diff(offsets)
     rows, row_counts = corpus.section_block(first, stop)
     document = np.repeat(np.arange(stop - first), row_counts)
-    supervised = _sum_by(document, _lengths(rows) * rows["supervised"], stop - first)
+    supervised = total - 1
+    if loss_on == "assistant":
+        supervised = _sum_by(document, _lengths(rows) * rows["supervised"], stop - first)
     found = _reasoning(rows, document, stop - first)
     last = found.end - found.start
     excess = np.maximum(total - budget, 0)
@@ -83,10 +87,12 @@ def _trim_block(
     cut = _whole_characters(corpus, offsets[:-1], found, cut)
     outcomes = np.where(excess > 0, 1 + drop, 0).astype(np.uint8)
     outcomes[rejected] = REJECTED
-    outcomes[supervised == 0] = UNSUPERVISED
+    outcomes[supervised <= 0] = UNSUPERVISED
     kept = outcomes < len(RULES)
     lengths = np.where(kept, total - cut - np.where(drop, found.earlier, 0), 0)
-    left = supervised - cut * found.supervised - np.where(drop, found.earlier_supervised, 0)
+    left = lengths - 1
+    if loss_on == "assistant":
+        left = supervised - cut * found.supervised - np.where(drop, found.earlier_supervised, 0)
     return lengths, np.where(kept, left, 0), outcomes
 
 
@@ -94,7 +100,7 @@ def _reasoning(rows: Sections, document: Counts, count: int) -> _Reasoning:
     places = np.flatnonzero(rows["kind"] == Kind.REASONING)
     sizes = _lengths(rows)
     whole = _sum_by(document[places], sizes[places] + 2, count)
-    flagged = (sizes[places] + 2) * rows["supervised"][places]
+    flagged = (sizes[places] + 2) * rows["supervised"][places].astype(np.int64)
     whole_supervised = _sum_by(document[places], flagged, count)
     last_reasoning, last_turn = np.full(count, -1), np.full(count, -1)
     # Of repeated indices the last assignment holds.
@@ -107,8 +113,9 @@ def _reasoning(rows: Sections, document: Counts, count: int) -> _Reasoning:
     start = np.where(found, row["start"], 0).astype(np.int64)
     end = np.where(found, row["end"], 0).astype(np.int64)
     supervised = np.where(found, row["supervised"], 0).astype(np.int64)
-    own = np.where(found, end - start + 2, 0)
-    return _Reasoning(start, end, supervised, whole - own, whole_supervised - own * supervised)
+    own: Counts = np.where(found, end - start + 2, 0)
+    earlier_supervised = whole_supervised - own * supervised
+    return _Reasoning(start, end, supervised, whole - own, earlier_supervised)
 
 
 def _whole_characters(corpus: Corpus, offsets: Counts, found: _Reasoning, cut: Counts) -> Counts:
