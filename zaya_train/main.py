@@ -204,7 +204,7 @@ def _data_trim(options: argparse.Namespace) -> None:
 def _ledger_verify(options: argparse.Namespace) -> None:
     from zaya_train.tools.ledger import verify
 
-    verify(options.run_dir, options.tokens, Console())
+    verify(options.run_dir, not options.plan_only, Console())
 
 
 def _ledger_show(options: argparse.Namespace) -> None:

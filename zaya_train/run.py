@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -30,7 +30,8 @@ from zaya_train.config.derive import (
 )
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from zaya_train.data.check import check_corpora
-from zaya_train.data.stream import PhaseStream, prefetch, validation_rows
+from zaya_train.data.ledger import LedgerWriter, PhaseEntry
+from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
 from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
 from zaya_train.optim.optimizer import Optimizer
@@ -39,16 +40,15 @@ from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import write_full
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.lineage import changes, lineage
-from zaya_train.phases.plan import batch_sequences
 from zaya_train.runtime.device import describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import copy_folder_once, write_json
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
-from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.evaluate import validation_losses
+from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.followers import open_followers
 from zaya_train.train.loop import Hooks, PhaseRun, run_phase
 from zaya_train.train.manifest import CheckpointRecord
@@ -57,13 +57,12 @@ from zaya_train.train.progress import PhaseProgress
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.train.restore import Found
+    from zaya_train.train.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +82,7 @@ class Context:
     store: CheckpointStore
     metrics: MetricsWriter
     flag: StopFlag
+    ledger: LedgerWriter
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,9 @@ def train(config: TrainConfig) -> int:
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        context = Context(config, ranks, run_dir, console, store, metrics, flag)
+        ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
+        stack.callback(ledger.close)
+        context = Context(config, ranks, run_dir, console, store, metrics, flag, ledger)
         _describe(context)
         return _run_plan(context)
 
@@ -210,7 +212,9 @@ def _run_phase(
     name, phase = row
     config = context.config
     degrees = layout(phase, config.parallel, context.ranks.world_size)
-    stream = PhaseStream(config.data, name, phase, config.run.seed)
+    past = past_phases(config.plan.phases, state.past_rows)
+    stream = PhaseStream(config.data, name, phase, config.run.seed, past)
+    context.ledger.phase(PhaseEntry(name, state.step, stream.describe()), state.phase_rows)
     built = _build(context, name, phase, degrees)
     if found:
         context.store.load(found, built.tensors(), to_dict(built.model_config))
@@ -225,8 +229,8 @@ def _run_phase(
         hooks = _hooks(context, built, bar)
         batches = stack.enter_context(
             prefetch(
-                _batch_maker(context, built, stream, unit),
-                _step_starts(phase, state.phase_rows, unit),
+                _feed(context, built, stream, unit).batches,
+                step_starts(phase, state.phase_rows, unit),
                 config.data.prefetch_batches,
             )
         )
@@ -273,32 +277,9 @@ def _load_initial_weights(built: Built, folder: Path) -> None:
     log.info("weights from %s", folder)
 
 
-def _step_starts(phase: PhaseConfig, consumed: int, unit: int) -> Iterator[int]:
-    """Rows consumed before each remaining step."""
-    while consumed < phase_sequences(phase):
-        yield consumed
-        consumed += batch_sequences(phase, consumed, unit)
-
-
-def _batch_maker(context: Context, built: Built, stream: PhaseStream, unit: int) -> Any:
-    """Function from a step's first row to this rank's micro-batches."""
-    size = built.phase.micro_batch_sequences
-    chunking = chunking_of(built.mesh, context.config)
-
-    def make(consumed: int) -> list[Batch]:
-        count = batch_sequences(built.phase, consumed, unit)
-        first = consumed + built.mesh.data_rank * size
-        return [
-            make_batch(
-                [stream.row(start + i) for i in range(size)],
-                chunking,
-                built.mesh.context_rank,
-                context.ranks.device,
-            )
-            for start in range(first, consumed + count, unit)
-        ]
-
-    return make
+def _feed(context: Context, built: Built, stream: PhaseStream, unit: int) -> Feed:
+    mesh, chunking = built.mesh, chunking_of(built.mesh, context.config)
+    return Feed(stream, built.phase, mesh, chunking, context.ranks.device, unit)
 
 
 def _progress(context: Context, name: str, phase: PhaseConfig) -> PhaseProgress:
@@ -321,6 +302,10 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         log.info("%s step %d | validation %s", built.name, state.step, shown)
 
+    def done(state: TrainState, result: StepResult) -> None:
+        context.ledger.step(state.step, state.phase_rows, result.fingerprint)
+        bar.update(state.phase_rows * built.phase.context_tokens, result.loss)
+
     return Hooks(
         evaluate=evaluate,
         save=lambda state, keep: _save(context, built, state, keep),
@@ -328,9 +313,7 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
             config.runtime.step_timeout_seconds,
             built.mesh.groups,
         ),
-        progress=lambda state, result: bar.update(
-            state.phase_rows * built.phase.context_tokens, result.loss
-        ),
+        progress=done,
         stop_signal=lambda: int(context.flag.received or 0),
         memory_bytes=lambda: peak_memory_bytes(device),
     )
@@ -373,6 +356,7 @@ def _save(context: Context, built: Built, state: TrainState, keep: bool) -> None
         lineage=lineage(context.config, state.phase_index - int(state.phase_rows == 0)),
         keep=keep,
     )
+    context.ledger.sync()
     begin = time.perf_counter()
     path = context.store.save(built.tensors(), record)
     context.metrics.write(

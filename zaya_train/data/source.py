@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -112,10 +112,16 @@ class RowSource:
     """Draws from these two plans by earlier phases."""
     report: PlanReport
 
-    @property
-    def plan_keys(self) -> list[str]:
-        """Names of the plans, for the ledger."""
-        return [plan.key for plan in (self.carried, self.plan) if plan is not None]
+    def describe(self) -> dict[str, Any]:
+        """Everything its rows follow from, as plain JSON values."""
+        return {
+            "content": content_key(self.corpus),
+            "plan": self.plan.key,
+            "carried": self.carried.key if self.carried is not None else None,
+            "drawn_before": self.drawn_before,
+            "loss_on": self.request.spec.loss_on,
+            "balance_rows": self.request.balance_rows,
+        }
 
     def locate(self, draw: int) -> tuple[StoredPlan, int]:
         """Plan and row of the plan that a draw takes."""
@@ -130,6 +136,11 @@ class RowSource:
                 )
             ordinal -= len(self.carried)
         return self.plan, balanced_row(ordinal, len(self.plan), self.request.balance_rows, *names)
+
+    def begins_epoch(self, draw: int) -> bool:
+        """Whether a draw is the first of a whole pass over the plan of this context."""
+        ordinal = draw + self.drawn_before - (len(self.carried) if self.carried else 0)
+        return ordinal >= 0 and ordinal % len(self.plan) == 0
 
     def pieces(self, draw: int) -> Pieces:
         """What stands in a draw's row."""

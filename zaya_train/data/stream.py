@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.check import require_same_tokenizer
@@ -50,6 +50,15 @@ class PastPhase:
     rows: int
 
 
+def past_phases(phases: Mapping[str, PhaseConfig], rows: Sequence[int]) -> list[PastPhase]:
+    """The first phases of a plan with the rows that each consumed."""
+    behind = list(phases.items())[: len(rows)]
+    return [
+        PastPhase(name, phase, consumed)
+        for (name, phase), consumed in zip(behind, rows, strict=True)
+    ]
+
+
 class PhaseStream:
     """Training rows of one phase.
 
@@ -76,6 +85,7 @@ class PhaseStream:
                 f"plan.phases.{phase_name}.mixture: no source named {', '.join(unknown)}; "
                 f"data.sources has {', '.join(sorted(data.sources))}"
             )
+        self._seed = seed
         self._schedule = make_schedule(phase.mixture, seed, phase_name)
         corpora = _open_all({name: data.sources[name] for name in self._schedule.names})
         drawn = _past_draws(past, seed)
@@ -107,15 +117,19 @@ class PhaseStream:
         for source in self._sources.values():
             _log_plan(phase_name, source)
 
+    def locate(self, index: int) -> tuple[str, int]:
+        """Source of global sample `index`, and which draw of this phase from it it is."""
+        return self._schedule.locate(index)
+
     def row(self, index: int) -> Row:
         """Row of global sample `index`, from 0 without end; epochs follow one another."""
-        name, draw = self._schedule.locate(index)
+        name, draw = self.locate(index)
         row = self._sources[name].row(draw)
         return replace(row, fingerprint=fingerprint(index, row))
 
     def pieces(self, index: int) -> tuple[str, Pieces]:
         """Source of global sample `index` and what stands in its row, without reading tokens."""
-        name, draw = self._schedule.locate(index)
+        name, draw = self.locate(index)
         return name, self._sources[name].pieces(draw)
 
     def by_work(self, first: int, stop: int) -> list[int]:
@@ -125,7 +139,7 @@ class PhaseStream:
         """
         work = {}
         for index in range(first, stop):
-            name, draw = self._schedule.locate(index)
+            name, draw = self.locate(index)
             work[index] = self._sources[name].work(draw)
         return sorted(work, key=lambda index: (-work[index], index))
 
@@ -136,6 +150,15 @@ class PhaseStream:
     def epochs(self, index: int) -> dict[str, float]:
         """`drawn` in passes over each source's rows at this context."""
         return {name: self._sources[name].epochs(n) for name, n in self.drawn(index).items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Everything the rows follow from, as plain JSON values."""
+        return {
+            "seed": self._seed,
+            "row_tokens": self.row_tokens,
+            "mixture": dict(zip(self._schedule.names, self._schedule.shares, strict=True)),
+            "sources": {name: source.describe() for name, source in self._sources.items()},
+        }
 
     @property
     def sources(self) -> Mapping[str, RowSource]:

@@ -107,7 +107,7 @@ def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
     )
     parser.add_argument("run_dir", type=Path)
     parser.add_argument(
-        "--tokens", action="store_true", help="read every row again and compare its fingerprint"
+        "--plan-only", action="store_true", help="do not read every row to compare fingerprints"
     )
     parser = add_command(
         ledger, "show", handlers["ledger show"], "print the text that a step was made of"
