@@ -32,6 +32,7 @@ from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from zaya_train.data.check import check_corpora
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
 from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
+from zaya_train.data.survey import survey
 from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
 from zaya_train.optim.optimizer import Optimizer
@@ -113,6 +114,7 @@ def train(config: TrainConfig) -> int:
     """
     check(config, _launched_ranks())
     check_corpora(config)
+    survey(config)
     ranks = start(config.runtime)
     with ExitStack() as stack:
         stack.callback(stop)
@@ -236,7 +238,9 @@ def _run_phase(
         )
         state, stopped = run_phase(_phase_run(context, built, hooks, unit), batches, state)
     if not stopped:
-        context.metrics.write("phase", name=name, event="end", step=state.step)
+        drawn = stream.drawn(state.phase_rows)
+        context.metrics.write("phase", name=name, event="end", step=state.step, drawn_rows=drawn)
+        log.info("phase %s drew rows %s", name, ", ".join(f"{s} {n:,}" for s, n in drawn.items()))
         _save(context, built, state.next_phase(), keep=True)
     return stopped
 

@@ -98,8 +98,10 @@ def verify(run_dir: Path, tokens: bool, console: Console) -> None:
     console.print(_summary(report))
     compared = "fingerprints of all rows equal" if tokens else "fingerprints not compared"
     console.print(
-        Text(f"{run_dir / LEDGER_FILE}: {report.steps:,} steps, nothing twice, nothing lost; ")
-        + Text(compared)
+        f"{run_dir / LEDGER_FILE}: {report.steps:,} steps, nothing twice, nothing lost; {compared}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 
