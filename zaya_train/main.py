@@ -4,7 +4,7 @@ Every handler imports the tool it runs: `zaya train` starts on every rank of a c
 load plotting, tokenizers and transformers there.
 
     zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
-    zaya data prepare | trim | synth | inspect | ledger verify | ledger show
+    zaya data prepare | trim | aggregate | synth | inspect | ledger verify | ledger show
     zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
 """
 
@@ -201,6 +201,21 @@ def _data_trim(options: argparse.Namespace) -> None:
     show_summary(trim_file(request), Console())
 
 
+def _data_aggregate(options: argparse.Namespace) -> None:
+    from zaya_train.data.aggregate import AggregateRequest, aggregate
+
+    request = AggregateRequest(
+        input=options.input,
+        output=options.output,
+        candidates=options.candidates,
+        tail_tokens=options.tail,
+        tokenizer=options.tokenizer,
+        seed=options.seed,
+    )
+    outcomes = ", ".join(f"{name} {count:,}" for name, count in aggregate(request).items())
+    Console().print(f"{options.output}: {outcomes}", markup=False)
+
+
 def _ledger_verify(options: argparse.Namespace) -> None:
     from zaya_train.tools.ledger import verify
 
@@ -218,6 +233,7 @@ _DATA_HANDLERS = {
     "trim": _data_trim,
     "synth": _data_synth,
     "inspect": _data_inspect,
+    "aggregate": _data_aggregate,
     "ledger verify": _ledger_verify,
     "ledger show": _ledger_show,
 }

@@ -50,6 +50,7 @@ class RejectReason(StrEnum):
     EMPTY_TEXT = "empty_text"
     ANSWERS_EXCEED_BUDGET = "answers_exceed_budget"
     NOT_SUPERVISED = "not_supervised"
+    TOO_FEW_ROLLOUTS = "too_few_rollouts"
 
 
 SECTION_DTYPE = np.dtype(

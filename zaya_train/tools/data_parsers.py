@@ -42,6 +42,11 @@ def add_data(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--index", type=int, default=0, help="document to show")
     parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
+    _aggregate(
+        add_command(
+            data, "aggregate", handlers["aggregate"], "several attempts to one improved solution"
+        )
+    )
     _ledger(data, handlers)
 
 
@@ -93,6 +98,15 @@ def _synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "heldout"), default="train")
     parser.add_argument("--families", nargs="+", help="names of problem families; all by default")
+
+
+def _aggregate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, help="rows of prompt, rollouts and solution")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL of conversations")
+    parser.add_argument("--candidates", type=int, default=4, help="attempts in an example")
+    parser.add_argument("--tail", type=int, default=4096, help="tokens of each attempt's end")
+    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("--seed", type=int, default=0, help="chooses among more attempts")
 
 
 def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
