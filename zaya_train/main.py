@@ -4,7 +4,7 @@ Every handler imports the tool it runs: `zaya train` starts on every rank of a c
 load plotting, tokenizers and transformers there.
 
     zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
-    zaya data prepare | trim | aggregate | synth | inspect | ledger verify | ledger show
+    zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
     zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
 """
 
@@ -201,6 +201,17 @@ def _data_trim(options: argparse.Namespace) -> None:
     show_summary(trim_file(request), Console())
 
 
+def _data_adopt(options: argparse.Namespace) -> None:
+    from zaya_train.data.adopt import AdoptRequest, adopt
+
+    request = AdoptRequest(
+        prefix=options.prefix, tokenizer=options.tokenizer, output=options.output
+    )
+    manifest = adopt(request).manifest
+    counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    Console().print(f"{options.output}: {counts}", markup=False)
+
+
 def _data_aggregate(options: argparse.Namespace) -> None:
     from zaya_train.data.aggregate import AggregateRequest, aggregate
 
@@ -233,6 +244,7 @@ _DATA_HANDLERS = {
     "trim": _data_trim,
     "synth": _data_synth,
     "inspect": _data_inspect,
+    "adopt": _data_adopt,
     "aggregate": _data_aggregate,
     "ledger verify": _ledger_verify,
     "ledger show": _ledger_show,

@@ -25,7 +25,15 @@ import numpy as np
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.array_file import ArrayFile
-from zaya_train.data.sections import SECTION_DTYPE, Rejected, Sample, Sections, Tokens
+from zaya_train.data.files import describe_files
+from zaya_train.data.sections import (
+    SECTION_DTYPE,
+    Rejected,
+    Sample,
+    Sections,
+    Tokens,
+    text_sections,
+)
 from zaya_train.data.storage import atomic_directory, discard, file_sha256
 from zaya_train.data.token_index import TokenIndex, open_index
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -78,8 +86,9 @@ class Corpus:
     manifest: Manifest
     index: TokenIndex = field(repr=False)
     token_file: ArrayFile = field(repr=False)
-    section_file: ArrayFile = field(repr=False)
-    section_offsets: ArrayFile = field(repr=False)
+    section_file: ArrayFile | None = field(repr=False)
+    """None for an adopted text corpus, whose documents are one section each."""
+    section_offsets: ArrayFile | None = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path, verify: Verify = "sizes") -> Corpus:
@@ -143,10 +152,13 @@ class Corpus:
 
     def sections(self, document: int) -> Sections:
         """Section table of a document."""
-        return self.section_file.read(*self.section_offsets.read(document, document + 2).tolist())
+        return self.section_block(document, document + 1)[0]
 
     def section_block(self, first: int, stop: int) -> tuple[Sections, NDArray[np.int64]]:
         """Section tables of documents first to stop - 1 end to end, and [n] rows of each."""
+        if self.section_file is None or self.section_offsets is None:
+            lengths = np.diff(self.index.spans(first, stop))
+            return text_sections(lengths), np.ones_like(lengths)
         offsets = self.section_offsets.read(first, stop + 1)
         return self.section_file.read(int(offsets[0]), int(offsets[-1])), np.diff(offsets)
 
@@ -260,7 +272,7 @@ class CorpusWriter:
             supervised_tokens=self._supervised,
             source=dict(source),
             rejects=self.rejects,
-            files=_describe_files(self._folder),
+            files=describe_files(self._folder),
         )
         text = json.dumps(asdict(manifest), indent=2) + "\n"
         (self._folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -352,7 +364,11 @@ def _open_tokens(path: Path, manifest: Manifest) -> tuple[TokenIndex, ArrayFile]
     return index, ArrayFile(path / BIN, index.dtype, index.tokens)
 
 
-def _open_sections(path: Path, manifest: Manifest) -> tuple[ArrayFile, ArrayFile]:
+def _open_sections(
+    path: Path, manifest: Manifest
+) -> tuple[ArrayFile, ArrayFile] | tuple[None, None]:
+    if manifest.kind == "text" and SECTIONS not in manifest.files:
+        return None, None
     _check_size(path / OFFSETS, 8 * (manifest.documents + 1), f"{path / MANIFEST}")
     offsets = ArrayFile(path / OFFSETS, "<i8", manifest.documents + 1)
     count = int(offsets.read(manifest.documents, manifest.documents + 1)[0])
@@ -374,14 +390,3 @@ def _check_hashes(path: Path, manifest: Manifest) -> None:
             raise DataError(f"{path / name}: missing")
         if file_sha256(path / name) != entry["sha256"]:
             raise DataError(f"{path / name}: content differs from the sha256 in {MANIFEST}")
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": file_sha256(file),
-        }
-        for file in files
-    }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import StorageError
 from zaya_train.data.storage import atomic_directory as whole_directory
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["file_sha256", "whole_directory", "whole_file"]
+__all__ = ["describe_files", "file_sha256", "whole_directory", "whole_file", "write_json"]
 
 
 @contextmanager
@@ -36,3 +37,20 @@ def whole_file(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the JSON of `content` into a directory that is being built."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a corpus that is being built."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": file_sha256(file),
+        }
+        for file in files
+    }

@@ -99,6 +99,13 @@ def supervised_mask(sections: Sections) -> NDArray[np.bool_]:
     return np.repeat(sections["supervised"].astype(bool), lengths)
 
 
+def text_sections(lengths: NDArray[np.int64]) -> Sections:
+    """Section tables of plain documents: one section each, all of it a target."""
+    table = np.zeros(len(lengths), dtype=SECTION_DTYPE)
+    table["end"], table["supervised"] = lengths, True
+    return table
+
+
 def make_sections(rows: list[tuple[int, Role, Kind, int, bool]]) -> Sections:
     """Section table from (length in tokens, role, kind, turn, supervised) in document order."""
     table = np.zeros(len(rows), dtype=SECTION_DTYPE)

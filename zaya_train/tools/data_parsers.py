@@ -42,6 +42,12 @@ def add_data(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--index", type=int, default=0, help="document to show")
     parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
+    parser = add_command(
+        data, "adopt", handlers["adopt"], "use a Megatron corpus as plain text as it is"
+    )
+    parser.add_argument("--prefix", required=True, type=Path, help="its .bin and .idx, less these")
+    parser.add_argument("--tokenizer", required=True, help="the tokenizer it was made with")
+    parser.add_argument("--output", required=True, type=Path, help="corpus directory to make")
     _aggregate(
         add_command(
             data, "aggregate", handlers["aggregate"], "several attempts to one improved solution"
