@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zaya_train.data import packing
 from zaya_train.data.packing import pack_best_fit
 
 UNCAPPED = 1 << 30
@@ -70,11 +71,29 @@ def reference_fill(lengths: list[int], row_tokens: int) -> list[int]:
 
 @settings(max_examples=300)
 @given(st.lists(st.integers(1, 33), max_size=120), st.integers(33, 70))
-def test_rows_are_those_of_plain_best_fit(lengths: list[int], row_tokens: int) -> None:
+def test_no_more_rows_than_plain_best_fit(lengths: list[int], row_tokens: int) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     packed = pack_best_fit(np.arange(len(sizes)), sizes, row_tokens, UNCAPPED)
+    assert len(packed) <= len(reference_fill(lengths, row_tokens))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(1, 33), max_size=120), st.integers(33, 70))
+def test_large_sets_are_packed_as_plain_best_fit_does(lengths: list[int], row_tokens: int) -> None:
+    sizes = np.array(lengths, dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_LOOKAHEAD_DOCUMENTS", 0)
+        packed = pack_best_fit(np.arange(len(sizes)), sizes, row_tokens, UNCAPPED)
     fills = [row_tokens - int(sizes[packed.row(i)].sum()) for i in range(len(packed))]
     assert sorted(fills) == reference_fill(lengths, row_tokens)
+
+
+def test_a_look_ahead_saves_a_row() -> None:
+    """Best fit puts 5 beside 6 and is left with 4, 4, 3; three pairs and a triple need no more."""
+    sizes = np.array([6, 5, 5, 4, 4, 4, 3, 3, 2])
+    assert len(reference_fill(sizes.tolist(), 12)) == 4
+    packed = pack_best_fit(np.arange(9), sizes, 12, UNCAPPED)
+    assert len(packed) == 3
 
 
 @pytest.mark.parametrize(("row_tokens", "cap"), [(32_768, 64), (131_072, 256), (131_073, 256)])

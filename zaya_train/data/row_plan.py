@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.corpus import Corpus
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 COUNTS = {
     **{str(rule): code for code, rule in enumerate(RULES)},
     "rejected": REJECTED,
