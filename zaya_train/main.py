@@ -4,7 +4,7 @@ Every handler imports the tool it runs: `zaya train` starts on every rank of a c
 load plotting, tokenizers and transformers there.
 
     zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
-    zaya data prepare | synth | inspect
+    zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
     zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
 """
 
@@ -33,13 +33,10 @@ from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaErro
 from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.run import train
 from zaya_train.runtime.files import named_failure
+from zaya_train.tools.data_parsers import FIELDS, add_command, add_data
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-
-_FIELDS = ("messages", "prompt", "response", "text")
-"""Columns `zaya data prepare` can be told about; see data.fields.FieldOverrides."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,83 +153,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
-    _add_data(commands)
+    add_data(commands, _DATA_HANDLERS)
     _add_hub(commands)
     _add_model_use(commands)
     _add_runs(commands)
     return parser
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults are shown where there are any."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=text,
-        description=text,
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="make and look at corpora").add_subparsers(
-        metavar="COMMAND", required=True
-    )
-    parser = _command(data, "prepare", _data_prepare, "tokenize a dataset into a corpus")
-    parser.add_argument(
-        "--input", required=True, help="JSONL, JSON, text, Parquet, Arrow or a hub name"
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, help="directory for train/ and heldout/"
-    )
-    parser.add_argument(
-        "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
-    )
-    parser.add_argument(
-        "--heldout-fraction", type=float, default=0.0, help="share kept out of training, 0 to 1"
-    )
-    parser.add_argument(
-        "--answer-marker", help="line start that separates worked steps from the answer"
-    )
-    parser.add_argument("--split", default="train", help="split of a hub dataset")
-    parser.add_argument("--document-characters", type=int, help="cut text files into documents")
-    parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
-    parser.add_argument(
-        "--allow-rejects", action="store_true", help="accept that most documents are rejected"
-    )
-    for name in _FIELDS:
-        parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
-
-    parser = _command(data, "synth", _data_synth, "generate reasoning problems as JSONL")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--count", required=True, type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("train", "heldout"), default="train")
-    parser.add_argument("--families", nargs="+", help="names of problem families; all by default")
-
-    parser = _command(data, "inspect", _data_inspect, "show a corpus and one document's sections")
-    parser.add_argument("corpus", type=Path)
-    parser.add_argument("--index", type=int, default=0, help="document to show")
-    parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
-    parser.add_argument(
-        "--verify", action="store_true", help="compare every file with the manifest's sha256 first"
-    )
-
-
 def _data_prepare(options: argparse.Namespace) -> None:
     from zaya_train.data.prepare import FieldOverrides, PrepareRequest, prepare
 
-    fields = FieldOverrides(**{name: getattr(options, f"{name}_field") for name in _FIELDS})
+    fields = FieldOverrides(**{name: getattr(options, f"{name}_field") for name in FIELDS})
     request = PrepareRequest(
         input=options.input,
         output=options.output,
@@ -269,8 +200,74 @@ def _data_inspect(options: argparse.Namespace) -> None:
     )
 
 
+def _data_trim(options: argparse.Namespace) -> None:
+    from zaya_train.data.prepare import FieldOverrides
+    from zaya_train.data.trim_text import TrimRequest, show_summary, trim_file
+
+    names = FIELDS[:-1]
+    request = TrimRequest(
+        input=options.input,
+        output=options.output,
+        budget_tokens=options.budget,
+        tokenizer=options.tokenizer,
+        fields=FieldOverrides(**{name: getattr(options, f"{name}_field") for name in names}),
+        split=options.split,
+    )
+    show_summary(trim_file(request), Console())
+
+
+def _data_adopt(options: argparse.Namespace) -> None:
+    from zaya_train.data.adopt import AdoptRequest, adopt
+
+    request = AdoptRequest(
+        prefix=options.prefix, tokenizer=options.tokenizer, output=options.output
+    )
+    manifest = adopt(request).manifest
+    counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
+    Console().print(f"{options.output}: {counts}", markup=False)
+
+
+def _data_aggregate(options: argparse.Namespace) -> None:
+    from zaya_train.data.aggregate import AggregateRequest, aggregate
+
+    request = AggregateRequest(
+        input=options.input,
+        output=options.output,
+        candidates=options.candidates,
+        tail_tokens=options.tail,
+        tokenizer=options.tokenizer,
+        seed=options.seed,
+    )
+    outcomes = ", ".join(f"{name} {count:,}" for name, count in aggregate(request).items())
+    Console().print(f"{options.output}: {outcomes}", markup=False)
+
+
+def _ledger_verify(options: argparse.Namespace) -> None:
+    from zaya_train.tools.ledger import verify
+
+    verify(options.run_dir, not options.plan_only, Console())
+
+
+def _ledger_show(options: argparse.Namespace) -> None:
+    from zaya_train.tools.ledger import show
+
+    show(options.run_dir, options.step, options.rows, Console())
+
+
+_DATA_HANDLERS = {
+    "prepare": _data_prepare,
+    "trim": _data_trim,
+    "synth": _data_synth,
+    "inspect": _data_inspect,
+    "adopt": _data_adopt,
+    "aggregate": _data_aggregate,
+    "ledger verify": _ledger_verify,
+    "ledger show": _ledger_show,
+}
+
+
 def _add_hub(commands: Any) -> None:
-    parser = _command(
+    parser = add_command(
         commands,
         "import-hf",
         _import,
@@ -278,7 +275,9 @@ def _add_hub(commands: Any) -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model-yaml", required=True, type=Path)
-    parser = _command(commands, "export-hf", _export, "write a checkpoint as a Hugging Face folder")
+    parser = add_command(
+        commands, "export-hf", _export, "write a checkpoint as a Hugging Face folder"
+    )
     parser.add_argument("source", type=Path, help="run directory or checkpoint directory")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -299,14 +298,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _add_model_use(commands: Any) -> None:
-    parser = _command(commands, "generate", _generate, "answer prompts with an exported model")
+    parser = add_command(commands, "generate", _generate, "answer prompts with an exported model")
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser = _command(commands, "evaluate", _evaluate, "exact match on held-out problems")
+    parser = add_command(commands, "evaluate", _evaluate, "exact match on held-out problems")
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("rows", type=Path, help="JSONL with messages and answer")
     parser.add_argument("--count", type=int, default=200)
@@ -338,13 +337,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _add_runs(commands: Any) -> None:
-    parser = _command(commands, "plan", _plan, "preview a run: phases, steps, layout, memory")
+    parser = add_command(commands, "plan", _plan, "preview a run: phases, steps, layout, memory")
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
     parser.add_argument("--ranks", type=int, default=1)
-    parser = _command(commands, "report", _report, "one HTML file with a run's curves")
+    parser = add_command(commands, "report", _report, "one HTML file with a run's curves")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
-    parser = _command(commands, "smoke", _smoke, "the whole main job on this machine")
+    parser = add_command(commands, "smoke", _smoke, "the whole main job on this machine")
     parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
     parser.add_argument("--data", help="train on this dataset instead of generated problems")
     parser.add_argument("--tokenizer", default="bytes")

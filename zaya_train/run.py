@@ -13,7 +13,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -29,7 +29,9 @@ from zaya_train.config.derive import (
 )
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from zaya_train.data.check import check_corpora
-from zaya_train.data.stream import PhaseStream, prefetch, validation_rows
+from zaya_train.data.ledger import LedgerWriter, PhaseEntry
+from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
+from zaya_train.data.survey import survey
 from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
 from zaya_train.optim.exchange import Groups
@@ -39,7 +41,6 @@ from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import Reduction, write_full
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.lineage import changes, lineage
-from zaya_train.phases.plan import batch_sequences
 from zaya_train.runtime.device import describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import copy_folder_once
@@ -48,9 +49,9 @@ from zaya_train.runtime.lost import naming_lost_ranks
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
 from zaya_train.train.attempts import record_attempt
-from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.evaluate import validation_losses
+from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.followers import open_followers
 from zaya_train.train.loop import Hooks, PhaseRun, run_phase
 from zaya_train.train.manifest import CheckpointRecord
@@ -60,13 +61,12 @@ from zaya_train.train.saving import Saver
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.train.restore import Found
+    from zaya_train.train.step import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,7 @@ class Context:
     flag: StopFlag
     corpora: dict[str, str]
     """Content hash of each source by name."""
+    ledger: LedgerWriter
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def train(config: TrainConfig) -> int:
     """
     check(config, _launched_ranks())
     corpora = check_corpora(config)
+    survey(config)
     ranks = start(config.runtime)
     with ExitStack() as stack:
         stack.callback(stop)
@@ -133,7 +135,11 @@ def train(config: TrainConfig) -> int:
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
         saver = Saver(store, metrics, run_dir, config.checkpoint.retry_seconds)
-        context = Context(config, ranks, run_dir, console, store, saver, metrics, flag, corpora)
+        ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
+        stack.callback(ledger.close)
+        context = Context(
+            config, ranks, run_dir, console, store, saver, metrics, flag, corpora, ledger
+        )
         _describe(context)
         return _run_plan(context)
 
@@ -221,7 +227,9 @@ def _run_phase(
     name, phase = row
     config = context.config
     degrees = layout(phase, config.parallel, context.ranks.world_size)
-    stream = PhaseStream(config.data, name, phase, config.run.seed)
+    past = past_phases(config.plan.phases, state.past_rows)
+    stream = PhaseStream(config.data, name, phase, config.run.seed, past)
+    context.ledger.phase(PhaseEntry(name, state.step, stream.describe()), state.phase_rows)
     built = _build(context, name, phase, degrees)
     if found:
         context.store.load(found, built.tensors(), to_dict(built.model_config))
@@ -236,15 +244,17 @@ def _run_phase(
         hooks = _hooks(context, built, bar)
         batches = stack.enter_context(
             prefetch(
-                _batch_maker(context, built, stream, unit),
-                _step_starts(phase, state.phase_rows, unit),
+                _feed(context, built, stream, unit).batches,
+                step_starts(phase, state.phase_rows, unit),
                 config.data.prefetch_batches,
             )
         )
         stack.enter_context(naming_lost_ranks(degrees, config.runtime.step_timeout_seconds))
         state, stopped = run_phase(_phase_run(context, built, hooks, unit), batches, state)
     if not stopped:
-        context.metrics.write("phase", name=name, event="end", step=state.step)
+        drawn = stream.drawn(state.phase_rows)
+        context.metrics.write("phase", name=name, event="end", step=state.step, drawn_rows=drawn)
+        log.info("phase %s drew rows %s", name, ", ".join(f"{s} {n:,}" for s, n in drawn.items()))
         _save(context, built, state.next_phase(), required=True, keep=True)
     return stopped
 
@@ -285,32 +295,9 @@ def _load_initial_weights(built: Built, folder: Path) -> None:
     log.info("weights from %s", folder)
 
 
-def _step_starts(phase: PhaseConfig, consumed: int, unit: int) -> Iterator[int]:
-    """Rows consumed before each remaining step."""
-    while consumed < phase_sequences(phase):
-        yield consumed
-        consumed += batch_sequences(phase, consumed, unit)
-
-
-def _batch_maker(context: Context, built: Built, stream: PhaseStream, unit: int) -> Any:
-    """Function from a step's first row to this rank's micro-batches."""
-    size = built.phase.micro_batch_sequences
-    chunking = chunking_of(built.mesh, context.config)
-
-    def make(consumed: int) -> list[Batch]:
-        count = batch_sequences(built.phase, consumed, unit)
-        first = consumed + built.mesh.data_rank * size
-        return [
-            make_batch(
-                [stream.row(start + i) for i in range(size)],
-                chunking,
-                built.mesh.context_rank,
-                context.ranks.device,
-            )
-            for start in range(first, consumed + count, unit)
-        ]
-
-    return make
+def _feed(context: Context, built: Built, stream: PhaseStream, unit: int) -> Feed:
+    mesh, chunking = built.mesh, chunking_of(built.mesh, context.config)
+    return Feed(stream, built.phase, mesh, chunking, context.ranks.device, unit)
 
 
 def _progress(context: Context, name: str, phase: PhaseConfig) -> PhaseProgress:
@@ -333,6 +320,10 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         log.info("%s step %d | validation %s", built.name, state.step, shown)
 
+    def done(state: TrainState, result: StepResult) -> None:
+        context.ledger.step(state.step, state.phase_rows, result.fingerprint)
+        bar.update(state.phase_rows * built.phase.context_tokens, result.loss)
+
     return Hooks(
         evaluate=evaluate,
         save=lambda state, required: _save(context, built, state, required),
@@ -340,9 +331,7 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
             config.runtime.step_timeout_seconds,
             built.mesh.groups,
         ),
-        progress=lambda state, result: bar.update(
-            state.phase_rows * built.phase.context_tokens, result.loss
-        ),
+        progress=done,
         stop_signal=lambda: int(context.flag.received or 0),
         memory_bytes=lambda: peak_memory_bytes(device),
     )
@@ -390,4 +379,5 @@ def _save(
         ),
         keep=keep,
     )
+    context.ledger.sync()
     context.saver.save(built.tensors(), record, required)

@@ -87,7 +87,7 @@ class CorpusFactory:
 
 
 def data_config(
-    sources: Mapping[str, Path], validation: Mapping[str, Path] | None = None, **settings: int
+    sources: Mapping[str, Path], validation: Mapping[str, Path] | None = None, **settings: Any
 ) -> DataConfig:
     return DataConfig(
         sources={name: SourceConfig(path=str(path)) for name, path in sources.items()},

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from zaya_train.data.order import permutation, permuted, shuffled_row
+from zaya_train.data.order import balanced_row, permutation, permuted
 
 SIZES = [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097]
 
@@ -34,11 +36,39 @@ def test_order_is_that_of_earlier_versions() -> None:
 GOLDEN = [0, 9, 2, 1, 4, 6, 5, 3, 8, 7]
 
 
-def test_shuffled_rows_take_every_row_once_an_epoch() -> None:
-    rows = [shuffled_row(i, 13, 5, "p", "s") for i in range(39)]
-    epochs = [rows[start : start + 13] for start in (0, 13, 26)]
-    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 5))
+def test_every_epoch_takes_every_row_once_in_groups_of_neighbours(
+    size: int, group: int, seed: int
+) -> None:
+    rows = [balanced_row(i, size, group, seed, "s") for i in range(4 * size)]
+    for epoch in range(4):
+        part = rows[epoch * size : (epoch + 1) * size]
+        assert sorted(part) == list(range(size))
+    straddled = 0
+    for start in range(0, len(rows) - group + 1, group):
+        spread = max(rows[start : start + group]) - min(rows[start : start + group])
+        straddled += spread >= group
+    # Single rows: fewer than two groups of them per epoch, at its two ends.
+    assert straddled <= 4 * 3
+
+
+def test_epochs_and_groups_are_shuffled() -> None:
+    rows = np.array([balanced_row(i, 800, 8, 5, "s") for i in range(1600)])
+    groups = rows.reshape(200, 8)
+    assert (groups.max(axis=1) - groups.min(axis=1)).max() == 7
+    assert not np.array_equal(groups[:100], groups[100:])
+    assert abs(np.corrcoef(groups[:99, 0], groups[1:100, 0])[0, 1]) < 0.3
+    assert len({tuple(group - group.min()) for group in groups}) > 50
+
+
+def test_balanced_order_is_that_of_earlier_versions() -> None:
+    """Changing this order breaks the resume of every run that is under way."""
+    rows = [balanced_row(i, 11, 4, 0, "source", 4096) for i in range(22)]
+    assert rows == BALANCED_GOLDEN
+
+
+BALANCED_GOLDEN = [8, 9, 10, 7, 6, 3, 4, 5, 0, 1, 2, 9, 0, 1, 3, 2, 6, 5, 7, 4, 8, 10]
 
 
 def test_order_looks_random() -> None:

@@ -87,6 +87,7 @@ class PackedRow:
     tokens: NDArray[np.int64]
     labels: NDArray[np.int64]
     document_lengths: NDArray[np.int32]
+    fingerprint: int = 0
 
 
 def packed_row(seed: int, documents: tuple[int, ...], row_tokens: int = ROW_TOKENS) -> PackedRow:

@@ -295,7 +295,7 @@ def test_reports_are_written_whole_and_printed(tmp_path: Path) -> None:
     print_report(report, console)
     shown = console.export_text()
     assert "75.0%" in shown and "50.0%" in shown and "1 unfinished" in shown
-    with pytest.raises(StorageError, match="eval.json: not written: "):
+    with pytest.raises(StorageError, match=r"eval\.json: not written: "):
         write_report(report, path / "below" / "eval.json")
 
 

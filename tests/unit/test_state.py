@@ -24,11 +24,11 @@ def test_a_step_moves_every_counter_by_what_was_consumed() -> None:
 
 def test_next_phase_resets_the_phases_counters_only() -> None:
     state = TrainState(10, 1, 4, 40, 2560, 2000, 2).next_phase()
-    assert state == TrainState(10, 2, 0, 0, 2560, 2000, 2)
+    assert state == TrainState(10, 2, 0, 0, 2560, 2000, 2, past_rows=(40,))
 
 
 def test_state_survives_json() -> None:
-    state = TrainState(10, 1, 4, 40, 2**60, 2000, 2)
+    state = TrainState(10, 1, 4, 40, 2**60, 2000, 2, past_rows=(7,))
     assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 

@@ -103,6 +103,8 @@ class PhaseConfig:
     """Ranks that share one row (1, 1, 2, 8 in the report)."""
     mixture: dict[str, float]
     """Source name -> weight by tokens; the names are keys of data.sources."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens of conversations that are targets: the assistant's, reasoning included, or all."""
     learning_rate_scale: float = 1.0
     """Multiplies both optimizers' peak learning rates in this phase."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -122,6 +124,10 @@ class SourceConfig:
 
     path: str
     """Corpus directory: tokens.bin, tokens.idx, sections, manifest.json."""
+    max_epochs: float | None = None
+    """Most passes over this source that the whole plan may take; more is an error at the start."""
+    max_documents: int | None = None
+    """Use no more than this many of its documents, chosen by the seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +142,12 @@ class DataConfig:
     """Rows of each validation corpus scored at every evaluation."""
     max_documents_per_row: int = 256
     """Cap on documents packed into one row."""
+    balance_rows: int = 8
+    """Rows of a source that come one after the other with about equal attention work: what the data
+    ranks of a step share should be a multiple of their number. At most a step's rows; 1 turns
+    balancing off."""
+    plan_dir: str | None = None
+    """Where packing plans are kept; None: `plans` inside every corpus."""
     prefetch_batches: int = 2
     """Batches prepared ahead of the step by a background thread."""
 

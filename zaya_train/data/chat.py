@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from zaya_train.data.tokenizer import (
     USER,
     Tokenizer,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ROLES = {
     "system": Role.SYSTEM,
@@ -108,7 +111,13 @@ def encode_conversations(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]
 ) -> list[Sample | Rejected]:
     """Encode many conversations with one call into the tokenizer; order is kept."""
-    parsed = [parse_conversation(messages) for messages in conversations]
+    return encode_segments(tokenizer, [parse_conversation(turns) for turns in conversations])
+
+
+def encode_segments(
+    tokenizer: Tokenizer, parsed: Sequence[list[Segment] | Rejected]
+) -> list[Sample | Rejected]:
+    """Parsed conversations to ids, one section per segment; rejected ones stay as they are."""
     texts = [
         segment.text
         for segments in parsed
@@ -126,7 +135,7 @@ def encode_conversations(
             [tokenizer.marker_ids[segment.text]] if segment.kind == Kind.MARKUP else next(encoded)
             for segment in segments
         ]
-        samples.append(_assemble(segments, ids))
+        samples.append(_assemble(segments, ids, tokenizer.continues))
     return samples
 
 
@@ -188,10 +197,12 @@ def _parse_turn(turn: int, message: Message) -> list[Segment] | Rejected:
     return [opening, *middle, Segment(END, role, Kind.MARKUP, turn, True)]
 
 
-def _assemble(segments: Sequence[Segment], ids: Sequence[Sequence[int]]) -> Sample:
+def _assemble(
+    segments: Sequence[Segment], ids: Sequence[Sequence[int]], continues: NDArray[np.bool_]
+) -> Sample:
     rows = [
         (len(part), segment.role, segment.kind, segment.turn, segment.supervised)
         for segment, part in zip(segments, ids, strict=True)
     ]
     tokens = np.concatenate([np.asarray(part, dtype=np.int32) for part in ids])
-    return Sample(tokens, make_sections(rows))
+    return Sample(tokens, make_sections(rows), continues)

@@ -4,16 +4,16 @@
     sections.bin             SECTION_DTYPE rows of all documents, one after the other
     section_offsets.bin      int64 [documents + 1], rows of document i are offsets[i]:offsets[i+1]
     tokenizer/               tokenizer.json and tokenizer_config.json, loadable by AutoTokenizer
+    continues.bin            uint8 [vocabulary], 1 for ids that begin inside a character
     manifest.json            format, counts, rejects by reason, sha256 of every other file
 
-Reading maps the files and imports neither torch nor megatron; writing uses megatron-core's builder.
+Reading imports neither torch nor megatron; writing uses megatron-core's builder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -25,7 +25,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.sections import SECTION_DTYPE, Rejected, Sample, Sections, Tokens
+from zaya_train.data.array_file import ArrayFile
+from zaya_train.data.files import describe_files
+from zaya_train.data.sections import (
+    SECTION_DTYPE,
+    Rejected,
+    Sample,
+    Sections,
+    Tokens,
+    text_sections,
+)
+from zaya_train.data.token_index import TokenIndex, open_index
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
 from zaya_train.runtime.files import file_sha256, write_json
 
@@ -36,15 +46,13 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 BIN, IDX, SECTIONS, OFFSETS = "tokens.bin", "tokens.idx", "sections.bin", "section_offsets.bin"
-TOKENIZER, MANIFEST = "tokenizer", "manifest.json"
+CONTINUES, TOKENIZER, MANIFEST = "continues.bin", "tokenizer", "manifest.json"
 
 CorpusKind = Literal["text", "chat"]
 Verify = Literal["sizes", "tokens", "hashes"]
 
-_IDX_MAGIC = b"MMIDIDX\x00\x00"
-_IDX_HEADER = struct.Struct("<9sQBQQ")
-_IDX_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _SCAN_TOKENS = 1 << 22
+_SCAN_DOCUMENTS = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +82,15 @@ class Manifest:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """A corpus opened for reading; everything large is memory-mapped."""
+    """A corpus opened for reading; of everything large only what is asked for is read."""
 
     path: Path
     manifest: Manifest
-    token_map: NDArray[np.integer] = field(repr=False)
-    token_offsets: NDArray[np.int64] = field(repr=False)
-    section_map: Sections = field(repr=False)
-    section_offsets: NDArray[np.int64] = field(repr=False)
+    index: TokenIndex = field(repr=False)
+    token_file: ArrayFile = field(repr=False)
+    section_file: ArrayFile | None = field(repr=False)
+    """None for an adopted text corpus, whose documents are one section each."""
+    section_offsets: ArrayFile | None = field(repr=False)
 
     @classmethod
     def open(cls, path: str | Path, verify: Verify = "sizes") -> Corpus:
@@ -97,9 +106,7 @@ class Corpus:
         """
         path = Path(path)
         manifest = read_manifest(path)
-        token_map, offsets = _open_tokens(path, manifest)
-        section_map, section_offsets = _open_sections(path, manifest)
-        corpus = cls(path, manifest, token_map, offsets, section_map, section_offsets)
+        corpus = cls(path, manifest, *_open_tokens(path, manifest), *_open_sections(path, manifest))
         if verify == "hashes":
             _check_hashes(path, manifest)
         if verify in ("tokens", "hashes"):
@@ -112,15 +119,26 @@ class Corpus:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of every document, [documents]."""
-        return np.diff(self.token_offsets)
+        return self.index.lengths
 
     @cached_property
     def supervised_tokens(self) -> NDArray[np.int64]:
         """Targets of every document, [documents]."""
-        rows = self.section_map
-        counts = (rows["end"].astype(np.int64) - rows["start"]) * rows["supervised"]
-        running = np.concatenate([[0], np.cumsum(counts)])
-        return running[self.section_offsets[1:]] - running[self.section_offsets[:-1]]
+        parts = []
+        for first in range(0, len(self), _SCAN_DOCUMENTS):
+            rows, counts = self.section_block(first, min(first + _SCAN_DOCUMENTS, len(self)))
+            sizes = (rows["end"].astype(np.int64) - rows["start"]) * rows["supervised"]
+            parts.append(np.bincount(np.repeat(np.arange(len(counts)), counts), sizes, len(counts)))
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    @cached_property
+    def continues(self) -> NDArray[np.bool_]:
+        """[vocabulary], True for ids that begin inside a character; see Tokenizer.continues."""
+        file = self.path / CONTINUES
+        if not file.is_file():
+            return self.tokenizer.continues
+        _check_size(file, self.manifest.vocab_size, f"{self.path / MANIFEST}")
+        return np.fromfile(file, dtype=np.uint8).astype(bool)
 
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> Tokens:
         """Tokens [start, end) of a document, checked against the vocabulary.
@@ -128,18 +146,27 @@ class Corpus:
         Raises:
             DataError: an id outside the vocabulary, with the file and the byte offset.
         """
-        first, stop = self.token_offsets[document], self.token_offsets[document + 1]
-        ids = self.token_map[first + start : stop if end is None else min(first + end, stop)]
-        self._check_ids(ids, int(first) + start)
+        first, stop = self.index.spans(document, document + 1).tolist()
+        last = stop if end is None else min(first + end, stop)
+        ids = self.token_file.read(first + start, max(last, first + start))
+        self._check_ids(ids, first + start)
         return ids
 
     def sections(self, document: int) -> Sections:
         """Section table of a document."""
-        return self.section_map[self.section_offsets[document] : self.section_offsets[document + 1]]
+        return self.section_block(document, document + 1)[0]
+
+    def section_block(self, first: int, stop: int) -> tuple[Sections, NDArray[np.int64]]:
+        """Section tables of documents first to stop - 1 end to end, and [n] rows of each."""
+        if self.section_file is None or self.section_offsets is None:
+            lengths = np.diff(self.index.spans(first, stop))
+            return text_sections(lengths), np.ones_like(lengths)
+        offsets = self.section_offsets.read(first, stop + 1)
+        return self.section_file.read(int(offsets[0]), int(offsets[-1])), np.diff(offsets)
 
     def sample(self, document: int) -> Sample:
         """A whole document with its sections."""
-        return Sample(self.tokens(document), self.sections(document))
+        return Sample(self.tokens(document), self.sections(document), self.continues)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -153,15 +180,16 @@ class Corpus:
 
     def check_tokens(self) -> None:
         """Compare every token id with the vocabulary; DataError names the first bad one."""
-        for start in range(0, len(self.token_map), _SCAN_TOKENS):
-            self._check_ids(self.token_map[start : start + _SCAN_TOKENS], start)
+        total = len(self.token_file)
+        for start in range(0, total, _SCAN_TOKENS):
+            self._check_ids(self.token_file.read(start, min(start + _SCAN_TOKENS, total)), start)
 
     def _check_ids(self, ids: Tokens, position: int) -> None:
         vocab_size = self.manifest.vocab_size
         if not len(ids) or (int(ids.max()) < vocab_size and int(ids.min()) >= 0):
             return
         bad = int(np.flatnonzero((ids >= vocab_size) | (ids < 0))[0])
-        offset = (position + bad) * self.token_map.itemsize
+        offset = (position + bad) * self.token_file.dtype.itemsize
         raise DataError(
             f"{self.path / BIN}: offset {offset}: token id {int(ids[bad])} outside the "
             f"vocabulary of {vocab_size}"
@@ -232,6 +260,7 @@ class CorpusWriter:
         self._sections.close()
         offsets = np.concatenate([[0], np.cumsum(self._section_counts)]).astype("<i8")
         (self._folder / OFFSETS).write_bytes(offsets.tobytes())
+        (self._folder / CONTINUES).write_bytes(self._tokenizer.continues.tobytes())
         self._tokenizer.save(self._folder / TOKENIZER)
         manifest = Manifest(
             kind=self._kind,
@@ -245,7 +274,7 @@ class CorpusWriter:
             supervised_tokens=self._supervised,
             source=dict(source),
             rejects=self.rejects,
-            files=_describe_files(self._folder),
+            files=describe_files(self._folder),
         )
         write_json(self._folder / MANIFEST, asdict(manifest))
 
@@ -293,54 +322,28 @@ def read_manifest(path: Path) -> Manifest:
         raise DataError(f"{file}: {error}") from error
 
 
-def _open_tokens(path: Path, manifest: Manifest) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
-    """Token map and int64 [documents + 1] token offsets, from `.bin` and `.idx`."""
-    dtype, lengths, document_ends = _read_index(path / IDX)
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    offsets = starts[document_ends]
-    _check_size(path / BIN, int(starts[-1]) * dtype.itemsize, f"{path / IDX}")
-    counted = (len(offsets) - 1, int(offsets[-1]))
+def _open_tokens(path: Path, manifest: Manifest) -> tuple[TokenIndex, ArrayFile]:
+    index = open_index(path / IDX)
+    _check_size(path / BIN, index.tokens * index.dtype.itemsize, f"{path / IDX}")
+    counted = (len(index), index.tokens)
     if counted != (manifest.documents, manifest.tokens):
         raise DataError(
             f"{path / IDX}: holds {counted[0]} documents and {counted[1]} tokens, the manifest "
             f"says {manifest.documents} and {manifest.tokens}"
         )
-    return np.memmap(path / BIN, dtype=dtype, mode="r"), offsets
+    return index, ArrayFile(path / BIN, index.dtype, index.tokens)
 
 
-def _read_index(file: Path) -> tuple[np.dtype, NDArray[np.int32], NDArray[np.int64]]:
-    """Token dtype, sequence lengths and document boundaries of a megatron-core index."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header = stream.read(_IDX_HEADER.size)
-    except FileNotFoundError:
-        raise DataError(f"{file}: missing") from None
-    if len(header) < _IDX_HEADER.size or not header.startswith(_IDX_MAGIC):
-        raise DataError(f"{file}: offset 0: not a megatron-core index (bad magic)")
-    _, version, code, sequences, boundaries = _IDX_HEADER.unpack(header)
-    if version != 1 or code not in _IDX_DTYPES:
-        raise DataError(f"{file}: offset 9: version {version} with token type {code}, 1 expected")
-    expected = _IDX_HEADER.size + sequences * (4 + 8) + boundaries * 8
-    if size != expected or not boundaries:
-        raise DataError(
-            f"{file}: {size} bytes, {expected} expected for {sequences} sequences and "
-            f"{boundaries} boundaries: truncated or damaged"
-        )
-    content = np.memmap(file, dtype=np.uint8, mode="r", offset=_IDX_HEADER.size)
-    lengths = content[: 4 * sequences].view("<i4")
-    ends = content[12 * sequences :].view("<i8")
-    if ends[0] != 0 or ends[-1] != sequences or (len(lengths) and lengths.min() < 0):
-        raise DataError(f"{file}: document boundaries or lengths are damaged")
-    return np.dtype(_IDX_DTYPES[code]), lengths, ends
-
-
-def _open_sections(path: Path, manifest: Manifest) -> tuple[Sections, NDArray[np.int64]]:
+def _open_sections(
+    path: Path, manifest: Manifest
+) -> tuple[ArrayFile, ArrayFile] | tuple[None, None]:
+    if manifest.kind == "text" and SECTIONS not in manifest.files:
+        return None, None
     _check_size(path / OFFSETS, 8 * (manifest.documents + 1), f"{path / MANIFEST}")
-    offsets = np.memmap(path / OFFSETS, dtype="<i8", mode="r")
-    size = int(offsets[-1]) * SECTION_DTYPE.itemsize
-    _check_size(path / SECTIONS, size, f"{path / OFFSETS}")
-    return np.memmap(path / SECTIONS, dtype=SECTION_DTYPE, mode="r"), offsets
+    offsets = ArrayFile(path / OFFSETS, "<i8", manifest.documents + 1)
+    count = int(offsets.read(manifest.documents, manifest.documents + 1)[0])
+    _check_size(path / SECTIONS, count * SECTION_DTYPE.itemsize, f"{path / OFFSETS}")
+    return ArrayFile(path / SECTIONS, SECTION_DTYPE, count), offsets
 
 
 def _check_size(file: Path, expected: int, according_to: str) -> None:
@@ -357,14 +360,3 @@ def _check_hashes(path: Path, manifest: Manifest) -> None:
             raise DataError(f"{path / name}: missing")
         if file_sha256(path / name) != entry["sha256"]:
             raise DataError(f"{path / name}: content differs from the sha256 in {MANIFEST}")
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": file_sha256(file),
-        }
-        for file in files
-    }

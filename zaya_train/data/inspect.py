@@ -15,6 +15,7 @@ from zaya_train.data.sections import Kind, Rejected, Role
 from zaya_train.data.trim import Trimmed, trim
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -56,7 +57,9 @@ def inspect_corpus(
     if not 0 <= index < len(corpus):
         raise DataError(f"{path}: document {index} of {len(corpus)}: counted from 0")
     console.print(_summary(corpus))
-    console.print(_histogram(corpus.lengths))
+    console.print(
+        length_histogram(_powers(corpus.lengths), "document lengths (tokens)", "documents")
+    )
     console.print(_document_table(corpus, index))
     kept = trim(corpus.sample(index), budget) if budget else None
     if budget:
@@ -86,19 +89,28 @@ def _summary(corpus: Corpus) -> Table:
     return table
 
 
-def _histogram(lengths: NDArray[np.int64]) -> Table:
-    """Documents per power of two of length."""
-    table = Table(title="document lengths (tokens)")
+def power_of_two(length: int) -> int:
+    """The power of two a length of at least 1 falls into: 1 -> 0, 2 and 3 -> 1, ..."""
+    return length.bit_length() - 1
+
+
+def length_histogram(counts: Mapping[int, int], title: str, counted: str) -> Table:
+    """A table with a bar per power of two; `counts` by power (see power_of_two)."""
+    table = Table(title=title, title_justify="left")
     for name in ("from", "to"):
         table.add_column(name, justify="right")
-    table.add_column("documents", justify="right")
+    table.add_column(counted, justify="right")
     table.add_column("")
-    powers = np.floor(np.log2(np.maximum(lengths, 1))).astype(int)
-    counts = np.bincount(powers)
-    for power in range(int(powers.min()), len(counts)):
-        bar = "#" * round(_BAR_CHARACTERS * int(counts[power]) / int(counts.max()))
-        table.add_row(f"{2**power:,}", f"{2 ** (power + 1) - 1:,}", f"{counts[power]:,}", bar)
+    for power in range(min(counts), max(counts) + 1):
+        count = counts.get(power, 0)
+        bar = "#" * round(_BAR_CHARACTERS * count / max(counts.values()))
+        table.add_row(f"{2**power:,}", f"{2 ** (power + 1) - 1:,}", f"{count:,}", bar)
     return table
+
+
+def _powers(lengths: NDArray[np.int64]) -> dict[int, int]:
+    values, counts = np.unique(np.frexp(lengths)[1] - 1, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _document_table(corpus: Corpus, index: int) -> Table:

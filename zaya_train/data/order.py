@@ -48,10 +48,32 @@ def permutation(size: int, *names: object) -> NDArray[np.int64]:
     return image.astype(np.int64)
 
 
-def shuffled_row(ordinal: int, num_rows: int, *names: object) -> int:
-    """Row that a source's `ordinal`-th draw takes; every epoch is a new permutation."""
+def balanced_row(ordinal: int, num_rows: int, group: int, *names: object) -> int:
+    """Row that a source's `ordinal`-th draw takes, of rows sorted by the work they make.
+
+    Every epoch is a new permutation. In it `group` neighbours in work come one after the other, at
+    ordinals that begin with a multiple of `group`, so that ranks that share them finish together;
+    which group comes when is shuffled, and so is the order inside. Rows left over by whole groups,
+    and by groups that would straddle two epochs, stand singly at the epoch's ends.
+    """
     epoch, position = divmod(ordinal, num_rows)
-    return permuted(position, num_rows, *names, epoch)
+    names = (*names, epoch)
+    head = -epoch * num_rows % group
+    singles = num_rows % group
+    if head > singles:
+        singles += group
+    if singles > num_rows:
+        head, singles = 0, num_rows
+    groups = (num_rows - singles) // group
+    # Which rows stay single moves with the epoch, or the same ones would always stand at its ends.
+    first = permuted(0, singles + 1, *names, "first")
+    number, place = divmod(position - head, group)
+    if 0 <= number < groups:
+        row = permuted(number, groups, *names) * group
+        return first + row + permuted(place, group, *names, number)
+    single = position if number < 0 else position - groups * group
+    row = permuted(single, singles, *names, "single")
+    return row if row < first else row + groups * group
 
 
 @lru_cache(maxsize=256)

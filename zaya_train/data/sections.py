@@ -37,6 +37,7 @@ class Kind(IntEnum):
 class RejectReason(StrEnum):
     """Why a document cannot be used; the codes that manifests and reports count."""
 
+    BAD_ROW = "bad_row"
     NO_MESSAGES = "no_messages"
     UNKNOWN_ROLE = "unknown_role"
     EMPTY_MESSAGE = "empty_message"
@@ -49,6 +50,7 @@ class RejectReason(StrEnum):
     EMPTY_TEXT = "empty_text"
     ANSWERS_EXCEED_BUDGET = "answers_exceed_budget"
     NOT_SUPERVISED = "not_supervised"
+    TOO_FEW_ROLLOUTS = "too_few_rollouts"
 
 
 SECTION_DTYPE = np.dtype(
@@ -74,6 +76,9 @@ class Sample:
 
     tokens: Tokens
     sections: Sections
+    continues: NDArray[np.bool_] | None = None
+    """[vocabulary], True for ids that begin inside a character (Tokenizer.continues): reasoning is
+    not cut before one. None: it may be cut anywhere."""
 
     def supervised(self) -> NDArray[np.bool_]:
         """[n], True where the token is a training target."""
@@ -92,6 +97,13 @@ def supervised_mask(sections: Sections) -> NDArray[np.bool_]:
     """One bool per token of the document the sections tile."""
     lengths = sections["end"].astype(np.int64) - sections["start"]
     return np.repeat(sections["supervised"].astype(bool), lengths)
+
+
+def text_sections(lengths: NDArray[np.int64]) -> Sections:
+    """Section tables of plain documents: one section each, all of it a target."""
+    table = np.zeros(len(lengths), dtype=SECTION_DTYPE)
+    table["end"], table["supervised"] = lengths, True
+    return table
 
 
 def make_sections(rows: list[tuple[int, Role, Kind, int, bool]]) -> Sections:

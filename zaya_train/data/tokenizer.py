@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -22,6 +23,8 @@ from zaya_train.config.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
 
 PAD, END = "<|pad|>", "<|end|>"
 SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"
@@ -74,6 +77,25 @@ class Tokenizer:
         """Identity of the tokenizer: hash of its canonical JSON, independent of where it lies."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
+    @cached_property
+    def continues(self) -> NDArray[np.bool_]:
+        """[vocab_size], True for ids whose first byte continues a UTF-8 character.
+
+        Text cut before such an id would end in a broken character. Known for byte-level
+        vocabularies and for those with byte fallback; others have no such ids.
+        """
+        table = np.zeros(self.vocab_size, dtype=np.bool_)
+        decoder = self.backend.decoder
+        kinds = repr(decoder) if decoder is not None else ""
+        continuation = {_byte_alphabet()[byte] for byte in range(0x80, 0xC0)}
+        fallback = {f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)}
+        for token, index in self.backend.get_vocab(with_added_tokens=False).items():
+            if "ByteLevel" in kinds:
+                table[index] = token[:1] in continuation
+            elif "ByteFallback" in kinds:
+                table[index] = token in fallback
+        return table
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; marker strings in it are encoded as ordinary characters."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -82,6 +104,11 @@ class Tokenizer:
         """`encode` for many texts, on all cores."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def character_offsets(self, text: str) -> list[int]:
+        """First character of every token of `text`, and the length of `text` last."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return [*(start for start, _ in encoding.offsets), len(text)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids, markers included unless `skip_special`."""

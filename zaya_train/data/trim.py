@@ -78,20 +78,20 @@ class ReasoningBlock:
 
 
 def trim(sample: Sample, budget: int) -> Trimmed | Rejected:
-    """Fit a document into `budget` tokens, its closing end token included."""
-    return trim_sections(sample.sections, budget)
+    """Fit a document into `budget` tokens, its closing end token included.
 
-
-def trim_sections(sections: Sections, budget: int) -> Trimmed | Rejected:
-    """`trim` from the section table alone; planning needs no tokens."""
-    total = int(sections["end"][-1])
+    A cut that would fall inside a character moves to the character's start, so up to three tokens
+    of the budget may stay unused there; every other cut uses it up.
+    """
+    total = int(sample.sections["end"][-1])
     if total <= budget:
         return Trimmed(((0, total),), TrimRule.WHOLE, 0)
-    last, earlier = _reasoning(sections)
+    last, earlier = _reasoning(sample.sections)
     excess = total - budget
     last_length = last.length if last else 0
     if last and excess <= last_length:
-        return _without(total, [(last.end - excess, last.end)], TrimRule.TAIL_CUT)
+        cut = (_cut_start(sample, last, excess), last.end)
+        return _without(total, [cut], TrimRule.TAIL_CUT)
     removed = [(block.start - 1, block.end + 1) for block in earlier]
     excess -= sum(end - start for start, end in removed)
     if not earlier or excess > last_length:
@@ -100,8 +100,20 @@ def trim_sections(sections: Sections, budget: int) -> Trimmed | Rejected:
             f"{budget + excess - last_length} tokens without reasoning, budget {budget}",
         )
     if last and excess > 0:
-        removed.append((last.end - excess, last.end))
+        removed.append((_cut_start(sample, last, excess), last.end))
     return _without(total, removed, TrimRule.EARLIER_DROPPED)
+
+
+def _cut_start(sample: Sample, block: ReasoningBlock, excess: int) -> int:
+    """First token to remove so that at least `excess` go and no character is broken."""
+    start = block.end - excess
+    while (
+        sample.continues is not None
+        and block.start < start < block.end
+        and sample.continues[sample.tokens[start]]
+    ):
+        start -= 1
+    return start
 
 
 def _reasoning(sections: Sections) -> tuple[ReasoningBlock | None, list[ReasoningBlock]]:

@@ -16,7 +16,7 @@ from zaya_train.model.layout import SequenceLayout
 from zaya_train.parallel.sequence import local_part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -42,6 +42,11 @@ class PackedRow(Protocol):
         """[documents], padding behind them."""
         ...
 
+    @property
+    def fingerprint(self) -> int:
+        """64-bit signed hash of what the row is, for the ledger."""
+        ...
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -54,6 +59,9 @@ class Batch:
     layout: SequenceLayout
     supervised: int
     """Labels that are not IGNORE_LABEL."""
+    fingerprint: int = 0
+    """Sum of the rows' fingerprints modulo 2^64, signed; 0 on all context-parallel ranks of a group
+    but the first, which share the rows."""
 
 
 def make_batch(
@@ -72,7 +80,13 @@ def make_batch(
         labels=labels.to(device),
         layout=layout,
         supervised=int((labels != IGNORE_LABEL).sum()),
+        fingerprint=wrapped_sum(row.fingerprint for row in rows) if rank == 0 else 0,
     )
+
+
+def wrapped_sum(values: Iterable[int]) -> int:
+    """Sum modulo 2^64 as a signed number, as int64 tensors add."""
+    return (sum(values) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def without_labels(batch: Batch) -> Batch:

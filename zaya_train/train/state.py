@@ -21,6 +21,8 @@ class TrainState:
     supervised_tokens: int = 0
     skipped_steps: int = 0
     """Steps whose gradients were not finite and that changed nothing."""
+    past_rows: tuple[int, ...] = ()
+    """Rows consumed by every phase before this one: where sources go on (data.source)."""
 
     def after_step(self, rows: int, row_tokens: int, supervised: int, applied: bool) -> TrainState:
         """The state once a step over `rows` rows is done."""
@@ -36,11 +38,17 @@ class TrainState:
 
     def next_phase(self) -> TrainState:
         """The state at the start of the following phase: its cursor and schedule begin anew."""
-        return replace(self, phase_index=self.phase_index + 1, phase_step=0, phase_rows=0)
+        return replace(
+            self,
+            phase_index=self.phase_index + 1,
+            phase_step=0,
+            phase_rows=0,
+            past_rows=(*self.past_rows, self.phase_rows),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> TrainState:
-        return TrainState(**values)
+        return TrainState(**{**values, "past_rows": tuple(values["past_rows"])})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zaya_train.parallel.collectives import sum_over
+from zaya_train.train.batch import wrapped_sum
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -50,6 +51,8 @@ class StepResult:
     """False: not finite, so neither weights nor optimizer state changed."""
     stop_signal: int
     """Largest signal number any rank has received, 0 for none."""
+    fingerprint: int = 0
+    """Sum of the fingerprints of all ranks' rows modulo 2^64, signed."""
 
 
 def train_step(
@@ -67,7 +70,9 @@ def train_step(
     rides along on the step's own reduction.
     """
     device = batches[0].tokens.device
-    count = sum_over(torch.tensor(sum(b.supervised for b in batches), device=device))
+    # int64 sums wrap around, which is what a sum of fingerprints means.
+    own = (sum(b.supervised for b in batches), wrapped_sum(b.fingerprint for b in batches))
+    count, fingerprint = sum_over(torch.tensor(own, dtype=torch.int64, device=device)).unbind()
     loss, load = _accumulate(model, batches, count.clamp_min(1), reduction)
     loss, load, heard = _reduce(loss, load, stop_signal)
     shards = optimizer.shards.values()
@@ -77,7 +82,7 @@ def train_step(
         _clip(shards, norm, rates.clip_norm)
         optimizer.step(rates.muon, rates.adamw, load.float())
     model.zero_grad(set_to_none=True)
-    return StepResult(float(loss), float(norm), int(count), load, applied, heard)
+    return StepResult(float(loss), float(norm), int(count), load, applied, heard, int(fingerprint))
 
 
 def _accumulate(

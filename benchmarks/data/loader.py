@@ -1,0 +1,146 @@
+"""Rows a second, resident memory and the balance of steps, from corpora on disk.
+
+    python -m benchmarks.data.loader --megabytes 10 --megabytes 2000 --work build/loader
+    python -m benchmarks.data.loader --traces ../shared/data/reasoning_traces.jsonl --work ...
+
+Every corpus is read by a process of its own, which reports how much memory it held after the first
+and after the last row. Corpora are synthetic conversations of lognormal length, made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from zaya_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from zaya_train.data.corpus import Corpus, write_corpus
+from zaya_train.data.prepare import PrepareRequest, prepare
+from zaya_train.data.sections import Kind, Role, Sample, make_sections
+from zaya_train.data.stream import PhaseStream
+from zaya_train.data.tokenizer import load_tokenizer
+
+CONTEXTS = (4096, 32_768, 131_072)
+RANKS = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--megabytes", type=int, action="append", default=[])
+    parser.add_argument("--traces", type=Path, help="conversations to prepare and read")
+    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the corpora")
+    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        _read(options.child, options.rows)
+        return
+    console = Console(width=160)
+    corpora = [_generated(options.work / f"{size}mb", size) for size in options.megabytes]
+    if options.traces:
+        request = PrepareRequest(
+            input=str(options.traces), output=options.work / "traces", tokenizer=options.tokenizer
+        )
+        corpora.append(prepare(request, console) / "train")
+    for corpus in corpora:
+        # A process that planned holds what planning took; a second one reads the stored plans.
+        command = [sys.executable, "-m", "benchmarks.data.loader", "--work", str(options.work)]
+        command += ["--child", str(corpus), "--rows", str(options.rows)]
+        subprocess.run([*command[:-1], "8"], check=True, capture_output=True)
+        for line in subprocess.run(
+            command, check=True, capture_output=True, text=True
+        ).stdout.splitlines():
+            console.print(f"{corpus}: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _generated(path: Path, megabytes: int) -> Path:
+    """A corpus of about that size; every conversation is a prompt, reasoning and an answer."""
+    if path.is_dir():
+        return path
+    tokenizer, rng = load_tokenizer("bytes"), np.random.default_rng(0)
+    with write_corpus(path, tokenizer, "chat", {"generated": megabytes}) as writer:
+        left = megabytes * 1_000_000 // 2
+        while left > 0:
+            reasoning = int(rng.lognormal(np.log(2000) - 0.5, 1.0))
+            rows = [(1, Role.USER, Kind.MARKUP, 0, False), (50, Role.USER, Kind.PROMPT, 0, False)]
+            rows += [(2, Role.ASSISTANT, Kind.MARKUP, 1, True)]
+            rows += [(reasoning, Role.ASSISTANT, Kind.REASONING, 1, True)]
+            rows += [(1, Role.ASSISTANT, Kind.MARKUP, 1, True)]
+            rows += [(60, Role.ASSISTANT, Kind.ANSWER, 1, True)]
+            sections = make_sections(rows)
+            total = int(sections["end"][-1])
+            writer.add(Sample(rng.integers(8, 264, total), sections))
+            left -= total
+    return path
+
+
+def _read(path: Path, rows: int) -> None:
+    data = DataConfig(sources={"s": SourceConfig(path=str(path))})
+    console = Console(width=160)
+    documents = len(Corpus.open(path))
+    for context in CONTEXTS:
+        phase = PhaseConfig(
+            tokens=context,
+            context_tokens=context,
+            rope_base=1e4,
+            global_batch_tokens=context,
+            mixture={"s": 1.0},
+        )
+        stream = PhaseStream(data, "p", phase, 0)
+        stream.row(0)
+        before, count = _resident_bytes(), max(RANKS, min(rows, rows * 4096 // context * 2))
+        start = time.process_time()
+        for index in range(count):
+            stream.row(index)
+        seconds = time.process_time() - start
+        report = stream.reports["s"]
+        work = np.array([_work(stream, index) for index in range(count // RANKS * RANKS)])
+        steps = work.reshape(-1, RANKS)
+        values = {
+            "context": context,
+            "documents": documents,
+            "rows_per_cpu_second": round(count / seconds),
+            "resident_mb_first_row": round(before / 1e6, 1),
+            "resident_mb_last_row": round(_resident_bytes() / 1e6, 1),
+            "utilisation_percent": round(100 * report.utilisation, 3),
+            "bound_percent": round(100 * report.tokens / (_bound(stream, context) * context), 3),
+            "slowest_of_8": round(float((steps.max(axis=1) / steps.mean(axis=1)).mean()), 3),
+        }
+        console.print(json.dumps(values), markup=False, highlight=False, soft_wrap=True)
+
+
+def _bound(stream: PhaseStream, row_tokens: int) -> int:
+    """Rows that no packing can do without: L2 of Martello and Toth (1990)."""
+    lengths = np.sort(stream.sources["s"].plan.rows()[0].lengths)
+    running = np.concatenate([[0], np.cumsum(lengths)])
+    half = int(np.searchsorted(lengths, row_tokens // 2, side="right"))
+    best = -(-int(running[-1]) // row_tokens)
+    for small in np.unique(lengths[:half]).tolist():
+        first = int(np.searchsorted(lengths, small))
+        alone = int(np.searchsorted(lengths, row_tokens - small, side="right"))
+        shared, room = alone - half, (alone - half) * row_tokens - (running[alone] - running[half])
+        rest = int(running[half] - running[first] - room)
+        rows = len(lengths) - alone + shared + max(0, -(-rest // row_tokens))
+        best = max(best, rows)
+    return best
+
+
+def _work(stream: PhaseStream, index: int) -> int:
+    _, pieces = stream.pieces(index)
+    return int((pieces.lengths**2).sum())
+
+
+def _resident_bytes() -> int:
+    fields = Path("/proc/self/status").read_text(encoding="ascii").split("VmRSS:")[1].split()
+    return int(fields[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()

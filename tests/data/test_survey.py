@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.helpers.tiny import RUN, changed
+from zaya_train.config.build import build
+from zaya_train.config.errors import ConfigError, DataError
+from zaya_train.config.schema import TrainConfig
+from zaya_train.data.survey import survey
+
+from .builders import CorpusFactory, problem, problems
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def config(path: Path, **changes: Any) -> TrainConfig:
+    values = changed(RUN, {"data.sources.problems.path": str(path), "data.validation": {}})
+    made = build(TrainConfig, values)
+    source = replace(made.data.sources["problems"], **changes)
+    return replace(made, data=replace(made.data, sources={"problems": source}))
+
+
+def test_passes_over_a_source_add_up_over_phases(corpora: CorpusFactory) -> None:
+    path = corpora.chat("c", problems(40, longest=30))
+    passes = survey(config(path))
+    assert passes["problems"] > 1
+    survey(config(path, max_epochs=passes["problems"] + 0.01))
+    with pytest.raises(ConfigError, match=r"sources.problems.max_epochs: the plan makes"):
+        survey(config(path, max_epochs=passes["problems"] - 0.01))
+
+
+def test_a_later_phase_without_a_row_is_found_at_the_start(corpora: CorpusFactory) -> None:
+    path = corpora.chat("c", [problem("", answer="x" * 100)])
+    with pytest.raises(DataError, match="no row at context_tokens=64"):
+        survey(config(path))
+
+
+@pytest.mark.parametrize("key", ["max_epochs", "max_documents"])
+def test_settings_must_be_positive(corpora: CorpusFactory, key: str) -> None:
+    path = corpora.chat("c", problems(5, longest=5))
+    with pytest.raises(ConfigError, match=f"sources.problems.{key}: 0 must be positive"):
+        survey(config(path, **{key: 0}))

@@ -1,0 +1,320 @@
+"""One source over the phases of a run: which of its rows each draw takes.
+
+A phase goes on where the phase before stopped. At the same context it draws on from the same plan.
+At another one the rows that are left of the epoch under way are taken apart and planned anew, come
+first, and whole epochs at the new context follow. So no part of a document is seen twice, and none
+is skipped, within an epoch, whatever phases and mixtures did before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zaya_train.config.errors import DataError
+from zaya_train.data.corpus import BIN, IDX, OFFSETS, SECTIONS, Corpus
+from zaya_train.data.order import balanced_row, permutation
+from zaya_train.data.plan_store import StoredPlan, plan_key, stored_plan
+from zaya_train.data.row_plan import (
+    Pieces,
+    PlanSpec,
+    RowPlan,
+    join_pieces,
+    plan_documents,
+    plan_text,
+)
+from zaya_train.data.rows import Row, RowReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+PLANS = "plans"
+
+
+@dataclass(frozen=True)
+class Past:
+    """Rows drawn from a source by earlier phases, at one context after the other."""
+
+    draws: tuple[tuple[int, int], ...] = ()
+    """(row tokens, rows drawn), neighbours of different contexts."""
+
+    def then(self, row_tokens: int, drawn: int) -> Past:
+        """With `drawn` more rows."""
+        if not drawn:
+            return self
+        if self.draws and self.draws[-1][0] == row_tokens:
+            return Past((*self.draws[:-1], (row_tokens, self.draws[-1][1] + drawn)))
+        return Past((*self.draws, (row_tokens, drawn)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRequest:
+    """A source as one phase wants it."""
+
+    name: str
+    seed: int
+    spec: PlanSpec
+    balance_rows: int = 1
+    max_documents: int | None = None
+    plan_dir: str | None = None
+    past: Past = field(default_factory=Past)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What planning a corpus for one context did to its documents and tokens."""
+
+    source: str
+    row_tokens: int
+    rows: int
+    """In an epoch at this context."""
+    carried_rows: int
+    """Left over by earlier phases; they come first."""
+    whole: int
+    tail_cut: int
+    earlier_dropped: int
+    rejected: int
+    """Documents whose answers exceed the context."""
+    unsupervised: int
+    """Documents without a target."""
+    tokens: int
+    """Tokens placed in rows."""
+    removed_tokens: int
+    """Reasoning cut from documents that were placed."""
+    dropped_tokens: int
+    """Tokens of documents left out."""
+    supervised_tokens: int
+    """Targets in an epoch's rows."""
+
+    @property
+    def utilisation(self) -> float:
+        """Real tokens over row capacity."""
+        return self.tokens / (self.rows * self.row_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """A corpus planned for one phase; made by `open_source`. Draws are counted from 0."""
+
+    name: str
+    corpus: Corpus = field(repr=False)
+    request: SourceRequest
+    plan: StoredPlan = field(repr=False)
+    carried: StoredPlan | None = field(repr=False)
+    """Rows that earlier phases at other contexts left of their epoch."""
+    drawn_before: int
+    """Draws from these two plans by earlier phases."""
+    report: PlanReport
+
+    def describe(self) -> dict[str, Any]:
+        """Everything its rows follow from, as plain JSON values."""
+        return {
+            "content": content_key(self.corpus),
+            "plan": self.plan.key,
+            "carried": self.carried.key if self.carried is not None else None,
+            "drawn_before": self.drawn_before,
+            "loss_on": self.request.spec.loss_on,
+            "balance_rows": self.request.balance_rows,
+        }
+
+    def locate(self, draw: int) -> tuple[StoredPlan, int]:
+        """Plan and row of the plan that a draw takes."""
+        ordinal = draw + self.drawn_before
+        spec = self.request.spec
+        names = (self.request.seed, self.name, spec.row_tokens)
+        if self.carried is not None:
+            if ordinal < len(self.carried):
+                group = self.request.balance_rows
+                return self.carried, balanced_row(
+                    ordinal, len(self.carried), group, *names, "carried", self.carried.key
+                )
+            ordinal -= len(self.carried)
+        return self.plan, balanced_row(ordinal, len(self.plan), self.request.balance_rows, *names)
+
+    def begins_epoch(self, draw: int) -> bool:
+        """Whether a draw is the first of a whole pass over the plan of this context."""
+        ordinal = draw + self.drawn_before - (len(self.carried) if self.carried else 0)
+        return ordinal >= 0 and ordinal % len(self.plan) == 0
+
+    def pieces(self, draw: int) -> Pieces:
+        """What stands in a draw's row."""
+        plan, row = self.locate(draw)
+        return plan.row(row)
+
+    def work(self, draw: int) -> int:
+        """Attention work of a draw's row: sum of squared piece lengths."""
+        plan, row = self.locate(draw)
+        return plan.work(row)
+
+    def row(self, draw: int) -> Row:
+        """A draw's row.
+
+        Raises:
+            DataError: a token id outside the vocabulary, a changed corpus.
+        """
+        return self.reader.read(self.pieces(draw))
+
+    @property
+    def reader(self) -> RowReader:
+        """Makes rows of pieces."""
+        spec = self.request.spec
+        return RowReader(self.name, self.corpus, spec.row_tokens, spec.loss_on)
+
+    def epochs(self, drawn: int) -> float:
+        """Passes over the plan of this context that `drawn` draws make."""
+        return drawn / len(self.plan)
+
+
+def content_key(corpus: Corpus) -> str:
+    """Identity of a corpus's tokens, documents and sections."""
+    files = corpus.manifest.files
+    hashes = [str(files[name]["sha256"]) for name in (BIN, IDX, SECTIONS, OFFSETS) if name in files]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def open_source(corpus: Corpus, request: SourceRequest) -> RowSource:
+    """Plan a corpus for a phase, or read the plan made before.
+
+    Raises:
+        DataError: not one row can be made.
+        StorageError: the plan cannot be stored.
+    """
+    planner = _Planner(corpus, request)
+    plan = planner.full(request.spec.row_tokens)
+    if not len(plan):
+        shortest = int(corpus.lengths.min()) if len(corpus) else 0
+        raise DataError(
+            f"source {request.name!r} ({corpus.path}): no row at context_tokens="
+            f"{request.spec.row_tokens}: none of {len(corpus)} documents fits with its answer; the "
+            f"shortest has {shortest} tokens"
+        )
+    before, drawn = planner.split(request.past)
+    carried = planner.carried(before) if before.draws else None
+    facts = plan.facts
+    report = PlanReport(
+        source=request.name,
+        row_tokens=request.spec.row_tokens,
+        rows=len(plan),
+        carried_rows=max(0, len(carried) - drawn) if carried else 0,
+        supervised_tokens=int(plan.array("supervised").sum()),
+        **{name: facts[name] for name in _FACTS},
+    )
+    return RowSource(request.name, corpus, request, plan, carried, drawn, report)
+
+
+_FACTS = (
+    "whole",
+    "tail_cut",
+    "earlier_dropped",
+    "rejected",
+    "unsupervised",
+    "tokens",
+    "removed_tokens",
+    "dropped_tokens",
+)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Finds or makes the plans of one source."""
+
+    corpus: Corpus
+    request: SourceRequest
+
+    def split(self, past: Past) -> tuple[Past, int]:
+        """What was drawn before the present context, and draws already made at it."""
+        if past.draws and past.draws[-1][0] == self.request.spec.row_tokens:
+            return Past(past.draws[:-1]), past.draws[-1][1]
+        return past, 0
+
+    def full(self, row_tokens: int) -> StoredPlan:
+        """Plan of a whole epoch."""
+        spec = replace(self.request.spec, row_tokens=row_tokens)
+
+        def make() -> RowPlan:
+            chosen = self._chosen()
+            if self.corpus.manifest.kind == "chat":
+                return plan_documents(self.corpus, spec, chosen)
+            return self._text(self._whole_text(chosen), spec)
+
+        return self._stored(spec, (), make)
+
+    def carried(self, past: Past) -> StoredPlan:
+        """Plan of what `past` left of its epoch; maybe without a row."""
+
+        def make() -> RowPlan:
+            left = self._left(past)
+            if self.corpus.manifest.kind == "chat":
+                return plan_documents(self.corpus, self.request.spec, left.documents)
+            return self._text(left, self.request.spec)
+
+        return self._stored(self.request.spec, past.draws, make)
+
+    def _left(self, past: Past) -> Pieces:
+        """Pieces of the epoch under way that no draw of `past` took, in the corpus's order."""
+        row_tokens, drawn = past.draws[-1]
+        request = replace(
+            self.request, past=past, spec=replace(self.request.spec, row_tokens=row_tokens)
+        )
+        source = open_source(self.corpus, request)
+        carried = len(source.carried) if source.carried else 0
+        parts: list[Pieces] = []
+        if drawn < carried:
+            ordinals = range(drawn, carried)
+        else:
+            epoch_rows = len(source.plan)
+            done = (drawn - carried) % epoch_rows
+            ordinals = range(drawn, drawn + (epoch_rows - done if done else 0))
+        # Draws are counted from those of the past, which `open_source` has taken into account.
+        parts = [source.pieces(ordinal - drawn) for ordinal in ordinals]
+        if not parts:
+            return Pieces(*(np.empty(0, dtype=np.int64) for _ in Pieces._fields))
+        return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _text(self, pieces: Pieces, spec: PlanSpec) -> RowPlan:
+        """Plan of text pieces, put back into the order of the documents."""
+        rank = np.empty(len(self.corpus), dtype=np.int64)
+        rank[self._document_order()] = np.arange(len(self.corpus))
+        order = np.lexsort((pieces.starts, rank[pieces.documents]))
+        joined = join_pieces(pieces.take(order))
+        return plan_text(joined, self.corpus.lengths[joined.documents], spec.row_tokens)
+
+    def _whole_text(self, chosen: NDArray[np.int64] | None) -> Pieces:
+        documents = np.arange(len(self.corpus)) if chosen is None else chosen
+        lengths = self.corpus.lengths[documents]
+        usable = lengths > 1
+        return Pieces(documents[usable], np.zeros(int(usable.sum()), np.int64), lengths[usable])
+
+    def _document_order(self) -> NDArray[np.int64]:
+        return permutation(len(self.corpus), self.request.seed, self.request.name, "documents")
+
+    def _chosen(self) -> NDArray[np.int64] | None:
+        if self.request.max_documents is None:
+            return None
+        return np.sort(self._document_order()[: self.request.max_documents])
+
+    def _stored(
+        self, spec: PlanSpec, past: tuple[tuple[int, int], ...], make: Callable[[], RowPlan]
+    ) -> StoredPlan:
+        seeded = self.corpus.manifest.kind == "text" or past or self.request.max_documents
+        key = plan_key(
+            {
+                "corpus": content_key(self.corpus),
+                "row_tokens": spec.row_tokens,
+                "max_documents_per_row": spec.max_documents,
+                "loss_on": spec.loss_on,
+                "past": past,
+                "max_documents": self.request.max_documents,
+                # Conversations of a whole corpus are packed alike under every seed and name.
+                "order": [self.request.seed, self.request.name] if seeded else None,
+                "balance_rows": self.request.balance_rows if past else None,
+            }
+        )
+        folder = Path(self.request.plan_dir) if self.request.plan_dir else self.corpus.path / PLANS
+        return stored_plan(folder, key, make)

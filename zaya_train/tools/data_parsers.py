@@ -1,0 +1,149 @@
+"""Arguments of the `zaya data` commands; `main` has the handlers, which import what they run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    Handler = Callable[[argparse.Namespace], int | None]
+
+FIELDS = ("messages", "prompt", "response", "text")
+"""Columns `zaya data prepare` can be told about; see data.fields.FieldOverrides."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_command(commands: Any, name: str, run: Handler, text: str) -> argparse.ArgumentParser:
+    """A subcommand `name` that calls `run` with the parsed options."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_data(commands: Any, handlers: Mapping[str, Handler]) -> None:
+    """`zaya data ...`; `handlers` by subcommand, those of `ledger` as `ledger verify`."""
+    data = commands.add_parser("data", help="make and look at corpora").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    _prepare(add_command(data, "prepare", handlers["prepare"], "tokenize a dataset into a corpus"))
+    _trim(add_command(data, "trim", handlers["trim"], "fit conversations into a token budget"))
+    _synth(add_command(data, "synth", handlers["synth"], "generate reasoning problems as JSONL"))
+    parser = add_command(
+        data, "inspect", handlers["inspect"], "show a corpus and one document's sections"
+    )
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--index", type=int, default=0, help="document to show")
+    parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file with the manifest's sha256 first"
+    )
+    parser = add_command(
+        data, "adopt", handlers["adopt"], "use a Megatron corpus as plain text as it is"
+    )
+    parser.add_argument("--prefix", required=True, type=Path, help="its .bin and .idx, less these")
+    parser.add_argument("--tokenizer", required=True, help="the tokenizer it was made with")
+    parser.add_argument("--output", required=True, type=Path, help="corpus directory to make")
+    _aggregate(
+        add_command(
+            data, "aggregate", handlers["aggregate"], "several attempts to one improved solution"
+        )
+    )
+    _ledger(data, handlers)
+
+
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", required=True, help="JSONL, JSON, text, Parquet, Arrow or a hub name"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="directory for train/ and heldout/"
+    )
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
+    )
+    parser.add_argument(
+        "--heldout-fraction", type=float, default=0.0, help="share kept out of training, 0 to 1"
+    )
+    parser.add_argument(
+        "--answer-marker", help="line start that separates worked steps from the answer"
+    )
+    parser.add_argument("--split", default="train", help="split of a hub dataset")
+    parser.add_argument("--document-characters", type=int, help="cut text files into documents")
+    parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
+    parser.add_argument(
+        "--allow-rejects", action="store_true", help="accept that most documents are rejected"
+    )
+    for name in FIELDS:
+        parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
+
+
+def _trim(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, help="conversations or pairs, as for prepare")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="JSONL; rejects go to OUTPUT.rejected.jsonl"
+    )
+    parser.add_argument(
+        "--budget", required=True, type=int, help="tokens of a whole conversation, markers included"
+    )
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
+    )
+    parser.add_argument("--split", default="train", help="split of a hub dataset")
+    for name in FIELDS[:-1]:
+        parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
+
+
+def _synth(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--count", required=True, type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--families", nargs="+", help="names of problem families; all by default")
+
+
+def _aggregate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", required=True, help="rows of prompt, rollouts and solution")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL of conversations")
+    parser.add_argument("--candidates", type=int, default=4, help="attempts in an example")
+    parser.add_argument("--tail", type=int, default=4096, help="tokens of each attempt's end")
+    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("--seed", type=int, default=0, help="chooses among more attempts")
+
+
+def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
+    ledger = data.add_parser("ledger", help="which document made which step").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    parser = add_command(
+        ledger,
+        "verify",
+        handlers["ledger verify"],
+        "prove that a run read its data once, in order, without loss",
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--plan-only", action="store_true", help="do not read every row to compare fingerprints"
+    )
+    parser = add_command(
+        ledger, "show", handlers["ledger show"], "print the text that a step was made of"
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--rows", type=int, default=4, help="rows to print")
