@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.corpus import Corpus
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 COUNTS = {
     **{str(rule): code for code, rule in enumerate(RULES)},
     "rejected": REJECTED,
@@ -60,8 +60,8 @@ class RowPlan:
     work: NDArray[np.int64]
     """[rows] sum of squared piece lengths, which rises from row to row."""
     facts: Mapping[str, int]
-    """Documents by outcome (COUNTS), `tokens` placed, `removed_tokens` of documents placed and
-    `dropped_tokens` of documents left out."""
+    """Documents by outcome (COUNTS), `tokens` and `supervised_tokens` placed, `removed_tokens` of
+    documents placed and `dropped_tokens` of documents left out."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -150,6 +150,7 @@ def _by_work(
 ) -> RowPlan:
     """Rows sorted by their work; rows of equal work keep their order."""
     work = _sums(pieces.lengths**2, offsets)
+    facts = {**facts, "supervised_tokens": int(supervised.sum())}
     order = np.argsort(work, kind="stable")
     counts = np.diff(offsets)[order]
     sorted_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

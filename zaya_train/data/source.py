@@ -202,7 +202,6 @@ def open_source(corpus: Corpus, request: SourceRequest) -> RowSource:
         row_tokens=request.spec.row_tokens,
         rows=len(plan),
         carried_rows=max(0, len(carried) - drawn) if carried else 0,
-        supervised_tokens=int(plan.array("supervised").sum()),
         **{name: facts[name] for name in _FACTS},
     )
     return RowSource(request.name, corpus, request, plan, carried, drawn, report)
@@ -217,6 +216,7 @@ _FACTS = (
     "tokens",
     "removed_tokens",
     "dropped_tokens",
+    "supervised_tokens",
 )
 
 
