@@ -31,7 +31,6 @@ from zaya_train.config.build import build
 from zaya_train.config.defaults import defaults
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
 from zaya_train.config.schema import PhaseConfig, TrainConfig
-from zaya_train.run import train
 from zaya_train.runtime.files import named_failure
 from zaya_train.tools.data_parsers import FIELDS, add_command, add_data
 
@@ -87,6 +86,9 @@ def _typed(values: DictConfig) -> TrainConfig:
 
 def _train(overrides: list[str]) -> int:
     """`zaya train`: Hydra parses, `run.train` trains. 2 for whatever Hydra itself refuses."""
+    # torch: two seconds of import that the other commands and worker processes do without.
+    from zaya_train.run import train
+
     codes: list[int] = []
 
     def task(values: DictConfig) -> None:
@@ -176,6 +178,7 @@ def _data_prepare(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         allow_rejects=options.allow_rejects,
         workers=options.workers,
+        own_template=options.own_template,
     )
     prepare(request, Console())
 

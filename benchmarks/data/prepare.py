@@ -71,7 +71,8 @@ def main() -> int:
 
 
 def _write_text(options: argparse.Namespace, target: Path) -> None:
-    """The texts of conversations and pairs, one document each."""
+    """The texts of conversations and pairs, one document each, without think tags: those of a text
+    stay text here, where the other tool makes them special tokens."""
     lines = []
     for name in FILES:
         for _, row in open_input(str(options.data / name)).rows():
@@ -79,6 +80,7 @@ def _write_text(options: argparse.Namespace, target: Path) -> None:
                 document = "\n".join(str(message["content"]) for message in row["messages"])
             else:
                 document = "\n".join(value for value in row.values() if isinstance(value, str))
+            document = document.replace("<think>", "").replace("</think>", "")
             lines.append(json.dumps({"text": document}) + "\n")
     target.write_text("".join(lines) * options.repeat, encoding="utf-8")
 

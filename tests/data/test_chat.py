@@ -6,7 +6,6 @@ import pytest
 
 from zaya_train.data.chat import (
     encode_conversations,
-    encode_prompt,
     encode_texts,
     final_answer,
     parse_conversation,
@@ -147,13 +146,6 @@ def test_text_is_one_supervised_section(bytes_tokenizer: Tokenizer) -> None:
     assert len(sample.sections) == 1 and sample.supervised().all()
     assert bytes_tokenizer.decode(sample.tokens) == "some <think> text<|end|>"
     assert sample.tokens[-1] == bytes_tokenizer.end_id
-
-
-def test_prompt_ends_with_the_assistants_token(bytes_tokenizer: Tokenizer) -> None:
-    ids = encode_prompt(bytes_tokenizer, problem("x")[:1])
-    assert bytes_tokenizer.decode(ids) == "<|user|>2+2?<|end|><|assistant|>"
-    with pytest.raises(ValueError, match="unknown_role"):
-        encode_prompt(bytes_tokenizer, [{"role": "robot", "content": "x"}])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.chat import encode_conversations, encode_texts
+from zaya_train.data.chat_template import compile_template
 from zaya_train.data.corpus_writer import make_block
 from zaya_train.data.fields import GSM8K_MARKER, Document, Fields, marked_answer, to_document
 from zaya_train.data.outcome import SHOWN_REJECTS, describe_reject
@@ -61,6 +62,8 @@ class EncodeJob:
     fields: Fields
     heldout_below: int
     """Documents whose group hash is smaller are held out."""
+    own_template: bool = False
+    """Conversations in the tokenizer's own chat template, not the shipped format."""
 
 
 def survey_shard(shard: Shard, fields: Fields, hashed: bool) -> ShardSurvey:
@@ -111,7 +114,7 @@ def _encode_documents(
     heldout_rows: list[str] = []
     examples: list[str] = []
     for batch in _batches(documents):
-        encoded = _encode(tokenizer, job.fields.kind, [document for _, document in batch])
+        encoded = _encode(tokenizer, job, [document for _, document in batch])
         for (place, document), sample in zip(batch, encoded, strict=True):
             held_out = job.heldout_below and document.group_hash() < job.heldout_below
             samples[HELDOUT if held_out else TRAIN].append(sample)
@@ -149,10 +152,13 @@ def _batches(documents: Iterable[LocatedDocument]) -> Iterator[list[LocatedDocum
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, kind: str, batch: Sequence[Document]) -> list[Sample | Rejected]:
-    if kind == "text":
+def _encode(
+    tokenizer: Tokenizer, job: EncodeJob, batch: Sequence[Document]
+) -> list[Sample | Rejected]:
+    if job.fields.kind == "text":
         return encode_texts(tokenizer, [document.text for document in batch])
-    return encode_conversations(tokenizer, [document.messages for document in batch])
+    template = compile_template(tokenizer) if job.own_template else None
+    return encode_conversations(tokenizer, [document.messages for document in batch], template)
 
 
 def _heldout_row(document: Document) -> str:

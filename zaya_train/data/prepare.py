@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zaya_train.config.errors import DataError
+from zaya_train.data.chat_template import compile_template
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.corpus_writer import CorpusWriter, fill_corpus
 from zaya_train.data.encoding import (
@@ -68,6 +69,8 @@ class PrepareRequest:
     """Directory to make."""
     tokenizer: str = "bytes"
     """`bytes`, a tokenizer.json, a folder holding one, or a hub name."""
+    own_template: bool = False
+    """Conversations in the chat template that came with the tokenizer, not the shipped format."""
     fields: FieldOverrides = field(default_factory=FieldOverrides)
     answer_marker: str | None = None
     """Pairs only. Line start that separates worked steps, which become reasoning, from the answer.
@@ -113,6 +116,8 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
     remove_leftovers(request.output)
     source = open_input(request.input, request.split, _document_characters(request))
     tokenizer = load_tokenizer(request.tokenizer)
+    if request.own_template:
+        compile_template(tokenizer)
     receipt = _receipt(request, source, tokenizer)
     console = console or Console(stderr=True)
     kept = _already_made(request, receipt)
@@ -126,7 +131,9 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
                 job = receipt | {"survey": asdict(survey)}
                 with shard_folder(request.output, job, folder / "shards") as shards:
                     _encode_shards(request, source, tokenizer, survey, shards, progress, pool)
-                    examples = _build(folder, shards, source, tokenizer, survey)
+                    examples = _build(
+                        folder, shards, source, tokenizer, survey, request.own_template
+                    )
                 outcome = _outcome(request, folder, examples)
                 write_json(folder / RECEIPT, receipt)
     outcome.show(console, request.output / TRAIN, kept)
@@ -166,7 +173,11 @@ def _document_characters(request: PrepareRequest) -> int:
 
 
 def _receipt(request: PrepareRequest, source: Input, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
+    template: dict[str, Any] = {}
+    if request.own_template and tokenizer.own_template is not None:
+        # Absent otherwise, so that receipts of earlier versions still hold.
+        template = {"own_template": asdict(tokenizer.own_template) | {"file": ""}}
+    return template | {
         "version": RECEIPT_VERSION,
         "input": source.identity(),
         "tokenizer_sha256": tokenizer.sha256,
@@ -190,7 +201,7 @@ def _already_made(request: PrepareRequest, receipt: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         # Never replaced, asked or not: it may be any directory of the user's.
         raise DataError(f"{output}: exists and was not made by data prepare") from None
-    if found == receipt:
+    if found == json.loads(json.dumps(receipt)):
         names = [name for name in (TRAIN, HELDOUT) if (output / name).is_dir()]
         for name in names:
             Corpus.open(output / name)
@@ -251,9 +262,10 @@ def _encode_shards(
         tokenizer=saved,
         fields=survey.fields,
         heldout_below=survey.heldout_below,
+        own_template=request.own_template,
     )
     if pool.count > 1:
-        tokenizer.save(saved)
+        tokenizer.save(saved, request.own_template)
     work = encoder(job, tokenizer if pool.count == 1 else None)
     done = pool.map(work, enumerate(source.shards()))
     for _ in progress.track(done, total=survey.shards, description="tokenising"):
@@ -261,7 +273,12 @@ def _encode_shards(
 
 
 def _build(
-    folder: Path, shards: Path, source: Input, tokenizer: Tokenizer, survey: Survey
+    folder: Path,
+    shards: Path,
+    source: Input,
+    tokenizer: Tokenizer,
+    survey: Survey,
+    own_template: bool,
 ) -> list[str]:
     """Join finished shards to corpora; returns the first rejected documents, with their places."""
     names = [TRAIN, HELDOUT] if survey.heldout_below else [TRAIN]
@@ -271,7 +288,7 @@ def _build(
         writers: dict[str, CorpusWriter] = {}
         for name in names:
             about = source.identity() | {"fields": asdict(survey.fields), "part": name}
-            corpus = fill_corpus(folder / name, tokenizer, survey.fields.kind, about)
+            corpus = fill_corpus(folder / name, tokenizer, survey.fields.kind, about, own_template)
             writers[name] = stack.enter_context(corpus)
         for result in stored_shards(shards, survey.shards):
             for name, block in result.blocks.items():
