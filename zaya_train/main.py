@@ -6,6 +6,7 @@ load plotting, tokenizers and transformers there.
     zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
     zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
     zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+    zaya kernels verify
 """
 
 from __future__ import annotations
@@ -157,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_hub(commands)
     _add_model_use(commands)
     _add_runs(commands)
+    _add_kernels(commands)
     return parser
 
 
@@ -373,3 +375,33 @@ def _smoke(options: argparse.Namespace) -> int:
         overrides=tuple(options.overrides),
     )
     return smoke(request, compose, Console())
+
+
+def _add_kernels(commands: Any) -> None:
+    kernels = commands.add_parser("kernels", help="check the Triton kernels").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    parser = _command(
+        kernels, "verify", _kernels_verify, "interpret them, compile them for absent GPUs, compare"
+    )
+    parser.add_argument("--arch", nargs="+", help="gfx942, gfx950, sm_90; all by default")
+    parser.add_argument("--no-numerics", action="store_true", help="compile only")
+    parser.add_argument(
+        "--write", type=Path, help="replace the golden file and the table of this page"
+    )
+
+
+def _kernels_verify(options: argparse.Namespace) -> int:
+    from zaya_kernels.launch import ARCHITECTURES
+
+    from zaya_train.tools.kernels import VerifyRequest, verify
+
+    chosen = tuple(options.arch or ARCHITECTURES)
+    if unknown := set(chosen) - set(ARCHITECTURES):
+        raise ConfigError(f"--arch: {', '.join(sorted(unknown))}; of {', '.join(ARCHITECTURES)}")
+    if options.write and chosen != ARCHITECTURES:
+        raise ConfigError("--write: the golden file holds every architecture; leave --arch out")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    return verify(VerifyRequest(chosen, not options.no_numerics, options.write), console)

@@ -41,7 +41,7 @@ from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import Reduction, write_full
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.lineage import changes, lineage
-from zaya_train.runtime.device import describe, peak_memory_bytes
+from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import copy_folder_once
 from zaya_train.runtime.log import logging_to
@@ -123,6 +123,7 @@ def train(config: TrainConfig) -> int:
     ranks = start(config.runtime)
     with ExitStack() as stack:
         stack.callback(stop)
+        check_kernels(config.kernels, ranks.device)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))
