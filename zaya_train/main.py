@@ -224,6 +224,9 @@ def _add_data(commands: Any) -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--index", type=int, default=0, help="document to show")
     parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file with the manifest's sha256 first"
+    )
 
 
 def _data_prepare(options: argparse.Namespace) -> None:
@@ -257,7 +260,13 @@ def _data_synth(options: argparse.Namespace) -> None:
 def _data_inspect(options: argparse.Namespace) -> None:
     from zaya_train.data.inspect import inspect_corpus
 
-    inspect_corpus(options.corpus, options.index, options.budget, Console())
+    inspect_corpus(
+        options.corpus,
+        options.index,
+        options.budget,
+        Console(),
+        "hashes" if options.verify else "tokens",
+    )
 
 
 def _add_hub(commands: Any) -> None:

@@ -44,6 +44,7 @@ from zaya_train.runtime.device import describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import copy_folder_once
 from zaya_train.runtime.log import logging_to
+from zaya_train.runtime.lost import naming_lost_ranks
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
 from zaya_train.train.attempts import record_attempt
@@ -240,6 +241,7 @@ def _run_phase(
                 config.data.prefetch_batches,
             )
         )
+        stack.enter_context(naming_lost_ranks(degrees, config.runtime.step_timeout_seconds))
         state, stopped = run_phase(_phase_run(context, built, hooks, unit), batches, state)
     if not stopped:
         context.metrics.write("phase", name=name, event="end", step=state.step)

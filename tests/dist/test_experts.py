@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HIDDEN, EXPERTS = 5, 8
 SKIP = EXPERTS
-CHOICES = {
+CHOICES: dict[str, list[list[int]]] = {
     # Of every rank; ranks beyond the list start over.
     "mixed": [[3, 8, 0, 7, 0, 5, 2, 8, 3], [1, 1, 6, 4], [8, 2, 5, 5, 7, 0], [0, 7, 3]],
     "one expert takes everything": [[5, 5, 5], [5], [5, 5], [5, 5, 5, 5]],
@@ -60,7 +60,7 @@ def pass_through(
     tokens = tokens.clone().requires_grad_()
     route = dispatcher.route(choice, EXPERTS)
     rows = dispatcher.dispatch(tokens, route)
-    pieces = zip(rows.split(route.counts.tolist()), experts, strict=True)
+    pieces = zip(torch.split(rows, route.counts.tolist()), experts, strict=True)
     out = dispatcher.combine(torch.cat([piece @ matrix for piece, matrix in pieces]), route)
     torch.autograd.backward((out * torch.arange(1.0, HIDDEN + 1)).square().sum())
     assert tokens.grad is not None
@@ -86,8 +86,8 @@ def against_the_local_one(name: str) -> dict[str, float]:
     assert rows.shape == flat[0][first:last].shape
     pairs = {
         "rows": (rows, flat[0][first:last]),
-        "out": (out, flat[1].split(sizes)[rank]),
-        "gradient": (grad, flat[2].split(sizes)[rank]),
+        "out": (out, torch.split(flat[1], sizes)[rank]),
+        "gradient": (grad, torch.split(flat[2], sizes)[rank]),
     }
     if mine.grad is not None or everything.grad is not None:
         assert mine.grad is not None and everything.grad is not None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tests.faults.states import differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import StorageError
-from zaya_train.train import saving, storage
+from zaya_train.train import storage
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows
 from zaya_train.train.restore import load_full
@@ -159,17 +159,13 @@ def _required_save_of_a_disk_that_recovers(run_dir: Path) -> list[str]:
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-    real_sleep = saving.time.sleep
 
-    def sleep(seconds: float) -> None:
+    def recover(_: float) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        real_sleep(seconds)
 
-    saving.time.sleep = sleep
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zaya_train.train.saving.time.sleep", recover)
         Saver(store, metrics, run_dir, 0.0).save(state, record(1), required=True)
-    finally:
-        saving.time.sleep = real_sleep
     return _names(run_dir / "checkpoints")
 
 

@@ -72,3 +72,38 @@ def assert_low_precision(
     rounded = {name: value.to(dtype) for name, value in inputs.items()}
     exact = run_pass(run, "reference", {name: value.double() for name, value in rounded.items()})
     assert_close(run_pass(run, "eager", rounded), exact, tolerance)
+
+
+def assert_no_worse(
+    run: Run, inputs: Mapping[str, Tensor], backend: str, slack: float = 1.1
+) -> dict[str, float]:
+    """Errors of `backend` against float64 are at most those of eager torch on the same inputs.
+
+    `slack` and an eighth of the coarsest rounding step leave room for chance: both back ends round
+    equally often, but not the same intermediate values. Returns the ratios.
+    """
+    exact = run_pass(run, "reference", {name: value.double() for name, value in inputs.items()})
+    found, usual = run_pass(run, backend, inputs), run_pass(run, "eager", inputs)
+    pairs = {f"output {i}": i for i in range(len(exact.outputs))}
+    worse, ratios = {}, {}
+    for name in [*pairs, *exact.gradients]:
+        values = [
+            passed.outputs[pairs[name]] if name in pairs else passed.gradients[name]
+            for passed in (found, usual, exact)
+        ]
+        assert values[0].dtype == values[1].dtype, name
+        mine, theirs = error(values[0], values[2]), error(values[1], values[2])
+        ratios[name] = mine / max(theirs, 1e-30)
+        if mine > slack * theirs + torch.finfo(values[0].dtype).eps / 8:
+            worse[name] = (mine, theirs)
+    assert worse == {}
+    return ratios
+
+
+def assert_bitwise(run: Run, inputs: Mapping[str, Tensor], backend: str) -> None:
+    """Two runs give the same bits."""
+    first, second = (run_pass(run, backend, inputs) for _ in range(2))
+    for a, b in zip(first.outputs, second.outputs, strict=True):
+        assert torch.equal(a, b)
+    for name, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[name]), name

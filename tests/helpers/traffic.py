@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +31,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.operands: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.operands: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, name = func._schema.name.split("::")
@@ -39,9 +40,10 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
             group = ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
             operand: Tensor = args[0][0] if kind == "all_reduce" else args[1]
             size = operand.numel() * operand.element_size()
-            self.operands[kind, group.size()].append(size)
+            ranks = tuple(dist.get_process_group_ranks(group))
+            self.operands[kind, ranks].append(size)
         return func(*args, **(kwargs or {}))
 
     def sent_bytes(self, kind: str) -> int:
-        """Of one kind, over groups of every size."""
+        """Of one kind, over every group."""
         return sum(sum(sizes) for (k, _), sizes in self.operands.items() if k == kind)

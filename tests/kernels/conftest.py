@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Before anything imports Triton: its kernels are interpreted in this suite's process. What compiles
+# them (workshop.compile) runs in processes of its own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -37,3 +42,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> None:
+    """Triton's interpreter with bf16 mended and memory watched."""
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    from zaya_kernels.workshop.interpreter import install
+
+    install()

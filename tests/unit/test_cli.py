@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +43,22 @@ def test_inspect_shows_a_document(folder: Path, capsys: pytest.CaptureFixture[st
     words = ["data", "inspect", str(folder / "corpus" / "train"), "--index", "1", "--budget", "40"]
     assert main(words) == 0
     assert "documents" in capsys.readouterr().out
+
+
+def test_inspect_verifies_every_byte_when_asked(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "corpus"
+    shutil.copytree(folder / "corpus" / "train", corpus)
+    words = ["data", "inspect", str(corpus)]
+    assert main([*words, "--verify"]) == 0
+    sections = bytearray((corpus / "sections.bin").read_bytes())
+    sections[-1] ^= 1
+    (corpus / "sections.bin").write_bytes(sections)
+    capsys.readouterr()
+    assert main([*words, "--verify"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sections.bin: content differs from the sha256" in line
 
 
 def test_generate_answers_every_prompt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

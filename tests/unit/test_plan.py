@@ -1,4 +1,4 @@
-"""The plan as pure functions: schedules, batch ramp, steps, positions, carry-over."""
+"""The plan as pure functions: schedules, batch ramp, steps, carry-over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.derive import phase_sequences, sequences_per_step
 from zaya_train.config.schema import BatchRampConfig, PhaseConfig, ScheduleConfig, ScheduleKind
 from zaya_train.phases.carry import carry_over
-from zaya_train.phases.plan import Plan, batch_sequences, schedule_factor, steps_in
+from zaya_train.phases.plan import batch_sequences, schedule_factor, steps_in
 
 TOTAL = 1000
 PHASE = tiny().plan.phases["short"]
@@ -148,26 +148,6 @@ def test_steps_without_a_ramp_equal_iterating(rows: int, unit: int) -> None:
 def test_a_phases_tokens_are_rounded_up_to_rows() -> None:
     assert phase_sequences(replace(PHASE, tokens=65)) == 2
     assert phase_sequences(replace(PHASE, tokens=64)) == 1
-
-
-def test_position_is_exact_at_the_borders() -> None:
-    plan = Plan.of(tiny().plan)
-    short, long = 8 * 4 * 64, 5 * 2 * 128
-    positions = {tokens: plan.at(tokens) for tokens in (0, 1, short - 1, short, short + long - 1)}
-    assert [p.phase for p in positions.values()] == ["short"] * 3 + ["long"] * 2
-    assert [p.index for p in positions.values()] == [0, 0, 0, 1, 1]
-    assert positions[0].fraction == 0
-    assert positions[short - 1].fraction == (short - 1) / short
-    assert positions[short].fraction == 0
-    end = plan.at(short + long)
-    assert (end.phase, end.index, end.fraction) == ("long", 1, 1.0)
-    assert plan.at(10**15) == end
-
-
-def test_position_is_a_pure_function() -> None:
-    plan = Plan.of(tiny().plan)
-    order = [3000, 5, 2048, 2047]
-    assert [plan.at(t) for t in order] == [Plan.of(tiny().plan).at(t) for t in order]
 
 
 def test_carry_over_says_what_changes_and_what_is_kept() -> None:

@@ -245,24 +245,6 @@ def test_seeds_repeat_and_differ_between_ranks() -> None:
     torch.set_rng_state(state[2])
 
 
-def _stop_step(signalled_rank: int, number: int) -> tuple[int, str, str | None]:
-    with StopFlag() as flag:
-        for step in range(20):
-            if dist.get_rank() == signalled_rank and step == 5:
-                os.kill(os.getpid(), number)
-            stop = flag.agreed()
-            if stop:
-                return step, stop.name, flag.received.name if flag.received else None
-    return -1, "none", None
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(number: signal.Signals) -> None:
-    quiet, signalled = run_ranks(_stop_step, 2, 1, int(number))
-    assert quiet == (5, number.name, None)
-    assert signalled == (5, number.name, number.name)
-
-
 def test_later_signals_change_nothing_but_a_second_interrupt_does() -> None:
     with StopFlag() as flag:
         assert flag.received is None

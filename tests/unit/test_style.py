@@ -79,11 +79,15 @@ def wide_functions(source: str) -> list[str]:
     }
     found = []
     for function in (node for node in ast.walk(tree) if isinstance(node, Function)):
-        jitted = any(".jit" in ast.unparse(decorator) for decorator in function.decorator_list)
         count = len(argument_names(function))
-        if count > MAX_ARGUMENTS and id(function) not in exempt and not jitted:
+        if count > MAX_ARGUMENTS and id(function) not in exempt and not is_kernel(function):
             found.append(f"{function.lineno}: {function.name} takes {count} arguments")
     return found
+
+
+def is_kernel(function: Function) -> bool:
+    """Whether Triton compiles the function; its language has no annotations of types."""
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
 
 
 def argument_names(function: Function) -> list[str]:
@@ -94,7 +98,11 @@ def argument_names(function: Function) -> list[str]:
 
 
 def missing_return_types(source: str) -> list[str]:
-    return [f"{f.lineno}: {f.name}" for f in functions_of(source) if f.returns is None]
+    return [
+        f"{f.lineno}: {f.name}"
+        for f in functions_of(source)
+        if f.returns is None and not is_kernel(f)
+    ]
 
 
 def broad_excepts(source: str) -> list[str]:
@@ -248,6 +256,8 @@ HOME = "/ho" + "me/someone/data"
         ("wide_functions", "def f(a, b, c, d, e, /, f, *, g, h, i) -> None: ..."),
         ("missing_return_types", "def f(): ..."),
         ("missing_return_types", "def f() -> None:\n  def g(): ..."),
+        ("missing_return_types", "@torch.jit.script\ndef f(): ..."),
+        ("wide_functions", f"@numba.jit\ndef f({NINE}) -> None: ..."),
         ("broad_excepts", "try: f()\nexcept Exception as error: g()"),
         ("broad_excepts", "try: f()\nexcept (ValueError, BaseException): g()"),
         ("broad_excepts", "try: f()\nexcept: g()"),
@@ -276,6 +286,7 @@ def test_a_planted_offence_is_caught(rule: str, offence: str) -> None:
         ("wide_functions", "class A:\n  def f(self, a, b, c, d, e, f, g, h) -> None: ..."),
         ("wide_functions", f"class A(autograd.Function):\n  def forward(ctx, {NINE}) -> None: ..."),
         ("wide_functions", f"@triton.jit\ndef kernel({NINE}) -> None: ..."),
+        ("missing_return_types", "@triton.jit\ndef kernel(x): ..."),
         ("broad_excepts", "try: f()\nexcept (OSError, CheckpointException): g()"),
         ("broad_excepts", "try: f()\nexcept BaseException:\n  g()\n  raise"),
         ("prints", "console.print('hello')"),

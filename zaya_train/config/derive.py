@@ -40,6 +40,18 @@ class Layout:
         """Ranks that hold parts of the same experts."""
         return self.fsdp // self.expert
 
+    def shared_axes(self, rank: int, other: int) -> list[str]:
+        """Axes along which two ranks of the world are in one group."""
+        same = {
+            "replicate": rank % self.fsdp == other % self.fsdp,
+            "fsdp": rank // self.fsdp == other // self.fsdp,
+            "context": rank // self.context == other // self.context,
+        }
+        if self.expert > 1:
+            same["expert_shard"] = same["fsdp"] and rank % self.expert == other % self.expert
+            same["expert"] = rank // self.expert == other // self.expert
+        return [axis for axis, shared in same.items() if shared]
+
     @property
     def data(self) -> int:
         """Ranks that read different rows."""

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 MODEL_MAY_CHANGE = frozenset({"rope_base", "max_context_tokens", "init_std"})
 """Model fields in which two stages of one model may differ: phases set the RoPE base and thereby
 the context, and the initialisation is over."""
+_ORDERED = frozenset({"plan.phases"})
+"""Mappings whose order is the order of training."""
 ABSENT = "absent"
 """Stands for the value of a key that one side lacks."""
 
@@ -19,8 +21,8 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old value, new value) of every key that differs, in the order of `new`.
 
-    A mapping whose keys are the same but stand in another order differs as a whole, by its list of
-    keys: the order of a plan's phases is the order of training.
+    Where the order of keys means something, another order of the same ones is a difference too, of
+    the lists of keys.
     """
     found: dict[str, tuple[Any, Any]] = {}
     for key in [*new, *(key for key in old if key not in new)]:
@@ -30,8 +32,8 @@ def differences(
             found |= differences(before, now, name)
         elif before != now:
             found[name] = (before, now)
-    if old.keys() == new.keys() and list(old) != list(new):
-        found[path or "config"] = (list(old), list(new))
+    if path in _ORDERED and old.keys() == new.keys() and list(old) != list(new):
+        found[path] = (list(old), list(new))
     return found
 
 

@@ -41,6 +41,10 @@ class StorageError(ZayaError):
     exit_code = EXIT_STORAGE
 
 
+class LostRankError(ZayaError):
+    """A rank died or hangs while others wait for it in a collective."""
+
+
 class NumericsError(ZayaError):
     """Non-finite values that training must not continue through."""
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.corpus import Corpus
+from zaya_train.data.corpus import Corpus, Verify
 from zaya_train.data.sections import Kind, Rejected, Role
 from zaya_train.data.trim import Trimmed, trim
 
@@ -33,7 +33,13 @@ REMOVED_STYLE = "red strike"
 _BAR_CHARACTERS = 40
 
 
-def inspect_corpus(path: str | Path, index: int, budget: int | None, console: Console) -> None:
+def inspect_corpus(
+    path: str | Path,
+    index: int,
+    budget: int | None,
+    console: Console,
+    verify: Verify = "tokens",
+) -> None:
     """Print a summary, a length histogram, and document `index`.
 
     Args:
@@ -41,11 +47,12 @@ def inspect_corpus(path: str | Path, index: int, budget: int | None, console: Co
         index: document to show, from 0.
         budget: tokens; what trimming to it would remove is struck out. None shows all.
         console: where to print.
+        verify: what to check first, as `Corpus.open` does; `hashes` reads every byte.
 
     Raises:
         DataError: no readable corpus, or no such document.
     """
-    corpus = Corpus.open(path, verify="tokens")
+    corpus = Corpus.open(path, verify)
     if not 0 <= index < len(corpus):
         raise DataError(f"{path}: document {index} of {len(corpus)}: counted from 0")
     console.print(_summary(corpus))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from zaya_train.config.errors import DataError
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.data.order import permutation
 from zaya_train.data.packing import Indices, PackedRows, TextRows, pack_best_fit, split_text
 from zaya_train.data.sections import Rejected
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.corpus import Corpus
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = IGNORE_LABEL
 
 
 @dataclass(frozen=True, eq=False)

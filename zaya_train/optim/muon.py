@@ -20,6 +20,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from zaya_kernels.dtypes import DTYPES
 from zaya_kernels.newton_schulz.op import newton_schulz
 
 from zaya_train.optim.exchange import Exchange
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from zaya_train.optim.exchange import Groups, Piece, Round
     from zaya_train.optim.shards import Shard
     from zaya_train.optim.table import MatrixView
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Muon:
@@ -60,8 +59,8 @@ class Muon:
         self.backend = backend
         self.shards = list(shards)
         self.views = list(views)
-        dtype = _DTYPES[config.newton_schulz_dtype]
-        self.momentum = [shard.state(_DTYPES[config.momentum_dtype]) for shard in self.shards]
+        dtype = DTYPES[config.newton_schulz_dtype]
+        self.momentum = [shard.state(DTYPES[config.momentum_dtype]) for shard in self.shards]
         counts = _local_counts(self.shards, self.views)
         _check_replicas([shard.name for shard in self.shards], counts, groups, self.device)
         held = _gathered(counts, groups.fsdp, self.device)
@@ -116,7 +115,7 @@ class Muon:
         self, part: Round, batches: dict[tuple[int, int], Tensor]
     ) -> dict[int, Tensor]:
         """Newton-Schulz of batches [N, n, k] by shape; the results by matrix."""
-        dtype, steps = _DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
+        dtype, steps = DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
         for shape, batch in batches.items():
             batches[shape] = newton_schulz(batch, steps, dtype, self.backend)
         return _by_matrix(part, batches)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from zaya_kernels.dtypes import DTYPES
 
 from zaya_train.parallel.collectives import row_counts
 from zaya_train.parallel.experts import divide_experts
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import AccumulationKind, ParallelConfig, PrecisionConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.parallel.mesh import Mesh
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def shard(

@@ -1,50 +1,18 @@
-"""The plan: phases as rows, lookups as pure functions of what has been consumed.
+"""Batch sizes, steps and learning rates of a phase as pure functions of what it has consumed.
 
-Counting is in rows (sequences of a phase's context length), so every position is an exact integer.
+Counting is in rows (sequences of a phase's context length), so every position is an exact integer;
+where a run stands is its TrainState's phase and rows (docs/decisions/0006).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zaya_train.config.derive import phase_sequences, sequences_per_step
 
 if TYPE_CHECKING:
-    from zaya_train.config.schema import PhaseConfig, PlanConfig, ScheduleConfig
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a number of consumed tokens lies in the plan."""
-
-    phase: str
-    index: int
-    fraction: float
-    """Share of the phase behind us, 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The run's phases in order."""
-
-    phases: tuple[tuple[str, PhaseConfig], ...]
-
-    @staticmethod
-    def of(config: PlanConfig) -> Plan:
-        return Plan(tuple(config.phases.items()))
-
-    def at(self, tokens: int) -> Position:
-        """The phase that token number `tokens` (0-based) of the run belongs to; the end of the last
-        phase once the plan is used up."""
-        begin = 0
-        for index, (name, phase) in enumerate(self.phases):
-            size = phase_sequences(phase) * phase.context_tokens
-            if tokens < begin + size:
-                return Position(name, index, (tokens - begin) / size)
-            begin += size
-        return Position(self.phases[-1][0], len(self.phases) - 1, 1.0)
+    from zaya_train.config.schema import PhaseConfig, ScheduleConfig
 
 
 def batch_sequences(phase: PhaseConfig, consumed: int, unit: int) -> int:

@@ -1,17 +1,15 @@
 """Stopping on request: a signal to any rank stops all ranks at the same step.
 
 Schedulers warn before they kill (SIGTERM on preemption, SIGUSR1 ahead of a time limit, SIGINT from
-a keyboard), and not all ranks hear it at the same step. The handler only records the signal; the
-loop asks `agreed` once per step, saves if a rank heard one, and exits with the requeue code.
+a keyboard), and not all ranks hear it at the same step. The handler only records the signal; every
+step carries what its rank has heard to all of them (`train.step`), and the loop saves and exits
+with the requeue code.
 """
 
 from __future__ import annotations
 
 import signal
 from typing import TYPE_CHECKING, Any
-
-import torch
-import torch.distributed as dist
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -59,16 +57,6 @@ class StopFlag:
     def received(self) -> signal.Signals | None:
         """The first signal this rank heard."""
         return signal.Signals(self._received) if self._received else None
-
-    def agreed(self, group: dist.ProcessGroup | None = None) -> signal.Signals | None:
-        """The stop signal all ranks of `group` act on now, or None. Collective (one all-reduce).
-
-        `group` needs a gloo backend for CPU tensors; None is the world group.
-        """
-        heard = torch.tensor([self._received], dtype=torch.int64)
-        dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=group)
-        number = int(heard.item())
-        return signal.Signals(number) if number else None
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self._received and number == signal.SIGINT:

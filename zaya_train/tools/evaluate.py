@@ -135,7 +135,8 @@ def print_report(report: EvalReport, console: Console, title: str = "exact match
     table.add_column("family")
     for name in ("correct", "total", "accuracy"):
         table.add_column(name, justify="right")
-    for family, (correct, total) in report.by_family.items():
+    families = report.by_family if len(report.by_family) > 1 else {}
+    for family, (correct, total) in families.items():
         table.add_row(family, str(correct), str(total), f"{correct / total:.1%}")
     table.add_section()
     table.add_row("all", str(report.correct), str(report.total), f"{report.accuracy:.1%}")

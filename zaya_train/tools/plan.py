@@ -17,6 +17,7 @@ from zaya_train.model.zaya import ZayaModel
 from zaya_train.optim.owners import matrices_of, plan
 from zaya_train.optim.table import assign, summary
 from zaya_train.parallel.collectives import row_counts
+from zaya_train.parallel.traffic import Traffic, Work
 from zaya_train.phases.carry import carry_over
 from zaya_train.phases.plan import steps_in
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import ModelConfig, TrainConfig
     from zaya_train.optim.owners import Plan
 
-_GIB = 2**30
+_GIB, _MIB = 2**30, 2**20
 _FP32_BYTES, _BF16_BYTES = 4, 2
 
 
@@ -57,6 +58,7 @@ def show_plan(request: PlanRequest, console: Console) -> None:
     console.print(_memory_table(request))
     lines = "\n".join(_optimizer_lines(request))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
+    console.print(_traffic_table(request))
     for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
         table = Table(title=f"{before_name} -> {name}", title_justify="left")
         for column in ("item", "fate", "detail"):
@@ -100,6 +102,31 @@ def _phase_table(request: PlanRequest) -> Table:
             str(rows // unit),
             f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
         )
+    return table
+
+
+def _traffic_table(request: PlanRequest) -> Table:
+    """Operands of every collective but the optimizer's; tokens spread evenly over the experts and
+    none of them skipping."""
+    config = request.config
+    table = Table(title="handed to collectives per rank and step", title_justify="left")
+    for column in ("phase", "what", "collective", "axis"):
+        table.add_column(column)
+    table.add_column("MiB", justify="right")
+    for name, phase in config.plan.phases.items():
+        degrees = layout(phase, config.parallel, request.ranks)
+        rows, length = phase.micro_batch_sequences, phase.context_tokens
+        micro = phase.global_batch_tokens // length // (degrees.data * rows)
+        tokens = config.model.num_layers * micro * rows * length // degrees.context
+        work = Work(micro, rows, length, tokens, tokens)
+        traffic = Traffic(config.model, config.parallel, config.precision, degrees, work)
+        flows = traffic.flows()
+        for flow in flows:
+            if flow.bytes >= _MIB:
+                table.add_row(name, flow.what, flow.kind, flow.axis, f"{flow.bytes / _MIB:,.1f}")
+        rest = sum(flow.bytes for flow in flows if flow.bytes < _MIB)
+        table.add_row(name, "everything below 1 MiB", "", "", f"{rest / _MIB:,.1f}")
+        table.add_section()
     return table
 
 

@@ -7,6 +7,7 @@ comparison of the two bit for bit, export, reload through transformers, sampled 
 from __future__ import annotations
 
 import shutil
+import textwrap
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from zaya_train.tools.compare import compare_runs
 from zaya_train.tools.evaluate import (
     EvalReport,
     EvalRequest,
+    EvalSample,
     exact_match,
     print_report,
     read_rows,
@@ -64,6 +66,7 @@ _TRAINED_TOKENS = 640
 """Replies are cut here: the longest traces, about one problem in a hundred, count as wrong, and the
 evaluation stays a small part of the run."""
 _SAMPLES = 3
+_SHOWN_CHARACTERS = 240
 
 
 @dataclass(frozen=True)
@@ -193,12 +196,19 @@ def _trained(job: _Job, model_dir: Path, run_dir: Path) -> EvalReport | None:
     rows = _problems(job)
     result = exact_match(model_dir, rows, EvalRequest(max_new_tokens=_TRAINED_TOKENS))
     for sample in result.samples[:_SAMPLES]:
-        job.console.print(
-            f"  {sample.prompt}  ->  {sample.reply}  (expected {sample.answer})", markup=False
-        )
+        job.console.print(_sample_line(sample), markup=False)
     print_report(result, job.console)
     write_report(result, run_dir / "evaluation" / "trained.json")
     return result
+
+
+def _sample_line(sample: EvalSample) -> str:
+    """One question with its reply, long texts shortened."""
+    prompt, reply = (
+        textwrap.shorten(text, _SHOWN_CHARACTERS, placeholder=" ...")
+        for text in (sample.prompt, sample.reply)
+    )
+    return f"  {prompt}  ->  {reply}  (expected {sample.expected})"
 
 
 def _problems(job: _Job) -> list[dict[str, Any]]:

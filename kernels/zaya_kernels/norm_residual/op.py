@@ -10,10 +10,33 @@ from zaya_kernels.norm_residual.eager import residual_eager, rms_norm_eager
 from zaya_kernels.norm_residual.reference import residual_reference, rms_norm_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-RESIDUAL_BACKENDS = {"eager": residual_eager, "reference": residual_reference}
-NORM_BACKENDS = {"eager": rms_norm_eager, "reference": rms_norm_reference}
+
+def _residual_triton(*tensors: Tensor) -> Tensor:
+    from zaya_kernels.norm_residual.triton import residual_triton
+
+    return residual_triton(*tensors)
+
+
+def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    from zaya_kernels.norm_residual.triton import rms_norm_triton
+
+    return rms_norm_triton(x, weight, eps)
+
+
+RESIDUAL_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "eager": residual_eager,
+    "reference": residual_reference,
+    "triton": _residual_triton,
+}
+NORM_BACKENDS = {
+    "eager": rms_norm_eager,
+    "reference": rms_norm_reference,
+    "triton": _rms_norm_triton,
+}
 
 
 @dataclass(frozen=True)
@@ -28,18 +51,34 @@ class ResidualScales:
 
 def residual(stream: Tensor, branch: Tensor, scales: ResidualScales, backend: str) -> Tensor:
     """(stream + b_res) * a_res + (branch + b_out) * a_out, [B, S, D], in fp32 or higher."""
-    run = pick("norm_residual", RESIDUAL_BACKENDS, backend)
-    return run(
-        stream,
-        branch,
-        scales.stream_scale,
-        scales.stream_bias,
-        scales.branch_scale,
-        scales.branch_bias,
-    )
+    return pick("norm_residual", RESIDUAL_BACKENDS, backend)(stream, branch, *_vectors(scales))
+
+
+def _vectors(scales: ResidualScales) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return scales.stream_scale, scales.stream_bias, scales.branch_scale, scales.branch_bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim, computed in fp32 or higher, returned in
     the dtype of `weight`."""
     return pick("norm_residual", NORM_BACKENDS, backend)(x, weight, eps)
+
+
+def residual_norm(
+    stream: Tensor,
+    branch: Tensor,
+    scales: ResidualScales,
+    weight: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`residual`, and `rms_norm` of its result: the new stream and the next block's input.
+
+    One pass over the stream where the back end fuses them (triton).
+    """
+    if backend == "triton":
+        from zaya_kernels.norm_residual.triton import residual_norm_triton
+
+        return residual_norm_triton(stream, branch, _vectors(scales), weight, eps)
+    out = residual(stream, branch, scales, backend)
+    return out, rms_norm(out, weight, eps, backend)

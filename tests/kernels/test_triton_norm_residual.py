@@ -1,0 +1,103 @@
+"""Triton residual scaling and RMSNorm, interpreted, against float64 and against eager torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
+
+from ..helpers.kernels import assert_bitwise, assert_no_worse, random
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+SHAPES = [(1, 1, 64), (2, 7, 100), (1, 33, 256)]
+
+
+def inputs_of(
+    shape: tuple[int, int, int], dtype: torch.dtype, names: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    vectors = (*ResidualScales.__dataclass_fields__, "weight")
+    made = {"stream": random(*shape, seed=1, dtype=torch.float32)}
+    made["branch"] = random(*shape, seed=2, dtype=dtype)
+    made |= {name: random(shape[-1], seed=3 + i, dtype=dtype) for i, name in enumerate(vectors)}
+    return {name: value for name, value in made.items() if not names or name in names}
+
+
+def scales_of(x: Mapping[str, Tensor]) -> ResidualScales:
+    return ResidualScales(**{name: x[name] for name in ResidualScales.__dataclass_fields__})
+
+
+def fused(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return residual_norm(x["stream"], x["branch"], scales_of(x), x["weight"], 1e-5, backend)
+
+
+def add(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return [residual(x["stream"], x["branch"], scales_of(x), backend)]
+
+
+def norm(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return [rms_norm(x["stream"], x["weight"], 1e-5, backend)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_is_as_exact_as_eager(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    assert_no_worse(fused, inputs_of(shape, dtype), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_either_half_is_as_exact_as_eager(dtype: torch.dtype) -> None:
+    names = ("stream", "branch", *ResidualScales.__dataclass_fields__)
+    assert_no_worse(add, inputs_of(SHAPES[1], dtype, names), "triton")
+    assert_no_worse(norm, inputs_of(SHAPES[1], dtype, ("stream", "weight")), "triton")
+
+
+def test_two_runs_agree_bitwise() -> None:
+    assert_bitwise(fused, inputs_of(SHAPES[1], torch.bfloat16), "triton")
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_unused_output_has_no_part_in_the_gradient(used: int) -> None:
+    def one(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [fused(backend, x)[used]]
+
+    inputs = inputs_of(SHAPES[1], torch.bfloat16)
+    if used == 0:
+        weight = inputs.pop("weight")
+        assert_no_worse(
+            lambda b, x: one(b, {**x, "weight": weight.to(x["branch"])}), inputs, "triton"
+        )
+    else:
+        assert_no_worse(one, inputs, "triton")
+
+
+def test_zeros_stay_finite() -> None:
+    inputs = {name: torch.zeros_like(x) for name, x in inputs_of(SHAPES[1], torch.float32).items()}
+    assert_no_worse(fused, inputs, "triton")
+
+
+def test_a_non_contiguous_stream_is_read_by_its_strides() -> None:
+    inputs = inputs_of((2, 8, 32), torch.bfloat16)
+    turned = {name: x.mT.contiguous().mT if x.dim() == 3 else x for name, x in inputs.items()}
+    straight, strided = fused("triton", inputs), fused("triton", turned)
+    assert all(torch.equal(a, b) for a, b in zip(straight, strided, strict=True))
+
+
+def test_fp64_is_refused() -> None:
+    inputs = {name: value.double() for name, value in inputs_of(SHAPES[0], torch.float32).items()}
+    with pytest.raises(ValueError, match=r"kernels\.norm_residual: triton takes fp32 and bf16"):
+        fused("triton", inputs)
+
+
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"kernels\.norm_residual: triton needs a GPU"):
+        fused("triton", inputs_of(SHAPES[0], torch.float32))

@@ -1,0 +1,164 @@
+"""What a rank hands to each collective in one optimizer step, from the configuration alone.
+
+`tests/dist/test_traffic.py` holds this arithmetic against counted bytes; the optimizer's own
+exchange (Muon) is not in it. Bytes are operands: what this rank contributes, its own part of an
+all-gather, the whole buffer of a reduce-scatter or all-reduce, everything an all-to-all sends.
+
+Legend: B rows of a micro-batch, S row tokens, D hidden, K KV heads, d head dim, H query heads,
+E experts, n chunks per rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from zaya_kernels.dtypes import DTYPES
+
+from zaya_train.model.zaya import ZayaModel
+from zaya_train.parallel.sequence import Chunking
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from zaya_train.config.derive import Layout
+    from zaya_train.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+
+_INT64_BYTES = _FP64_BYTES = 8
+_SIGNALS = 64
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One row of the table."""
+
+    what: str
+    kind: str
+    """all_gather, reduce_scatter, all_reduce or all_to_all."""
+    axis: str
+    """Of the mesh, or world."""
+    bytes: int
+    """Operand bytes per rank and optimizer step."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A rank's share of one step."""
+
+    micro_batches: int
+    rows: int
+    """Per micro-batch."""
+    row_tokens: int
+    sent_tokens: int
+    """Tokens this rank sends to experts, all layers and micro-batches together."""
+    received_tokens: int
+    """Tokens its experts receive."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Everything the bytes follow from."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    layout: Layout
+    work: Work
+
+    def flows(self) -> list[Flow]:
+        """Every collective of a step that moves anything; groups of one rank move nothing."""
+        rows = [*self._weights(), *self._context(), *self._experts(), *self._scalars()]
+        return [row for row in rows if row.bytes]
+
+    @property
+    def _compute_bytes(self) -> int:
+        return DTYPES[self.precision.compute_dtype].itemsize
+
+    @property
+    def _forwards(self) -> int:
+        """Forward passes through a layer's exchanges per micro-batch."""
+        return 2 if self.parallel.recompute == "full" else 1
+
+    def _weights(self) -> Iterable[Flow]:
+        with torch.device("meta"):
+            model = ZayaModel(self.model)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        own = {n for n in shapes if self.layout.expert > 1 and ".experts." in n}
+        dense = _shard_elements((shapes[n] for n in shapes.keys() - own), self.layout.fsdp)
+        yield from self._unit("weights", "fsdp", dense, self.layout.fsdp)
+        divided = ((shapes[n][0] // self.layout.expert, *shapes[n][1:]) for n in own)
+        part = _shard_elements(divided, self.layout.expert_shard)
+        yield from self._unit("experts' weights", "expert_shard", part, self.layout.expert_shard)
+
+    def _unit(self, what: str, axis: str, elements: int, ranks: int) -> Iterable[Flow]:
+        """`elements` on this rank, sharded over `ranks`."""
+        micro, mode = self.work.micro_batches, self.parallel.accumulation
+        reduce_bytes = DTYPES[self.precision.reduce_dtype].itemsize
+        gathers = 2 * micro if self.parallel.reshard_after_forward else 1
+        if ranks > 1:
+            yield Flow(what, "all_gather", axis, elements * self._compute_bytes * gathers)
+            times = 1 if mode == "keep_unsharded" else micro
+            yield Flow(
+                f"{what}' gradients".replace("s''", "s'"),
+                "reduce_scatter",
+                axis,
+                elements * ranks * reduce_bytes * times,
+            )
+        if self.layout.replicate > 1:
+            times = micro if mode == "reduce_each" else 1
+            yield Flow(
+                f"{what}' gradients".replace("s''", "s'"),
+                "all_reduce",
+                "replicate",
+                elements * reduce_bytes * times,
+            )
+
+    def _context(self) -> Iterable[Flow]:
+        ranks = self.layout.context
+        if ranks == 1:
+            return
+        model, work = self.model, self.work
+        passes = model.num_layers * work.micro_batches * self._compute_bytes
+        head_tail = self.parallel.context_chunks == "head_tail"
+        chunks = Chunking(ranks, head_tail).per_rank
+        halo_rows = model.conv_depthwise_taps + model.conv_grouped_taps - 2
+        heads = model.num_query_heads + model.num_kv_heads
+        delayed = model.num_kv_heads * model.head_dim // 2
+        keys = 2 * work.row_tokens // ranks * model.num_kv_heads * model.head_dim
+        # Halos are exchanged outside what is made again selectively, inside whole layers.
+        for what, elements in (
+            ("keys and values", keys),
+            ("halo of the convolutions", chunks * halo_rows * heads * model.head_dim),
+            ("halo of the delayed values", chunks * delayed),
+        ):
+            size = work.rows * elements * passes
+            yield Flow(what, "all_gather", "context", size * self._forwards)
+            yield Flow(f"{what}, gradients", "reduce_scatter", "context", size * ranks)
+
+    def _experts(self) -> Iterable[Flow]:
+        if self.layout.expert == 1:
+            return
+        model, work = self.model, self.work
+        counts = model.num_layers * work.micro_batches * model.num_experts * _INT64_BYTES
+        row = model.hidden_size * self._compute_bytes
+        there, back = work.sent_tokens * row, work.received_tokens * row
+        yield Flow("token counts", "all_to_all", "expert", counts)
+        forward = (there + back) * self._forwards
+        yield Flow("tokens to experts and back", "all_to_all", "expert", forward)
+        yield Flow("tokens, gradients", "all_to_all", "expert", there + back)
+
+    def _scalars(self) -> Iterable[Flow]:
+        classes = self.model.num_experts + int(self.model.skip_class)
+        report = (1 + _SIGNALS + self.model.num_layers * classes) * _FP64_BYTES
+        yield Flow("supervised tokens", "all_reduce", "world", _INT64_BYTES)
+        yield Flow("loss, signals, load", "all_reduce", "world", report)
+        yield Flow("gradient norm", "all_reduce", "fsdp", _FP64_BYTES)
+
+
+def _shard_elements(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:
+    """Elements of one rank's shards, padded to equal rows along dim 0 as FSDP gathers them."""
+    total = 0
+    for first, *rest in shapes:
+        total += -(-first // ranks) * torch.Size(rest).numel()
+    return total
