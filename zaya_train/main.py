@@ -341,6 +341,11 @@ def _add_runs(commands: Any) -> None:
     parser = _command(commands, "plan", _plan, "preview a run: phases, steps, layout, memory")
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument(
+        "--rehearse", action="store_true", help="peak memory and traffic of a step, without ranks"
+    )
+    parser.add_argument("--memory-gb", type=float, help="rehearse, and refuse what does not fit")
+    parser.add_argument("--phase", action="append", help="rehearse these phases only")
     parser = _command(commands, "report", _report, "one HTML file with a run's curves")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
@@ -354,7 +359,14 @@ def _add_runs(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from zaya_train.tools.plan import PlanRequest, show_plan
 
-    show_plan(PlanRequest(compose(options.overrides), options.ranks), Console())
+    config = compose(options.overrides)
+    show_plan(PlanRequest(config, options.ranks), Console())
+    if options.rehearse or options.memory_gb is not None:
+        from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
+
+        phases = tuple(options.phase or ())
+        request = RehearsalRequest(config, options.ranks, phases, options.memory_gb)
+        show_rehearsal(request, Console())
 
 
 def _report(options: argparse.Namespace) -> None:
