@@ -53,8 +53,9 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 RESERVE = 0.10
 """Share of a device's memory that a rehearsed peak must leave free (engine.md: 10 to 15 %)."""
-MICRO_BATCHES = 3
-"""Rehearsed at most; those between the first and the last are alike, so one stands for all."""
+MICRO_BATCHES = 2
+"""Rehearsed at most. The first may gather weights and the last reduce gradients; those between do
+what both do."""
 
 Flows = dict[tuple[str, str], Flow]
 
@@ -207,12 +208,15 @@ def _optimizer(config: TrainConfig, model: ZayaModel, mesh: Mesh) -> Optimizer:
 
 
 def _whole_step(flows: Flows, marks: list[Flows], left_out: int) -> Flows:
-    """The flows with the middle micro-batch as often as there are such."""
+    """The flows with `left_out` micro-batches between the first and the last."""
     if left_out:
-        for key, flow in marks[2].items():
-            before = marks[1].get(key, Flow())
-            flows[key].calls += left_out * (flow.calls - before.calls)
-            flows[key].bytes += left_out * (flow.bytes - before.bytes)
+        for key, until_last in marks[1].items():
+            before, total = marks[0].get(key, Flow()), flows[key]
+            first = (until_last.calls - before.calls, until_last.bytes - before.bytes)
+            last = (total.calls - until_last.calls, total.bytes - until_last.bytes)
+            if min(first[0], last[0]):
+                total.calls += left_out * min(first[0], last[0])
+                total.bytes += left_out * min(first[1], last[1])
     return flows
 
 
