@@ -88,6 +88,8 @@ class Context:
     flag: StopFlag
     corpora: dict[str, str]
     """Content hash of each source by name."""
+    meshes: dict[Layout, Mesh]
+    """Made so far: every new mesh makes process groups, which live as long as the process."""
     ledger: LedgerWriter
 
 
@@ -139,7 +141,7 @@ def train(config: TrainConfig) -> int:
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
         context = Context(
-            config, ranks, run_dir, console, store, saver, metrics, flag, corpora, ledger
+            config, ranks, run_dir, console, store, saver, metrics, flag, corpora, {}, ledger
         )
         _describe(context)
         return _run_plan(context)
@@ -262,7 +264,9 @@ def _run_phase(
 
 def _build(context: Context, name: str, phase: PhaseConfig, degrees: Layout) -> Built:
     config = context.config
-    mesh = Mesh.build(degrees, context.ranks.device.type)
+    if degrees not in context.meshes:
+        context.meshes[degrees] = Mesh.build(degrees, context.ranks.device.type)
+    mesh = context.meshes[degrees]
     model_config = replace(config.model, rope_base=phase.rope_base)
     model = parallelize(config, model_config, mesh, context.ranks.device)
     optimizer = Optimizer(
