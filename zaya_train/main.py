@@ -346,6 +346,10 @@ def _add_runs(commands: Any) -> None:
     )
     parser.add_argument("--memory-gb", type=float, help="rehearse, and refuse what does not fit")
     parser.add_argument("--phase", action="append", help="rehearse these phases only")
+    parser = _command(commands, "doctor", _doctor, "prove a configuration on local ranks, shrunk")
+    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument("--ranks", type=int, default=4, help="2, 4 or 8 processes of this machine")
+    parser.add_argument("--receipt", type=Path, help="JSON file of all figures")
     parser = _command(commands, "report", _report, "one HTML file with a run's curves")
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
@@ -367,6 +371,13 @@ def _plan(options: argparse.Namespace) -> None:
         phases = tuple(options.phase or ())
         request = RehearsalRequest(config, options.ranks, phases, options.memory_gb)
         show_rehearsal(request, Console())
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from zaya_train.tools.doctor import DoctorRequest, doctor
+
+    request = DoctorRequest(compose(options.overrides), options.ranks, options.receipt)
+    return doctor(request, Console())
 
 
 def _report(options: argparse.Namespace) -> None:
