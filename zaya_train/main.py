@@ -317,6 +317,13 @@ def _plan(options: argparse.Namespace) -> None:
         show_rehearsal(request, Console())
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from zaya_train.tools.doctor import DoctorRequest, doctor
+
+    request = DoctorRequest(compose(options.overrides), options.ranks, options.receipt)
+    return doctor(request, Console())
+
+
 def _report(options: argparse.Namespace) -> None:
     from zaya_train.tools.report import report
 
@@ -358,6 +365,7 @@ _HANDLERS = {
     "generate": _generate,
     "evaluate": _evaluate,
     "plan": _plan,
+    "doctor": _doctor,
     "report": _report,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,

@@ -53,7 +53,7 @@ def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya plan`, `report` and `smoke`."""
+    """`zaya plan`, `doctor`, `report` and `smoke`."""
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
@@ -64,6 +64,12 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     )
     parser.add_argument("--memory-gb", type=float, help="rehearse, and refuse what does not fit")
     parser.add_argument("--phase", action="append", help="rehearse these phases only")
+    parser = add_command(
+        commands, "doctor", handlers["doctor"], "prove a configuration on local ranks, shrunk"
+    )
+    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument("--ranks", type=int, default=4, help="2, 4 or 8 processes of this machine")
+    parser.add_argument("--receipt", type=Path, help="JSON file of all figures")
     parser = add_command(
         commands, "report", handlers["report"], "one HTML file with a run's curves"
     )
