@@ -128,7 +128,7 @@ def test_a_replica_with_another_gradient_stops_all_ranks(factor: float, rank: in
     assert outcomes == [(message, 0.0, True)] * 4
     norms = re.findall(r"norm (\S+) on replica (\d)", message)
     assert [replica for _, replica in norms] == ["0", "1"]
-    assert f"ranks {rank % 2}, {rank % 2 + 2} hold copies" in message
+    assert f"copies on ranks {rank % 2}, {rank % 2 + 2} must be equal" in message
     finite = [math.isfinite(float(norm)) for norm, _ in norms]
     assert finite[1 - rank // 2] and finite[rank // 2] == math.isfinite(factor)
 
@@ -141,7 +141,9 @@ def test_equal_replicas_that_are_not_finite_skip_together() -> None:
 
 def test_three_replicas_name_the_odd_one() -> None:
     for message, _, _ in run_ranks(struck, 3, Case(replicate=3), [Fault(1, SCALE, 2.0)]):
-        assert re.search(r"norm \S+ on replica 0, 2; norm \S+ on replica 1; ranks 0, 1, 2", message)
+        assert re.search(
+            r"norm \S+ on replica 0, 2; norm \S+ on replica 1; copies on ranks 0, 1, 2", message
+        )
 
 
 def test_a_fault_of_the_only_copy_is_like_any_gradient() -> None:

@@ -157,8 +157,8 @@ def _check_replicas(norms: list[float], bits: Tensor) -> None:
     parts = (bits != bits[0]).any(dim=0).nonzero().flatten()
     places = [int(part) + bits.shape[1] * r for part in parts for r in range(len(norms))]
     raise NumericsError(
-        f"replicas disagree on the reduced gradient: {found}; ranks {_numbers(places)} hold "
-        "copies that must be equal and are not (memory or network corrupts data); nothing was updated"
+        f"replicas disagree on the reduced gradient: {found}; copies on ranks {_numbers(places)} "
+        "must be equal and are not (memory or network corrupts data); nothing was updated"
     )
 
 
