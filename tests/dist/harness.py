@@ -366,6 +366,6 @@ def norm_of_gathered(case: Case) -> tuple[float, float]:
 
 
 def _norms(setup: Setup, seen: list[float], *_: Any) -> None:
-    seen.append(float(global_norm(setup.optimizer.shards.values(), setup.mesh.fsdp_group)))
+    seen.append(global_norm(setup.optimizer.shards.values(), setup.reduction.replicas))
     gradients = [whole(p.grad) for p in setup.model.parameters() if p.grad is not None]
     seen.append(float(torch.cat([g.double().flatten() for g in gradients]).norm()))
