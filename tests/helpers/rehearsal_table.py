@@ -77,7 +77,7 @@ def memory_table(golden: Mapping[str, Any]) -> str:
 
 
 def _has(component: str, row: Mapping[str, Any]) -> bool:
-    return row["components"].get(component, 0) >= GB / 100
+    return bool(row["components"].get(component, 0) >= GB / 100)
 
 
 def traffic_table(phases: Mapping[str, Any]) -> str:

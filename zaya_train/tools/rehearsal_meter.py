@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
-    from torch.types import Storage
 
 _aten = torch.ops.aten
 _KINDS = {
@@ -61,7 +60,7 @@ class Peak:
     components: dict[str, int] = field(default_factory=dict)
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Meter(TorchDispatchMode):
     """Counts while active, above a FakeTensorMode that allows real inputs.
 
     Args:
@@ -70,7 +69,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, axes: Mapping[str, str], answers: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.axes = axes
         self.answers = answers
         self.label: str | None = None
@@ -124,7 +123,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Active, storages that change their size included: FSDP frees and refills its buffers."""
         original = torch.UntypedStorage.resize_
 
-        def resize(storage: Storage, size: int) -> None:
+        def resize(storage: Any, size: int) -> None:
             original(storage, size)
             self._hold(storage)
 
