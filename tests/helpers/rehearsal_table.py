@@ -8,6 +8,7 @@ records them in tests/golden/rehearsal.json and prints the tables of docs/memory
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from zaya_train.tools.rehearsal import Rehearsal, rehearse_phases
 from zaya_train.tools.rehearsal_places import COMPONENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rehearsal.json"
 LAUNCHES: dict[str, tuple[tuple[str, ...], int]] = {
@@ -25,17 +26,17 @@ LAUNCHES: dict[str, tuple[tuple[str, ...], int]] = {
     "zaya1_8b, selective": (("recipe=zaya1_8b", "parallel.recompute=selective"), 1024),
     "zaya1_8b, full": (("recipe=zaya1_8b", "parallel.recompute=full"), 1024),
     "zaya1_300m": (("recipe=zaya1_300m",), 1),
-    "smoke_cpu": (("recipe=smoke_cpu",), 8),
+    "smoke_cpu": (("recipe=smoke_cpu",), 2),
 }
 """Name -> overrides, ranks."""
 GB, MB = 10**9, 10**6
 
 
-def measured(name: str) -> dict[str, Rehearsal]:
-    """All phases of a launch."""
+def measured(name: str, phases: Sequence[str] = ()) -> dict[str, Rehearsal]:
+    """The given phases of a launch, or all."""
     overrides, ranks = LAUNCHES[name]
     config = compose(overrides)
-    return rehearse_phases(config, ranks, list(config.plan.phases))
+    return rehearse_phases(config, ranks, phases or list(config.plan.phases))
 
 
 def plain(rehearsal: Rehearsal) -> dict[str, Any]:
@@ -95,8 +96,8 @@ def traffic_table(phases: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    golden = {}
-    for name in LAUNCHES:
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    for name in sys.argv[1:] or LAUNCHES:
         golden[name] = {phase: plain(r) for phase, r in measured(name).items()}
         GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     print(memory_table(golden))

@@ -89,7 +89,7 @@ def _probe(config: TrainConfig, context: Context, trial: Trial) -> dict[str, tup
     row = _row(context, config.model.vocab_size)
     base, places = _logits(subject, row), subject.local_tokens()
     found = {"documents": (0.0, ""), "causality": (0.0, "")}
-    for change in _changes(row):
+    for change in _changes(row, 2 * trial.context):
         moved = _logits(subject, _changed(row, change, config.model.vocab_size))
         kept = torch.tensor([change.protects(place) for place in places] + [True] * len(places))
         kind = "documents" if change.others else "causality"
@@ -110,14 +110,16 @@ def _spans(row: PackedRow) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _changes(row: PackedRow) -> Iterator[Change]:
+def _changes(row: PackedRow, chunks: int) -> Iterator[Change]:
     spans = _spans(row)
     # First, last, and some between, one-token documents among them.
     for number in sorted({0, 1, 2, len(spans) // 2, len(spans) - 1}):
         start, end = spans[number]
         yield Change(f"document {number} [{start}, {end})", start, end, (0, 0), True)
     length = len(row.tokens)
-    for place in sorted({1, length // 4, length // 2, length // 2 + 3, length - 1}):
+    # The last token of each chunk is what neighbours see of it.
+    cuts = [(i + 1) * length // chunks for i in range(chunks)]
+    for place in sorted({1, *(cut - 1 for cut in cuts), length // 2, length // 2 + 3}):
         yield Change(f"everything from token {place} on", place, length, (0, place), False)
 
 

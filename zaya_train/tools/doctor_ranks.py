@@ -74,8 +74,9 @@ def _rank(
     function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, meeting: _Meeting
 ) -> None:
     torch.set_num_threads(1)
-    with meeting.words(rank).open("wb") as words:
-        os.dup2(words.fileno(), 2)
+    # Both Python's and C's: a traceback, or what gloo says before it aborts.
+    sys.stderr = meeting.words(rank).open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
     dist.init_process_group(
         "gloo",
         store=FileStore(str(meeting.folder / "store"), meeting.world),
@@ -89,13 +90,13 @@ def _rank(
 
 def _join(ranks: Sequence[BaseProcess], meeting: _Meeting) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    running = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running:
         ended = wait(list(running), timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
             late = ", ".join(map(str, running.values()))
             raise RanksFailed(f"rank {late} of {meeting.world}: not done in {TIMEOUT_SECONDS:g} s")
-        for sentinel in set(running).intersection(ended):
+        for sentinel in ended:
             rank = running.pop(sentinel)
             ranks[rank].join()
             if ranks[rank].exitcode:

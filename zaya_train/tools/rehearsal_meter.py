@@ -32,7 +32,7 @@ from zaya_train.tools.rehearsal_places import place_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from torch import Tensor, UntypedStorage
+    from torch import Tensor
 
 _aten = torch.ops.aten
 _KINDS = {
@@ -123,7 +123,7 @@ class Meter(TorchDispatchMode):
         """Active, storages that change their size included: FSDP frees and refills its buffers."""
         original = torch.UntypedStorage.resize_
 
-        def resize(storage: UntypedStorage, size: int) -> None:
+        def resize(storage: Any, size: int) -> None:
             original(storage, size)
             self._hold(storage)
 
