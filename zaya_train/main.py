@@ -176,6 +176,7 @@ def _data_prepare(options: argparse.Namespace) -> None:
         document_characters=options.document_characters,
         overwrite=options.overwrite,
         allow_rejects=options.allow_rejects,
+        workers=options.workers,
     )
     prepare(request, Console())
 

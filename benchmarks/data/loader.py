@@ -20,11 +20,13 @@ import numpy as np
 from rich.console import Console
 
 from zaya_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-from zaya_train.data.corpus import Corpus, write_corpus
+from zaya_train.data.corpus import Corpus
+from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.data.sections import Kind, Role, Sample, make_sections
 from zaya_train.data.stream import PhaseStream
 from zaya_train.data.tokenizer import load_tokenizer
+from zaya_train.runtime.files import whole_directory
 
 CONTEXTS = (4096, 32_768, 131_072)
 RANKS = 8
@@ -65,20 +67,25 @@ def _generated(path: Path, megabytes: int) -> Path:
     if path.is_dir():
         return path
     tokenizer, rng = load_tokenizer("bytes"), np.random.default_rng(0)
-    with write_corpus(path, tokenizer, "chat", {"generated": megabytes}) as writer:
+    source = {"generated": megabytes}
+    with whole_directory(path) as folder, fill_corpus(folder, tokenizer, "chat", source) as writer:
         left = megabytes * 1_000_000 // 2
         while left > 0:
-            reasoning = int(rng.lognormal(np.log(2000) - 0.5, 1.0))
-            rows = [(1, Role.USER, Kind.MARKUP, 0, False), (50, Role.USER, Kind.PROMPT, 0, False)]
-            rows += [(2, Role.ASSISTANT, Kind.MARKUP, 1, True)]
-            rows += [(reasoning, Role.ASSISTANT, Kind.REASONING, 1, True)]
-            rows += [(1, Role.ASSISTANT, Kind.MARKUP, 1, True)]
-            rows += [(60, Role.ASSISTANT, Kind.ANSWER, 1, True)]
-            sections = make_sections(rows)
-            total = int(sections["end"][-1])
-            writer.add(Sample(rng.integers(8, 264, total), sections))
-            left -= total
+            samples = [_generated_sample(rng) for _ in range(64)]
+            writer.append(make_block(samples, tokenizer))
+            left -= sum(len(sample.tokens) for sample in samples)
     return path
+
+
+def _generated_sample(rng: np.random.Generator) -> Sample:
+    reasoning = int(rng.lognormal(np.log(2000) - 0.5, 1.0))
+    rows = [(1, Role.USER, Kind.MARKUP, 0, False), (50, Role.USER, Kind.PROMPT, 0, False)]
+    rows += [(2, Role.ASSISTANT, Kind.MARKUP, 1, True)]
+    rows += [(reasoning, Role.ASSISTANT, Kind.REASONING, 1, True)]
+    rows += [(1, Role.ASSISTANT, Kind.MARKUP, 1, True)]
+    rows += [(60, Role.ASSISTANT, Kind.ANSWER, 1, True)]
+    sections = make_sections(rows)
+    return Sample(rng.integers(8, 264, int(sections["end"][-1])), sections)
 
 
 def _read(path: Path, rows: int) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 
 from zaya_train.config.schema import DataConfig, PhaseConfig, SourceConfig
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import Corpus, fill_corpus
+from zaya_train.data.corpus import Corpus
+from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.sections import Kind, Role, Sample, make_sections
 
 if TYPE_CHECKING:
@@ -73,13 +74,15 @@ class CorpusFactory:
     def chat(self, name: str, conversations: Sequence[Messages]) -> Path:
         path = self.root / name
         with fill_corpus(path, self.tokenizer, "chat", {"name": name}) as writer:
-            writer.extend(encode_conversations(self.tokenizer, conversations))
+            writer.append(
+                make_block(encode_conversations(self.tokenizer, conversations), self.tokenizer)
+            )
         return path
 
     def text(self, name: str, texts: Sequence[str]) -> Path:
         path = self.root / name
         with fill_corpus(path, self.tokenizer, "text", {"name": name}) as writer:
-            writer.extend(encode_texts(self.tokenizer, texts))
+            writer.append(make_block(encode_texts(self.tokenizer, texts), self.tokenizer))
         return path
 
     def open_chat(self, name: str, conversations: Sequence[Messages]) -> Corpus:

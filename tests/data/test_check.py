@@ -12,7 +12,8 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.data.chat import encode_texts
 from zaya_train.data.check import check_corpora
-from zaya_train.data.corpus import Corpus, fill_corpus
+from zaya_train.data.corpus import Corpus
+from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.sections import Sample
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -42,7 +43,7 @@ def plan(
 
 def write(path: Path, tokenizer: Tokenizer) -> Path:
     with fill_corpus(path, tokenizer, "text", {}) as writer:
-        writer.extend(encode_texts(tokenizer, ["text"]))
+        writer.append(make_block(encode_texts(tokenizer, ["text"]), tokenizer))
     return path
 
 
@@ -97,7 +98,7 @@ def test_the_content_of_every_source_drawn_from_is_told(
     silent.sections["supervised"] = 0
     for name, sample in (("masked", silent), ("copy", whole)):
         with fill_corpus(tmp_path / name, bytes_tokenizer, "text", {"name": name}) as writer:
-            writer.add(sample)
+            writer.append(make_block([sample], bytes_tokenizer))
     sources = {"a": corpora.text("a", ["same text"]), "b": tmp_path / "masked"}
     sources |= {"c": tmp_path / "copy", "d": corpora.text("d", ["other text"])}
     told = check_corpora(plan({"one": {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0}}, sources))

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import BIN, IDX, MANIFEST, OFFSETS, SECTIONS, Corpus, fill_corpus
+from zaya_train.data.corpus import BIN, IDX, MANIFEST, OFFSETS, SECTIONS, Corpus
+from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.sections import Kind, Rejected, Role, Sample, make_sections
+from zaya_train.data.token_index import token_dtype, write_index
 
 from .builders import CorpusFactory, problem, problems
 
@@ -72,8 +74,8 @@ def test_token_beyond_the_vocabulary_is_not_written(
         pytest.raises(DataError, match=f"document 1: token id {bad} outside the vocabulary of 264"),
         fill_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer,
     ):
-        writer.add(Sample(np.array([263, 0]), sections))
-        writer.add(Sample(np.array([bad, 0]), sections))
+        samples = [Sample(np.array([first, 0]), sections) for first in (263, bad)]
+        writer.append(make_block(samples, bytes_tokenizer))
     assert not (tmp_path / "c" / MANIFEST).exists()
 
 
@@ -150,7 +152,26 @@ def test_unknown_format_version_is_refused(corpora: CorpusFactory) -> None:
 
 def test_rejected_samples_never_reach_the_files(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with fill_corpus(tmp_path / "c", bytes_tokenizer, "text", {}) as writer:
-        writer.extend(encode_texts(bytes_tokenizer, ["", "kept", " "]))
+        writer.append(make_block(encode_texts(bytes_tokenizer, ["", "kept", " "]), bytes_tokenizer))
         assert writer.documents == 1
         assert writer.rejects == {"empty_text": 2}
     assert not isinstance(Corpus.open(tmp_path / "c").sample(0), Rejected)
+
+
+@pytest.mark.parametrize("texts", [["abc"], ["abc", "", "de", "x" * 9]])
+@pytest.mark.parametrize("vocab_size", [264, 65_499, 65_500, 131_072])
+def test_tokens_and_index_are_what_megatron_core_writes(
+    tmp_path: Path, texts: list[str], vocab_size: int
+) -> None:
+    dtype = token_dtype(vocab_size)
+    assert dtype == DType.optimal_dtype(vocab_size)
+    documents = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+    builder = IndexedDatasetBuilder(str(tmp_path / "their.bin"), dtype=dtype.type)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "their.idx"))
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    write_index(tmp_path / "our.idx", dtype, lengths)
+    assert (tmp_path / "our.idx").read_bytes() == (tmp_path / "their.idx").read_bytes()
+    tokens = np.concatenate(documents).astype(dtype).tobytes()
+    assert tokens == (tmp_path / "their.bin").read_bytes()

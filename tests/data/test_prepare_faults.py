@@ -26,16 +26,17 @@ import resource, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from zaya_train.config.errors import ZayaError
+from zaya_train.data import encoding
 from zaya_train.data import prepare as module
 
 action, source, output, overwrite = sys.argv[1:]
 if action == "stop":
-    original = module._encode
+    original = encoding._encode
     def slow(tokenizer, kind, batch):
         print("tokenising", flush=True)
         time.sleep(60)
         return original(tokenizer, kind, batch)
-    module._encode = slow
+    encoding._encode = slow
 else:
     limit = int(action)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -74,7 +75,7 @@ def test_kill_leaves_nothing_under_the_name_and_a_second_run_succeeds(tmp_path: 
     assert process.returncode == -signal.SIGKILL
     assert not output.exists()
     left = [entry.name for entry in tmp_path.iterdir() if entry != source]
-    assert left and all(name.startswith(".tmp-out-") for name in left)
+    assert left and all(name.startswith((".tmp-out-", "out.shards")) for name in left)
     prepare(PrepareRequest(input=str(source), output=output))
     assert len(Corpus.open(output / "train", verify="hashes")) == 100
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.jsonl", "out"]
@@ -98,9 +99,12 @@ def test_a_second_preparation_beside_a_live_one_leaves_it_alone(tmp_path: Path) 
     try:
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "tokenising"
-        (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
+        folders = sorted(entry for entry in tmp_path.iterdir() if entry.is_dir())
+        assert folders[0].name.startswith(".tmp-out-") and folders[1].name == "out.shards"
         prepare(PrepareRequest(input=str(source), output=output))
-        assert (folder / "train").is_dir()
+        # Also one that keeps what it finds, and so only tidies up.
+        prepare(PrepareRequest(input=str(source), output=output))
+        assert all(folder.is_dir() for folder in folders)
     finally:
         process.kill()
         process.communicate()

@@ -9,7 +9,8 @@ import pytest
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import BIN, Corpus, fill_corpus
+from zaya_train.data.corpus import BIN, Corpus
+from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.sections import Kind, Sample
 from zaya_train.data.stream import IGNORED_LABEL, PhaseStream, Row, validation_rows
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
@@ -185,7 +186,7 @@ def test_documents_without_a_target_are_left_out(
     assert isinstance(good, Sample) and isinstance(silent, Sample)
     silent.sections["supervised"] = 0
     with fill_corpus(tmp_path / "c", bytes_tokenizer, "chat", {}) as writer:
-        writer.extend([silent, good])
+        writer.append(make_block([silent, good], bytes_tokenizer))
     stream = PhaseStream(data_config({"c": tmp_path / "c"}), "p", phase_config(64, {"c": 1}), 0)
     assert stream.row(0).documents.tolist() == [1]
     assert stream.reports["c"].unsupervised == 1
@@ -207,7 +208,7 @@ def test_different_tokenizers_are_refused(corpora: CorpusFactory, tmp_path: Path
     other = load_tokenizer("bytes")
     other.backend.add_special_tokens(["<|extra|>"])
     with fill_corpus(tmp_path / "other", other, "text", {}) as writer:
-        writer.extend(encode_texts(other, ["text"]))
+        writer.append(make_block(encode_texts(other, ["text"]), other))
     paths = {"a": corpora.text("a", ["text"]), "b": tmp_path / "other"}
     with pytest.raises(DataError, match=r"different tokenizers: 264 ids .* and 265 ids"):
         PhaseStream(data_config(paths), "p", phase_config(64, {"a": 1, "b": 1}), 0)
@@ -219,7 +220,7 @@ def test_validation_corpora_of_different_tokenizers_are_refused(
     other = load_tokenizer("bytes")
     other.backend.add_special_tokens(["<|extra|>"])
     with fill_corpus(tmp_path / "other", other, "text", {}) as writer:
-        writer.extend(encode_texts(other, ["text"]))
+        writer.append(make_block(encode_texts(other, ["text"]), other))
     data = data_config({}, {"v": corpora.text("v", ["text"]), "w": tmp_path / "other"})
     with pytest.raises(DataError, match=r"different tokenizers: 264 ids .* and 265 ids"):
         validation_rows(data, "p", 64)

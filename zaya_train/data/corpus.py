@@ -7,17 +7,14 @@
     continues.bin            uint8 [vocabulary], 1 for ids that begin inside a character
     manifest.json            format, counts, rejects by reason, sha256 of every other file
 
-Reading imports neither torch nor megatron; writing uses megatron-core's builder.
+Written by `corpus_writer`; neither imports torch or megatron.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections import Counter
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,10 +23,8 @@ import numpy as np
 
 from zaya_train.config.errors import DataError
 from zaya_train.data.array_file import ArrayFile
-from zaya_train.data.files import describe_files
 from zaya_train.data.sections import (
     SECTION_DTYPE,
-    Rejected,
     Sample,
     Sections,
     Tokens,
@@ -37,10 +32,10 @@ from zaya_train.data.sections import (
 )
 from zaya_train.data.token_index import TokenIndex, open_index
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
-from zaya_train.runtime.files import file_sha256, write_json
+from zaya_train.runtime.files import file_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -194,108 +189,6 @@ class Corpus:
             f"{self.path / BIN}: offset {offset}: token id {int(ids[bad])} outside the "
             f"vocabulary of {vocab_size}"
         )
-
-
-class CorpusWriter:
-    """Appends documents to a corpus under construction; made by `fill_corpus`."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind) -> None:
-        # Seconds of import that only writing needs, with warnings about GPU libraries that it
-        # does not.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-        self._folder = folder
-        self._tokenizer = tokenizer
-        self._kind = kind
-        self._dtype = DType.optimal_dtype(tokenizer.vocab_size)
-        self._builder = IndexedDatasetBuilder(str(folder / BIN), dtype=self._dtype)
-        self._sections = (folder / SECTIONS).open("wb")
-        self._section_counts: list[int] = []
-        self._rejects: Counter[str] = Counter()
-        self._tokens = 0
-        self._supervised = 0
-
-    @property
-    def documents(self) -> int:
-        """Documents added so far."""
-        return len(self._section_counts)
-
-    @property
-    def rejects(self) -> dict[str, int]:
-        """Rejected documents so far by reason code."""
-        return dict(sorted(self._rejects.items()))
-
-    def add(self, sample: Sample | Rejected) -> None:
-        """Append a document, or count a rejected one.
-
-        Raises:
-            DataError: a token id outside the vocabulary.
-        """
-        if isinstance(sample, Rejected):
-            self._rejects[str(sample.reason)] += 1
-            return
-        highest, lowest = int(sample.tokens.max()), int(sample.tokens.min())
-        if highest >= self._tokenizer.vocab_size or lowest < 0:
-            bad = highest if highest >= self._tokenizer.vocab_size else lowest
-            raise DataError(
-                f"document {self.documents}: token id {bad} outside the vocabulary of "
-                f"{self._tokenizer.vocab_size} ({self._tokenizer.spec})"
-            )
-        self._builder.add_document(sample.tokens, [len(sample.tokens)])
-        self._sections.write(sample.sections.tobytes())
-        self._section_counts.append(len(sample.sections))
-        self._tokens += len(sample.tokens)
-        self._supervised += int(sample.supervised().sum())
-
-    def extend(self, samples: Iterable[Sample | Rejected]) -> None:
-        """`add` each."""
-        for sample in samples:
-            self.add(sample)
-
-    def finish(self, source: Mapping[str, Any]) -> None:
-        """Write index, offsets, tokenizer and, last, the manifest."""
-        self._builder.finalize(str(self._folder / IDX))
-        self._sections.close()
-        offsets = np.concatenate([[0], np.cumsum(self._section_counts)]).astype("<i8")
-        (self._folder / OFFSETS).write_bytes(offsets.tobytes())
-        (self._folder / CONTINUES).write_bytes(self._tokenizer.continues.tobytes())
-        self._tokenizer.save(self._folder / TOKENIZER)
-        manifest = Manifest(
-            kind=self._kind,
-            vocab_size=self._tokenizer.vocab_size,
-            tokenizer_spec=self._tokenizer.spec,
-            tokenizer_sha256=self._tokenizer.sha256,
-            pad_id=self._tokenizer.pad_id,
-            end_id=self._tokenizer.end_id,
-            documents=self.documents,
-            tokens=self._tokens,
-            supervised_tokens=self._supervised,
-            source=dict(source),
-            rejects=self.rejects,
-            files=describe_files(self._folder),
-        )
-        write_json(self._folder / MANIFEST, asdict(manifest))
-
-    def close(self) -> None:
-        """Release the files of a corpus that is not finished."""
-        self._builder.data_file.close()
-        self._sections.close()
-
-
-@contextmanager
-def fill_corpus(
-    folder: Path, tokenizer: Tokenizer, kind: CorpusKind, source: Mapping[str, Any]
-) -> Iterator[CorpusWriter]:
-    """Write a corpus into `folder`, a directory that is being built and not yet in its place."""
-    folder.mkdir(exist_ok=True)
-    writer = CorpusWriter(folder, tokenizer, kind)
-    try:
-        yield writer
-        writer.finish(source)
-    finally:
-        writer.close()
 
 
 def read_manifest(path: Path) -> Manifest:

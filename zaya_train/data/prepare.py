@@ -6,15 +6,19 @@
     <output>/prepare.json    what it was made from; written for `prepare` to recognise its own work
 
 The input is read twice: once to check every row, find the answer marker and fix the split, once to
-tokenise. The directory appears under its name when all of it is on disk.
+tokenise. Both are done shard by shard, by several processes where there is enough to do; what comes
+out does not depend on their number. Finished shards wait in `<output>.shards` (see `shards`), so a
+killed preparation goes on from them. The directory appears under its name when all of it is on
+disk.
 """
 
 from __future__ import annotations
 
 import json
-from array import array
+import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,42 +26,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import encode_conversations, encode_texts
-from zaya_train.data.corpus import Corpus, CorpusWriter, fill_corpus
-from zaya_train.data.fields import (
-    GSM8K_MARKER,
-    Document,
-    FieldOverrides,
-    Fields,
-    detect_fields,
-    marked_answer,
-    to_document,
+from zaya_train.data.corpus import Corpus
+from zaya_train.data.corpus_writer import CorpusWriter, fill_corpus
+from zaya_train.data.encoding import (
+    HELDOUT,
+    TRAIN,
+    EncodeJob,
+    encoder,
+    stored_shards,
+    survey_shard,
 )
-from zaya_train.data.outcome import (
-    SHOWN_REJECTS,
-    Outcome,
-    describe_reject,
-    first_rejects,
-    read_outcome,
-)
+from zaya_train.data.fields import GSM8K_MARKER, FieldOverrides, Fields, detect_fields
+from zaya_train.data.outcome import SHOWN_REJECTS, Outcome, first_rejects, read_outcome
 from zaya_train.data.reading import DEFAULT_DOCUMENT_CHARACTERS, Input, open_input
-from zaya_train.data.sections import Rejected, Sample
+from zaya_train.data.shards import discard_shards, shard_folder
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.data.workers import Workers, workers
 from zaya_train.runtime.files import remove_leftovers, whole_directory, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["FieldOverrides", "PrepareRequest", "prepare"]
+    from numpy.typing import NDArray
 
-TRAIN, HELDOUT = "train", "heldout"
+__all__ = ["HELDOUT", "TRAIN", "FieldOverrides", "PrepareRequest", "prepare"]
+
 HELDOUT_TEXT, RECEIPT = "heldout.jsonl", "prepare.json"
 RECEIPT_VERSION = 1
-_BATCH_DOCUMENTS = 64
-_BATCH_CHARACTERS = 1 << 21
-LocatedDocument = tuple[str, Document]
-"""(place such as `file:line`, document)."""
+_PARALLEL_BYTES = 1 << 23
+"""Input below which starting processes costs more than it saves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +83,8 @@ class PrepareRequest:
     """Replace an output that was prepared from something else."""
     allow_rejects: bool = False
     """Accept that more than half of the documents are rejected."""
+    workers: int | None = None
+    """Processes; None: as many as there are processors, one for an input below 8 MiB."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Survey:
     which the hash's 64 bits make a share of all distinct prompts."""
 
     rows: int
+    shards: int
     fields: Fields
     heldout_below: int
 
@@ -117,11 +118,15 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
     kept = _already_made(request, receipt)
     if kept:
         outcome = _outcome(request, request.output)
+        discard_shards(request.output)
     else:
-        with _progress(console) as progress:
-            survey = _survey(source, request, progress)
+        with _progress(console) as progress, workers(_worker_count(request, source)) as pool:
+            survey = _survey(source, request, progress, pool)
             with whole_directory(request.output) as folder:
-                examples = _build(folder, source, tokenizer, survey, progress)
+                job = receipt | {"survey": asdict(survey)}
+                with shard_folder(request.output, job, folder / "shards") as shards:
+                    _encode_shards(request, source, tokenizer, survey, shards, progress, pool)
+                    examples = _build(folder, shards, source, tokenizer, survey)
                 outcome = _outcome(request, folder, examples)
                 write_json(folder / RECEIPT, receipt)
     outcome.show(console, request.output / TRAIN, kept)
@@ -141,6 +146,17 @@ def _check_request(request: PrepareRequest) -> None:
         raise DataError(f"heldout_fraction is {request.heldout_fraction}, expected 0 <= x < 1")
     if request.document_characters is not None and request.document_characters < 0:
         raise DataError(f"document_characters is {request.document_characters}, expected >= 0")
+    if request.workers is not None and request.workers < 1:
+        raise DataError(f"workers is {request.workers}, expected >= 1")
+
+
+def _worker_count(request: PrepareRequest, source: Input) -> int:
+    if request.workers is not None:
+        return request.workers
+    size = sum(file.stat().st_size for file in source.files)
+    if source.files and size < _PARALLEL_BYTES:
+        return 1
+    return len(os.sched_getaffinity(0))
 
 
 def _document_characters(request: PrepareRequest) -> int:
@@ -187,37 +203,28 @@ def _already_made(request: PrepareRequest, receipt: dict[str, Any]) -> bool:
     )
 
 
-def _survey(source: Input, request: PrepareRequest, progress: Progress) -> Survey:
+def _survey(source: Input, request: PrepareRequest, progress: Progress, pool: Workers) -> Survey:
     """Read and check every row once."""
-    fields: Fields | None = None
-    hashes = array("Q")
-    marked = request.answer_marker is None
-    for place, row in progress.track(source.rows(), description="checking"):
-        if fields is None:
-            fields = detect_fields(row, request.fields, place)
-            if fields.layout == "pair":
-                fields = replace(fields, answer_marker=request.answer_marker or "")
-            marked = marked and fields.layout == "pair"
-        document = to_document(row, fields, place)
-        hashes.append(document.group_hash())
-        marked = marked and _has_marker(document)
-    if fields is None:
+    located = next(source.rows(), None)
+    if located is None:
         raise DataError(f"{request.input}: no rows")
-    if marked:
+    place, first = located
+    fields = detect_fields(first, request.fields, place)
+    if fields.layout == "pair":
+        fields = replace(fields, answer_marker=request.answer_marker or "")
+    look = partial(survey_shard, fields=fields, hashed=bool(request.heldout_fraction))
+    found = list(progress.track(pool.map(look, source.shards()), description="checking"))
+    if request.answer_marker is None and all(part.marked for part in found):
         fields = replace(fields, answer_marker=GSM8K_MARKER)
-    return Survey(len(hashes), fields, _heldout_below(hashes, request))
+    below = _heldout_below([part.hashes for part in found], request)
+    return Survey(sum(part.rows for part in found), len(found), fields, below)
 
 
-def _has_marker(document: Document) -> bool:
-    content = str(document.messages[-1]["content"])
-    return marked_answer(content, f"{GSM8K_MARKER} ") is not None
-
-
-def _heldout_below(hashes: array[int], request: PrepareRequest) -> int:
+def _heldout_below(hashes: Sequence[NDArray[np.uint64]], request: PrepareRequest) -> int:
     """Smallest hash that is not held out; 0 holds out nothing."""
     if not request.heldout_fraction:
         return 0
-    groups = np.unique(np.frombuffer(hashes, dtype=np.uint64))
+    groups = np.unique(np.concatenate(hashes))
     count = max(1, round(request.heldout_fraction * len(groups)))
     if count >= len(groups):
         raise DataError(
@@ -227,83 +234,60 @@ def _heldout_below(hashes: array[int], request: PrepareRequest) -> int:
     return int(groups[count])
 
 
+def _encode_shards(
+    request: PrepareRequest,
+    source: Input,
+    tokenizer: Tokenizer,
+    survey: Survey,
+    folder: Path,
+    progress: Progress,
+    pool: Workers,
+) -> None:
+    """Tokenise every shard that is not finished yet."""
+    saved = folder / "tokenizer"
+    job = EncodeJob(
+        output=request.output,
+        folder=folder,
+        tokenizer=saved,
+        fields=survey.fields,
+        heldout_below=survey.heldout_below,
+    )
+    if pool.count > 1:
+        tokenizer.save(saved)
+    work = encoder(job, tokenizer if pool.count == 1 else None)
+    done = pool.map(work, enumerate(source.shards()))
+    for _ in progress.track(done, total=survey.shards, description="tokenising"):
+        pass
+
+
 def _build(
-    folder: Path, source: Input, tokenizer: Tokenizer, survey: Survey, progress: Progress
+    folder: Path, shards: Path, source: Input, tokenizer: Tokenizer, survey: Survey
 ) -> list[str]:
-    """Write the corpora into `folder`; returns the first rejected documents, with their places."""
-    kind = survey.fields.kind
+    """Join finished shards to corpora; returns the first rejected documents, with their places."""
     names = [TRAIN, HELDOUT] if survey.heldout_below else [TRAIN]
     examples: list[str] = []
+    heldout_rows: list[str] = []
     with ExitStack() as stack:
         writers: dict[str, CorpusWriter] = {}
         for name in names:
             about = source.identity() | {"fields": asdict(survey.fields), "part": name}
-            corpus = fill_corpus(folder / name, tokenizer, kind, about)
+            corpus = fill_corpus(folder / name, tokenizer, survey.fields.kind, about)
             writers[name] = stack.enter_context(corpus)
-        kept: list[Document] = []
-        documents = progress.track(
-            _documents(source, survey.fields), total=survey.rows, description="tokenising"
-        )
-        for batch in _batches(documents):
-            samples = _encode(tokenizer, kind, [document for _, document in batch])
-            for (place, document), sample in zip(batch, samples, strict=True):
-                held_out = document.group_hash() < survey.heldout_below
-                writers[HELDOUT if held_out else TRAIN].add(sample)
-                if isinstance(sample, Rejected):
-                    if len(examples) < SHOWN_REJECTS:
-                        examples.append(describe_reject(place, sample))
-                elif held_out and kind == "chat":
-                    kept.append(document)
+        for result in stored_shards(shards, survey.shards):
+            for name, block in result.blocks.items():
+                writers[name].append(block)
+            examples += result.examples[: SHOWN_REJECTS - len(examples)]
+            heldout_rows += result.heldout_rows
         for name, writer in writers.items():
             if not writer.documents:
                 raise DataError(
                     f"{source.spec}: no usable document for {name} among {survey.rows} rows; "
                     f"rejected: {writer.rejects}{first_rejects(examples)}"
                 )
-    if kept:
-        _write_heldout(folder / HELDOUT_TEXT, kept)
+    if heldout_rows:
+        text = "".join(f"{row}\n" for row in heldout_rows)
+        (folder / HELDOUT_TEXT).write_text(text, encoding="utf-8")
     return examples
-
-
-def _documents(source: Input, fields: Fields) -> Iterator[LocatedDocument]:
-    for place, row in source.rows():
-        yield place, to_document(row, fields, place)
-
-
-def _batches(documents: Iterable[LocatedDocument]) -> Iterator[list[LocatedDocument]]:
-    """Groups small enough that their encodings stay in bounded memory."""
-    batch: list[LocatedDocument] = []
-    characters = 0
-    for place, document in documents:
-        batch.append((place, document))
-        characters += len(document.text)
-        characters += sum(len(str(message["content"])) for message in document.messages)
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(tokenizer: Tokenizer, kind: str, batch: Sequence[Document]) -> list[Sample | Rejected]:
-    if kind == "text":
-        return encode_texts(tokenizer, [document.text for document in batch])
-    return encode_conversations(tokenizer, [document.messages for document in batch])
-
-
-def _write_heldout(file: Path, documents: Sequence[Document]) -> None:
-    """One object per line: id, prompt, messages up to the reference reply, answer, family."""
-    with file.open("w", encoding="utf-8") as stream:
-        for document in documents:
-            row = {
-                "id": document.id,
-                "prompt": document.messages[-2]["content"],
-                "messages": list(document.messages),
-                "answer": document.answer,
-            }
-            if document.family:
-                row["family"] = document.family
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _progress(console: Console) -> Progress:

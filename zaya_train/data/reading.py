@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
-import pyarrow
-
 from zaya_train.config.errors import DataError, first_line
 from zaya_train.runtime.files import file_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 Row = dict[str, Any]
 LocatedRow = tuple[str, Row]
@@ -29,6 +26,37 @@ JSONL_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (*JSONL_SUFFIXES, ".json", ".txt", ".parquet", ".arrow")
 DEFAULT_DOCUMENT_CHARACTERS = 8192
 """Length of the pieces a text file is cut into when a held-out split is asked of it."""
+_LEAST_SHARD_BYTES, _MOST_SHARD_BYTES, _SHARDS_PER_FILE = 1 << 20, 1 << 26, 256
+_ROWS_PER_SHARD = 4096
+
+
+@dataclass(frozen=True)
+class LineShard:
+    """Whole lines of a JSON Lines file, which whoever needs them reads."""
+
+    file: Path
+    start: int
+    """First byte, as `stop` is the one after the last."""
+    stop: int
+    first_line: int
+
+    def rows(self) -> Iterator[LocatedRow]:
+        """The rows in order; DataError for a line that breaks the format."""
+        return _jsonl_rows(self.file, self.start, self.stop, self.first_line)
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """Rows that have been read already, of formats that are read in one go."""
+
+    read: tuple[LocatedRow, ...]
+
+    def rows(self) -> Iterator[LocatedRow]:
+        """The rows in order."""
+        return iter(self.read)
+
+
+Shard = LineShard | RowShard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +82,20 @@ class Input:
             yield from _hub_rows(self.spec, self.split)
         for file in self.files:
             yield from self._file_rows(file)
+
+    def shards(self) -> Iterator[Shard]:
+        """All rows in order, in parts that follow from the input alone; may be called again.
+
+        Raises:
+            DataError: as `rows`, for formats other than JSON Lines.
+        """
+        if not self.files:
+            yield from _row_shards(_hub_rows(self.spec, self.split))
+        for file in self.files:
+            if file.suffix.lower() in JSONL_SUFFIXES:
+                yield from _line_shards(file)
+            else:
+                yield from _row_shards(self._file_rows(file))
 
     def identity(self) -> dict[str, Any]:
         """What tells this input from another: content hashes, or name and split on the hub."""
@@ -104,12 +146,59 @@ def open_input(spec: str, split: str = "train", document_characters: int = 0) ->
     return Input(spec=spec, split=split, files=files, document_characters=document_characters)
 
 
-def _jsonl_rows(file: Path) -> Iterator[LocatedRow]:
+def _jsonl_rows(
+    file: Path, start: int = 0, stop: int | None = None, first_line: int = 1
+) -> Iterator[LocatedRow]:
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        stream.seek(start)
+        left = None if stop is None else stop - start
+        for number, line in enumerate(stream, start=first_line):
             if line.strip():
                 place = f"{file}:{number}"
                 yield place, _object(_parse(line, place), place)
+            if left is not None:
+                left -= len(line)
+                if left <= 0:
+                    return
+
+
+def _line_shards(file: Path) -> Iterator[LineShard]:
+    """Parts of about equal size, cut at line ends."""
+    share = file.stat().st_size // _SHARDS_PER_FILE
+    size = min(max(share, _LEAST_SHARD_BYTES), _MOST_SHARD_BYTES)
+    start, line = 0, 1
+    with file.open("rb") as stream:
+        while block := stream.read(size):
+            lines = block.count(b"\n")
+            if not block.endswith(b"\n"):
+                rest = stream.readline()
+                lines += rest.endswith(b"\n")
+            stop = stream.tell()
+            yield LineShard(file, start, stop, line)
+            start, line = stop, line + lines
+
+
+def _row_shards(rows: Iterable[LocatedRow]) -> Iterator[RowShard]:
+    """Parts of bounded memory."""
+    part: list[LocatedRow] = []
+    characters = 0
+    for place, row in rows:
+        part.append((place, row))
+        characters += _characters(row)
+        if len(part) >= _ROWS_PER_SHARD or characters >= _LEAST_SHARD_BYTES:
+            yield RowShard(tuple(part))
+            part, characters = [], 0
+    if part:
+        yield RowShard(tuple(part))
+
+
+def _characters(value: Any) -> int:
+    """Of all text in a row."""
+    if isinstance(value, dict):
+        return sum(_characters(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_characters(item) for item in value)
+    return len(value) if isinstance(value, str) else 0
 
 
 def _json_rows(file: Path) -> Iterator[LocatedRow]:
@@ -157,6 +246,10 @@ def _text_rows(file: Path, document_characters: int) -> Iterator[LocatedRow]:
 
 
 def _table_rows(file: Path) -> Iterator[LocatedRow]:
+    # A second of import that JSON Lines and text do without.
+    import datasets
+    import pyarrow
+
     kind = file.suffix.lower().removeprefix(".")
     try:
         table = datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
@@ -167,6 +260,8 @@ def _table_rows(file: Path) -> Iterator[LocatedRow]:
 
 
 def _hub_rows(name: str, split: str) -> Iterator[LocatedRow]:
+    import datasets
+
     try:
         table = datasets.load_dataset(name, split=split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

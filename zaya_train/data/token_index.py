@@ -1,4 +1,8 @@
-"""A megatron-core `.idx`: where every document's tokens lie in its `.bin`."""
+"""A megatron-core `.idx`: where every document's tokens lie in its `.bin`.
+
+Written here as megatron-core's IndexedDatasetBuilder writes it, byte for byte; that one costs five
+seconds of import in every process.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+_SMALL_VOCABULARY = 65_500
+"""Below it megatron-core stores ids in two bytes (DType.optimal_dtype)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,3 +111,26 @@ def open_index(file: Path) -> TokenIndex:
     if first != 0 or stop != sequences or tokens < 0:
         raise DataError(f"{file}: document boundaries or lengths are damaged")
     return TokenIndex(file, dtype, lengths, pointers, ends, tokens)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How megatron-core stores ids of such a vocabulary."""
+    return np.dtype("<u2" if vocab_size < _SMALL_VOCABULARY else "<i4")
+
+
+def write_index(file: Path, dtype: np.dtype, lengths: NDArray[np.int64]) -> None:
+    """Write the index of documents of one sequence each that follow one another in their `.bin`.
+
+    Args:
+        file: where to.
+        dtype: of the tokens, as `token_dtype` says.
+        lengths: [documents] tokens of each.
+    """
+    code = next(code for code, name in _DTYPES.items() if np.dtype(name) == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    pointers = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+    with file.open("wb") as stream:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        stream.write(lengths.astype("<i4").tobytes())
+        stream.write(pointers.astype("<i8").tobytes())
+        stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())

@@ -87,6 +87,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--document-characters", type=int, help="cut text files into documents")
     parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
+    parser.add_argument("--workers", type=int, help="processes; default: one per processor")
     parser.add_argument(
         "--allow-rejects", action="store_true", help="accept that most documents are rejected"
     )
