@@ -214,6 +214,7 @@ def _data_trim(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         fields=FieldOverrides(**{name: getattr(options, f"{name}_field") for name in names}),
         split=options.split,
+        overwrite=options.overwrite,
     )
     show_summary(trim_file(request), Console())
 
@@ -299,7 +300,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     console = Console()
     rows = evaluate.read_rows(options.rows)[: options.count]
-    result = evaluate.exact_match(options.model, rows, evaluate.EvalRequest())
+    request = evaluate.EvalRequest(max_new_tokens=options.max_new_tokens)
+    result = evaluate.exact_match(options.model, rows, request)
     evaluate.print_report(result, console)
     if options.output:
         evaluate.write_report(result, options.output)

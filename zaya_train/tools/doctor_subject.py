@@ -209,7 +209,7 @@ def _alone(trial: Trial, config: TrainConfig, context: Context) -> Subject:
     around = Surroundings(kernels=config.kernels, recompute=config.parallel.recompute)
     model = ZayaModel(config.model, around)
     initialise(model, config.run.seed)
-    reduction = Reduction(world, config.parallel.accumulation, True)
+    reduction = Reduction(1, config.parallel.accumulation, True)
     chunking = Chunking(1, False)
     return Subject(trial, config, context, model, chunking, (0, 0), reduction, Groups(world, world))
 

@@ -48,7 +48,10 @@ def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
     )
     parser.add_argument("model", type=Path, help="Hugging Face folder")
     parser.add_argument("rows", type=Path, help="JSONL with messages and answer")
-    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--count", type=int, default=200, help="rows to score, from the first on")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=640, help="longer replies are cut and wrong"
+    )
     parser.add_argument("--output", type=Path, help="JSON report")
 
 
@@ -58,7 +61,7 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="ranks of the launch: nodes x GPUs")
     parser.add_argument(
         "--rehearse", action="store_true", help="peak memory and traffic of a step, without ranks"
     )
