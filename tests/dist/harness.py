@@ -66,6 +66,8 @@ class Case:
     """Of the model, per layer."""
     row_tokens: int = ROW_TOKENS
     """A multiple of ROW_TOKENS; rows repeat their documents."""
+    compute: str = "fp32"
+    """precision.compute_dtype."""
 
     @property
     def world(self) -> int:
@@ -77,6 +79,7 @@ class Case:
         degrees = f"r{self.replicate}s{self.shard}c{self.context}e{self.expert}"
         degrees += f"of{self.experts}x{self.row_tokens}"
         how = f"{self.chunks}-{self.micro_rows}rows-{micro}micro-{self.accumulation}"
+        how += "-bf16" if self.compute == "bf16" else ""
         return f"{degrees}-{how}-{self.recompute}" + ("-reshard" if self.reshard else "")
 
 
@@ -128,6 +131,7 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             "parallel.accumulation": case.accumulation,
             "parallel.recompute": case.recompute,
             "parallel.reshard_after_forward": case.reshard,
+            "precision.compute_dtype": case.compute,
             **changes,
         }
     )
@@ -339,6 +343,13 @@ def three_steps(case: Case) -> Outcome:
         local_digest=digest({**local, **setup.optimizer.tensors()}),
         fsdp_rank=setup.mesh.fsdp_group.rank(),
     )
+
+
+def first_step(case: Case) -> tuple[float, dict[str, Part]]:
+    """Loss and clipped gradients of one step."""
+    setup = Setup.of(case)
+    setup.record_gradients()
+    return setup.step(0).loss, setup.clipped
 
 
 def run_cases(cases: list[Case]) -> dict[str, Outcome]:

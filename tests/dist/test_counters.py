@@ -34,6 +34,11 @@ def dtensor_sum(mesh: DeviceMesh, x: Tensor) -> object:
     return total.redistribute(placements=[Replicate()])  # type: ignore[attr-defined]
 
 
+def inside_a_dtensors_dispatch(mesh: DeviceMesh, x: Tensor) -> object:
+    # A root needs the whole sum first.
+    return distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None).sum().sqrt()
+
+
 def functional_all_reduce(mesh: DeviceMesh, x: Tensor) -> object:
     return funcol.all_reduce(x, "sum", mesh.get_group()).sum()
 
@@ -64,6 +69,7 @@ def plain_all_reduce(mesh: DeviceMesh, x: Tensor) -> object:
 WAYS = [
     (full_tensor, "all_gather", 24),
     (dtensor_sum, "all_reduce", 4),
+    (inside_a_dtensors_dispatch, "all_reduce", 4),
     (functional_all_reduce, "all_reduce", 48),
     (functional_all_gather, "all_gather", 48),
     (functional_reduce_scatter, "reduce_scatter", 48),
