@@ -29,11 +29,12 @@ CHECKED = {
     "smoke_cpu": ("pretrain_1", "midtrain", "sft"),
 }
 GB = 10**9
+SMALLER = ("model.num_layers=2", "model.vocab_size=32768")
 
 
 def few_layers(*overrides: str) -> TrainConfig:
-    """The 8B recipe with two of its layers: full widths, a second each."""
-    return compose(["recipe=zaya1_8b", "model.num_layers=2", *overrides])
+    """The 8B recipe with two of its layers and an eighth of its vocabulary: seconds each."""
+    return compose(["recipe=zaya1_8b", *SMALLER, *overrides])
 
 
 def one(config: TrainConfig, phase: str, ranks: int = 1024, busiest: float = 1.0) -> Rehearsal:
@@ -116,14 +117,15 @@ def test_muon_copies_its_updates_to_every_replica() -> None:
 
 
 def test_settings_save_what_they_should() -> None:
-    plain = one(few_layers(), "sft").peak.components["activations"]
+    kept = one(few_layers(), "sft").peak.components
     selective = one(few_layers("parallel.recompute=selective"), "sft").peak.components
     full = one(few_layers("parallel.recompute=full"), "sft").peak.components
-    assert full["activations"] < selective["activations"] < plain
+    assert full["activations"] < selective["activations"] < kept["activations"]
     each = one(few_layers("parallel.accumulation=reduce_each"), "pretrain_1").peak.components
     assert "full gradients" not in each
     freed = one(few_layers("parallel.reshard_after_forward=true"), "sft").peak.components
-    assert freed["gathered weights"] < 0.9 * GB + 262272 * 2048 * 2
+    # One layer and the embedding, of two.
+    assert freed["gathered weights"] < 0.75 * kept["gathered weights"]
 
 
 def test_a_busy_expert_costs_memory_on_its_ranks() -> None:
@@ -146,7 +148,7 @@ def test_phases_of_one_shape_are_rehearsed_once() -> None:
 def test_what_does_not_fit_is_refused_with_the_cheapest_change(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["plan", "recipe=zaya1_8b", "model.num_layers=2", "--ranks", "1024"]
+    words = ["plan", "recipe=zaya1_8b", *SMALLER, "--ranks", "1024"]
     chosen = ["--phase", "sft", "--memory-gb"]
     assert main([*words, *chosen, "192"]) == 0
     shown = capsys.readouterr()
