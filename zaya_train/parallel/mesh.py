@@ -22,8 +22,8 @@ over expert (whole experts, E / expert each), then over expert_shard; where expe
 E / expert, the last ranks hold no rows of them.
 
 What the optimizer relies on: every tensor, dense or expert, is partitioned over the ranks of one
-fsdp group, and ranks of one replicate group hold the same part. So one sum over the fsdp group
-gives a norm, and one exchange over it whole matrices, whatever the degrees.
+fsdp group, and ranks of one replicate group hold the same part. So one exchange over the fsdp
+group gives whole matrices, and one sum of every rank's squares a norm, whatever the degrees.
 
 A rank's context peers and its expert peers are neighbours in world order, so they share a node when
 the degree divides the ranks of a node. `config.check` refuses degrees that do not divide, without a
