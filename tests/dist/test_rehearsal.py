@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Figures = tuple[dict[str, int], dict[str, int], dict[tuple[str, str], int]]
 
 
-class RealMeter(Meter):
+class RealMeter(Meter):  # type: ignore[no-untyped-call]
     """Other ranks answer for themselves."""
 
     def _answer(self, func: Any, args: Any) -> None:
