@@ -6,6 +6,7 @@ load plotting, tokenizers and transformers there.
     zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
     zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
     zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+    zaya kernels verify
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -32,7 +33,8 @@ from zaya_train.config.defaults import defaults
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
 from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.runtime.files import named_failure
-from zaya_train.tools.data_parsers import FIELDS, add_command, add_data
+from zaya_train.tools.data_parsers import FIELDS, add_data
+from zaya_train.tools.run_parsers import add_hub, add_kernels, add_model_use, add_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,9 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
     add_data(commands, _DATA_HANDLERS)
-    _add_hub(commands)
-    _add_model_use(commands)
-    _add_runs(commands)
+    for add in (add_hub, add_model_use, add_runs, add_kernels):
+        add(commands, _HANDLERS)
     return parser
 
 
@@ -216,6 +217,7 @@ def _data_trim(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         fields=FieldOverrides(**{name: getattr(options, f"{name}_field") for name in names}),
         split=options.split,
+        overwrite=options.overwrite,
     )
     show_summary(trim_file(request), Console())
 
@@ -270,24 +272,6 @@ _DATA_HANDLERS = {
 }
 
 
-def _add_hub(commands: Any) -> None:
-    parser = add_command(
-        commands,
-        "import-hf",
-        _import,
-        "check a Hugging Face `zaya` folder and write its model config",
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model-yaml", required=True, type=Path)
-    parser = add_command(
-        commands, "export-hf", _export, "write a checkpoint as a Hugging Face folder"
-    )
-    parser.add_argument("source", type=Path, help="run directory or checkpoint directory")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder, if the run has none")
-
-
 def _import(options: argparse.Namespace) -> None:
     from zaya_train.tools.transfer import ImportRequest, import_hf
 
@@ -299,21 +283,6 @@ def _export(options: argparse.Namespace) -> None:
 
     request = ExportRequest(options.source, options.output, options.dtype, options.tokenizer)
     export_hf(request, Console())
-
-
-def _add_model_use(commands: Any) -> None:
-    parser = add_command(commands, "generate", _generate, "answer prompts with an exported model")
-    parser.add_argument("model", type=Path, help="Hugging Face folder")
-    parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser = add_command(commands, "evaluate", _evaluate, "exact match on held-out problems")
-    parser.add_argument("model", type=Path, help="Hugging Face folder")
-    parser.add_argument("rows", type=Path, help="JSONL with messages and answer")
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--output", type=Path, help="JSON report")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -334,30 +303,31 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     console = Console()
     rows = evaluate.read_rows(options.rows)[: options.count]
-    result = evaluate.exact_match(options.model, rows, evaluate.EvalRequest())
+    request = evaluate.EvalRequest(max_new_tokens=options.max_new_tokens)
+    result = evaluate.exact_match(options.model, rows, request)
     evaluate.print_report(result, console)
     if options.output:
         evaluate.write_report(result, options.output)
 
 
-def _add_runs(commands: Any) -> None:
-    parser = add_command(commands, "plan", _plan, "preview a run: phases, steps, layout, memory")
-    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser = add_command(commands, "report", _report, "one HTML file with a run's curves")
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path, help="default: report.html in the first run")
-    parser = add_command(commands, "smoke", _smoke, "the whole main job on this machine")
-    parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
-    parser.add_argument("--data", help="train on this dataset instead of generated problems")
-    parser.add_argument("--tokenizer", default="bytes")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides for the training runs")
-
-
 def _plan(options: argparse.Namespace) -> None:
     from zaya_train.tools.plan import PlanRequest, show_plan
 
-    show_plan(PlanRequest(compose(options.overrides), options.ranks), Console())
+    config = compose(options.overrides)
+    show_plan(PlanRequest(config, options.ranks), Console())
+    if options.rehearse or options.memory_gb is not None:
+        from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
+
+        phases = tuple(options.phase or ())
+        request = RehearsalRequest(config, options.ranks, phases, options.memory_gb)
+        show_rehearsal(request, Console())
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from zaya_train.tools.doctor import DoctorRequest, doctor
+
+    request = DoctorRequest(compose(options.overrides), options.ranks, options.receipt)
+    return doctor(request, Console())
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -377,3 +347,32 @@ def _smoke(options: argparse.Namespace) -> int:
         overrides=tuple(options.overrides),
     )
     return smoke(request, compose, Console())
+
+
+def _kernels_verify(options: argparse.Namespace) -> int:
+    from zaya_kernels.launch import ARCHITECTURES
+
+    from zaya_train.tools.kernels import VerifyRequest, verify
+
+    chosen = tuple(options.arch or ARCHITECTURES)
+    if unknown := set(chosen) - set(ARCHITECTURES):
+        raise ConfigError(f"--arch: {', '.join(sorted(unknown))}; of {', '.join(ARCHITECTURES)}")
+    if options.write and chosen != ARCHITECTURES:
+        raise ConfigError("--write: the golden file holds every architecture; leave --arch out")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    return verify(VerifyRequest(chosen, not options.no_numerics, options.write), console)
+
+
+_HANDLERS = {
+    "import-hf": _import,
+    "export-hf": _export,
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "plan": _plan,
+    "doctor": _doctor,
+    "report": _report,
+    "smoke": _smoke,
+    "kernels verify": _kernels_verify,
+}

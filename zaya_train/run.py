@@ -27,6 +27,7 @@ from zaya_train.config.derive import (
     layout_notes,
     phase_sequences,
 )
+from zaya_train.config.diff import model_differences
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
 from zaya_train.data.check import check_corpora
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
@@ -40,8 +41,8 @@ from zaya_train.optim.table import summary
 from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import Reduction, write_full
 from zaya_train.parallel.mesh import Mesh
-from zaya_train.phases.lineage import changes, lineage
-from zaya_train.runtime.device import describe, peak_memory_bytes
+from zaya_train.phases.lineage import changes, lengthened, lineage
+from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import copy_folder_once
 from zaya_train.runtime.log import logging_to
@@ -88,6 +89,8 @@ class Context:
     flag: StopFlag
     corpora: dict[str, str]
     """Content hash of each source by name."""
+    meshes: dict[Layout, Mesh]
+    """Made so far: every new mesh makes process groups, which live as long as the process."""
     ledger: LedgerWriter
 
 
@@ -123,6 +126,7 @@ def train(config: TrainConfig) -> int:
     ranks = start(config.runtime)
     with ExitStack() as stack:
         stack.callback(stop)
+        check_kernels(config.kernels, ranks.device)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))
@@ -138,7 +142,7 @@ def train(config: TrainConfig) -> int:
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
         context = Context(
-            config, ranks, run_dir, console, store, saver, metrics, flag, corpora, ledger
+            config, ranks, run_dir, console, store, saver, metrics, flag, corpora, {}, ledger
         )
         _describe(context)
         return _run_plan(context)
@@ -176,7 +180,7 @@ def _run_plan(context: Context) -> int:
         found = context.store.newest()
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:
-            _check_lineage(found, context)
+            _check_lineage(found, state, context)
         if first:
             _announce(context, state, resumed=found is not None)
             first = False
@@ -190,9 +194,12 @@ def _run_plan(context: Context) -> int:
         gc.collect()
 
 
-def _check_lineage(found: Found, context: Context) -> None:
-    """Phases and corpora behind the checkpoint must be those of the configuration."""
-    different = changes(found.record.lineage, context.config, context.corpora)
+def _check_lineage(found: Found, state: TrainState, context: Context) -> None:
+    """Model, phases and corpora behind the checkpoint must be those of the configuration."""
+    config, ours = context.config, to_dict(context.config.model)
+    different = changes(found.record.lineage, config, context.corpora)
+    different += [f"model.{line}" for line in model_differences(found.record.model, ours)]
+    different += lengthened(state.past_rows, config.plan.phases)
     if different:
         raise ConfigError(
             f"{found.path}: was trained under another plan or on other data, so the run cannot "
@@ -261,7 +268,9 @@ def _run_phase(
 
 def _build(context: Context, name: str, phase: PhaseConfig, degrees: Layout) -> Built:
     config = context.config
-    mesh = Mesh.build(degrees, context.ranks.device.type)
+    if degrees not in context.meshes:
+        context.meshes[degrees] = Mesh.build(degrees, context.ranks.device.type)
+    mesh = context.meshes[degrees]
     model_config = replace(config.model, rope_base=phase.rope_base)
     model = parallelize(config, model_config, mesh, context.ranks.device)
     optimizer = Optimizer(

@@ -197,6 +197,7 @@ def test_earlier_reasoning_is_listed_with_its_place(tmp_path: Path) -> None:
         (0, [{"messages": problem("x")}], "at least 1"),
         (9, [{"text": "plain"}], "no reasoning to trim"),
         (9, [], "empty file"),
+        (3, [{"messages": problem("x")}], "all 1 rows are rejected at a budget of 3 tokens"),
     ],
 )
 def test_refusals_leave_nothing(
@@ -210,3 +211,22 @@ def test_refusals_leave_nothing(
 
 def test_summary_of_nothing_has_no_rows() -> None:
     assert TrimSummary(5).rows == 0
+
+
+def test_neither_the_input_nor_an_earlier_output_is_replaced(tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", [{"messages": problem("x" * 100)}])
+    before = (tmp_path / "x.jsonl").read_text()
+    for overwrite in (False, True):
+        request = TrimRequest(
+            input=source, output=tmp_path / "x.jsonl", budget_tokens=64, overwrite=overwrite
+        )
+        with pytest.raises(DataError, match="is the input"):
+            trim_file(request)
+    assert (tmp_path / "x.jsonl").read_text() == before
+    output = tmp_path / "y.jsonl"
+    output.write_text("precious")
+    with pytest.raises(DataError, match="exists; --overwrite replaces it"):
+        trim_file(TrimRequest(input=source, output=output, budget_tokens=64))
+    assert output.read_text() == "precious"
+    trim_file(TrimRequest(input=source, output=output, budget_tokens=64, overwrite=True))
+    assert len(read(output)) == 1

@@ -66,6 +66,8 @@ class Case:
     """Of the model, per layer."""
     row_tokens: int = ROW_TOKENS
     """A multiple of ROW_TOKENS; rows repeat their documents."""
+    compute: str = "fp32"
+    """precision.compute_dtype."""
 
     @property
     def world(self) -> int:
@@ -77,6 +79,7 @@ class Case:
         degrees = f"r{self.replicate}s{self.shard}c{self.context}e{self.expert}"
         degrees += f"of{self.experts}x{self.row_tokens}"
         how = f"{self.chunks}-{self.micro_rows}rows-{micro}micro-{self.accumulation}"
+        how += "-bf16" if self.compute == "bf16" else ""
         return f"{degrees}-{how}-{self.recompute}" + ("-reshard" if self.reshard else "")
 
 
@@ -128,6 +131,7 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             "parallel.accumulation": case.accumulation,
             "parallel.recompute": case.recompute,
             "parallel.reshard_after_forward": case.reshard,
+            "precision.compute_dtype": case.compute,
             **changes,
         }
     )
@@ -341,6 +345,13 @@ def three_steps(case: Case) -> Outcome:
     )
 
 
+def first_step(case: Case) -> tuple[float, dict[str, Part]]:
+    """Loss and clipped gradients of one step."""
+    setup = Setup.of(case)
+    setup.record_gradients()
+    return setup.step(0).loss, setup.clipped
+
+
 def run_cases(cases: list[Case]) -> dict[str, Outcome]:
     """Every case in turn on the ranks of this world."""
     outcomes = {}
@@ -366,6 +377,6 @@ def norm_of_gathered(case: Case) -> tuple[float, float]:
 
 
 def _norms(setup: Setup, seen: list[float], *_: Any) -> None:
-    seen.append(float(global_norm(setup.optimizer.shards.values(), setup.mesh.fsdp_group)))
+    seen.append(global_norm(setup.optimizer.shards.values(), setup.reduction.replicas))
     gradients = [whole(p.grad) for p in setup.model.parameters() if p.grad is not None]
     seen.append(float(torch.cat([g.double().flatten() for g in gradients]).norm()))

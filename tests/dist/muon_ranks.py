@@ -14,6 +14,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.traffic import collective, of_dtensors
 from zaya_train.config.derive import Layout
 from zaya_train.config.schema import MuonConfig
 from zaya_train.optim import owners
@@ -98,23 +99,21 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = str(func)
-        if name.startswith("c10d."):
-            self._count(name, args)
+        if of_dtensors(types):
+            return NotImplemented
+        if found := collective(func, args):
+            kind, group, operand = found
+            count = operand.numel() * operand.element_size()
+            if kind == "all_to_all" and str(func).startswith("c10d.alltoall_base_"):
+                known = {
+                    self.groups.fsdp.group_name: "fsdp",
+                    self.groups.replicate.group_name: "copies",
+                }
+                splits = args[4]
+                kind = known[group.group_name]
+                count = (sum(splits) - splits[group.rank()]) * operand.element_size()
+            self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + count
         return func(*args, **(kwargs or {}))
-
-    def _count(self, name: str, args: tuple[Any, ...]) -> None:
-        kind, count = name, 1
-        if name.startswith("c10d.alltoall_base_"):
-            _, tensor, boxed, _, splits = args[:5]
-            group = dist.ProcessGroup.unbox(boxed)
-            known = {
-                self.groups.fsdp.group_name: "fsdp",
-                self.groups.replicate.group_name: "copies",
-            }
-            kind = known[group.group_name]
-            count = (sum(splits) - splits[group.rank()]) * tensor.element_size()
-        self.sent_bytes[kind] = self.sent_bytes.get(kind, 0) + count
 
 
 def randn(shape: tuple[int, ...], seed: int) -> Tensor:

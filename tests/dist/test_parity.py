@@ -13,7 +13,9 @@ from tests.dist.harness import (
     ROWS,
     Case,
     Outcome,
+    Part,
     all_logits,
+    first_step,
     norm_of_gathered,
     relative,
     run_cases,
@@ -211,3 +213,33 @@ class TestLayout:
 def test_global_norm_is_the_norm_of_the_whole_gradient(case: Case) -> None:
     for ours, gathered in run_ranks(norm_of_gathered, case.world, case):
         assert ours == pytest.approx(gathered, rel=1e-6)
+
+
+IN_BF16 = [
+    # The same rows in a micro-batch: every product is the same, and sums of gradients are fp32.
+    (Case(shard=2, compute="bf16"), 1e-5),
+    (Case(2, 2, compute="bf16", accumulation="reduce_each", reshard=True), 1e-5),
+    (Case(2, 2, expert=2, compute="bf16", accumulation="all_reduce_last"), 1e-5),
+    # Attention in chunks rounds differently; a median error of 0.8 % was measured, where fp32 and
+    # bf16 differ by 1.4 %.
+    (Case(shard=2, context=2, compute="bf16"), 0.02),
+]
+
+
+@pytest.fixture(scope="module")
+def alone_in_bf16() -> tuple[float, dict[str, Part]]:
+    return run_ranks(first_step, 1, Case(compute="bf16"))[0]
+
+
+@pytest.mark.parametrize(("case", "tolerance"), IN_BF16, ids=[case.name for case, _ in IN_BF16])
+def test_bf16_gradients_are_those_of_one_bf16_process(
+    case: Case, tolerance: float, alone_in_bf16: tuple[float, dict[str, Part]]
+) -> None:
+    ranks = run_ranks(first_step, case.world, case)
+    loss, expected = alone_in_bf16
+    assert all(rank[0] == pytest.approx(loss, rel=tolerance) for rank in ranks)
+    errors = [
+        relative(together([rank[1][name] for rank in ranks]), part.rows)
+        for name, part in expected.items()
+    ]
+    assert np.median(errors) <= tolerance, sorted(errors)

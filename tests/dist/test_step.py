@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,9 @@ from torch import Tensor, nn
 
 from tests.dist.harness import ROWS, Case, Setup, digest, rows_of_step
 from tests.helpers.distributed import RankError, run_ranks
+from zaya_train.config.errors import NumericsError
 from zaya_train.parallel.apply import chunking_of
+from zaya_train.train import step
 from zaya_train.train.batch import Batch, make_batch, without_labels
 from zaya_train.train.loop import Hooks, PhaseRun, load_summary, run_phase
 from zaya_train.train.metrics import MetricsWriter, read_metrics
@@ -71,6 +75,80 @@ def test_nan_on_one_rank_skips_the_step_on_all(case: Case) -> None:
         # The forward pass was sound: it is the gradient that was not.
         assert math.isfinite(results[1].loss)
         assert states[1] == states[0] != states[2]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one rank's copy of the reduced gradient."""
+
+    rank: int
+    name: str
+    factor: float
+
+    def strike(self, setup: Setup) -> None:
+        if dist.get_rank() != self.rank:
+            return
+        gradient = setup.optimizer.shards[self.name].grad
+        if self.factor:
+            gradient.mul_(self.factor)
+        else:
+            gradient.view(torch.int32).flatten()[-1] ^= 1
+
+
+SCALE = "norm.weight"
+"""A parameter every rank holds a part of."""
+
+
+def struck(case: Case, faults: list[Fault]) -> tuple[str, float, bool]:
+    """A good step, then one in which gradients change after they are reduced; what came of it,
+    its norm and whether it left this rank's state alone."""
+    setup = Setup.of(case)
+    setup.step(0)
+    before, reduce = everything(setup), step._reduce
+
+    def then_strike(loss: Tensor, load: Tensor, stop: int) -> tuple[Tensor, Tensor, int]:
+        for fault in faults:
+            fault.strike(setup)
+        return reduce(loss, load, stop)
+
+    step._reduce = then_strike  # type: ignore[assignment]
+    try:
+        result = setup.step(1)
+    except NumericsError as error:
+        return str(error), 0.0, everything(setup) == before
+    return "", result.grad_norm, everything(setup) == before
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1.001, 0.0], ids=["nan", "inf", "x", "bit"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_replica_with_another_gradient_stops_all_ranks(factor: float, rank: int) -> None:
+    faults = [Fault(rank, SCALE, factor)]
+    outcomes = run_ranks(struck, 4, Case(replicate=2, shard=2), faults, timeout=30)
+    message = outcomes[0][0]
+    assert outcomes == [(message, 0.0, True)] * 4
+    norms = re.findall(r"norm (\S+) on replica (\d)", message)
+    assert [replica for _, replica in norms] == ["0", "1"]
+    assert f"copies on ranks {rank % 2}, {rank % 2 + 2} must be equal" in message
+    finite = [math.isfinite(float(norm)) for norm, _ in norms]
+    assert finite[1 - rank // 2] and finite[rank // 2] == math.isfinite(factor)
+
+
+def test_equal_replicas_that_are_not_finite_skip_together() -> None:
+    faults = [Fault(0, SCALE, math.nan), Fault(2, SCALE, -math.nan)]
+    for message, norm, unchanged in run_ranks(struck, 4, Case(replicate=2, shard=2), faults):
+        assert message == "" and math.isnan(norm) and unchanged
+
+
+def test_three_replicas_name_the_odd_one() -> None:
+    for message, _, _ in run_ranks(struck, 3, Case(replicate=3), [Fault(1, SCALE, 2.0)]):
+        assert re.search(
+            r"norm \S+ on replica 0, 2; norm \S+ on replica 1; copies on ranks 0, 1, 2", message
+        )
+
+
+def test_a_fault_of_the_only_copy_is_like_any_gradient() -> None:
+    for message, norm, unchanged in run_ranks(struck, 2, Case(shard=2), [Fault(1, SCALE, 1.001)]):
+        assert message == "" and math.isfinite(norm) and not unchanged
 
 
 class Steps(Iterator[list[Batch]]):

@@ -102,6 +102,8 @@ CASES = [
     Case(context=4, expert=4, micro_rows=2, recompute="full"),
     Case(shard=2, context=2, expert=2, recompute="full", reshard=True),
     Case(context=4, micro_rows=ROWS, chunks="contiguous"),
+    Case(2, 2, accumulation="reduce_each", compute="bf16"),
+    Case(shard=2, context=2, expert=2, reshard=True, compute="bf16"),
 ]
 
 
@@ -115,6 +117,23 @@ def test_counted_bytes_are_the_calculated_ones(case: Case) -> None:
         # The load leaves padding out, which travels too.
         padding = sum(case.row_tokens - int(r.document_lengths.sum()) for r in rows_of_step(0))
         assert ranks[0][2] <= sent == received <= ranks[0][2] + padding * LAYERS
+
+
+def reduced_dtypes(case: Case) -> tuple[set[torch.dtype], int, int]:
+    """Of a step's reduce-scatters: dtypes, bytes, and the model's elements."""
+    setup = Setup.of(case)
+    with traffic.Traffic() as counted:
+        setup.step(0)
+    elements = sum(p.numel() for p in setup.model.parameters())
+    return counted.dtypes["reduce_scatter"], counted.sent_bytes("reduce_scatter"), elements
+
+
+@pytest.mark.parametrize("case", [Case(shard=2, compute="bf16"), Case(2, 2, compute="bf16")])
+def test_gradients_of_a_bf16_model_are_reduced_in_fp32(case: Case) -> None:
+    for dtypes, size, elements in run_ranks(reduced_dtypes, case.world, case):
+        assert dtypes == {torch.float32}
+        # More by the padding to equal rows.
+        assert 4 * elements <= size < 4.4 * elements
 
 
 @pytest.mark.parametrize(("head_tail", "worst"), [(True, 1.05), (False, 1.8)])

@@ -191,6 +191,7 @@ def expected_skip_stream(model: ZayaModel, tokens: Tensor) -> Tensor:
     outputs = []
     for layer in blocks(model):
         layer.moe.register_forward_hook(
+            # The block applies the norm that comes with its input.
             lambda module, given, result: outputs.append((given[3](given[0]), *result))
         )
     logits = model.logits(tokens)

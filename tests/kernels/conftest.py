@@ -9,6 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,10 +45,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def interpreter() -> None:
-    """Triton's interpreter with bf16 mended and memory watched."""
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter with bf16 mended and memory watched, on a GPU of two compute units:
+    kernels whose programs walk over rows then walk, also over few rows."""
     pytest.importorskip("triton", reason="the extra `triton` is not installed")
     from zaya_kernels.workshop.interpreter import install
 
     install()
+    monkeypatch.setitem(COMPUTE_UNITS, INTERPRETED, 2)

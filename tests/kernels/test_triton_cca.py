@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from zaya_kernels.cca.op import CCAContext
+from zaya_kernels.launch import ARCHITECTURES, INTERPRETED
 
 from zaya_train.model.rope import rotary_tables
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+from zaya_kernels.cca.triton import traffic
+from zaya_kernels.workshop.interpreter import counting
+
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 # Blocks hold 128 (forward) and 32 rows (backward): several blocks, and an odd last one.
@@ -61,6 +66,29 @@ def context_of(shape: Shape, documents: Sequence[Sequence[int]], sequence: int) 
 def test_triton_is_as_exact_as_eager(shape: Shape, dtype: torch.dtype) -> None:
     context = context_of(shape, DOCUMENTS, SEQUENCE)
     assert_no_worse(lambda b, x: call(b, x, context), inputs_of(shape, dtype), "triton")
+
+
+def test_traffic_is_what_the_kernels_move() -> None:
+    """Rows at a document's start, whose predecessors are not read, are the only difference."""
+    context = context_of(USUAL, [[SEQUENCE]], SEQUENCE)
+    inputs = inputs_of(USUAL, torch.bfloat16)
+    with counting() as counts:
+        run_pass(lambda b, x: call(b, x, context), "triton", inputs)
+    shape = (1, SEQUENCE, USUAL.query_heads, USUAL.kv_heads, USUAL.head_dim, USUAL.rotated)
+    moved: dict[str, int] = {}
+    for passing in traffic(shape, 3, INTERPRETED):
+        moved |= passing.by_kernel
+    assert [count.kernel for count in counts] == list(moved)
+    for count in counts:
+        assert 0.995 * moved[count.kernel] <= count.distinct_bytes <= moved[count.kernel]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_traffic_is_near_the_fewest_possible(arch: str) -> None:
+    forward, backward = traffic((8, 4096, 8, 2, 128, 64), 3, arch)
+    assert forward.ratio <= 1.3
+    assert backward.by_kernel["cca_backward_inputs"] <= 1.05 * backward.fewest
+    assert backward.ratio <= 2.1
 
 
 def test_two_runs_agree_bitwise() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from zaya_kernels.launch import ARCHITECTURES, INTERPRETED
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
 
-from ..helpers.kernels import assert_bitwise, assert_no_worse, random
+from ..helpers.kernels import assert_bitwise, assert_no_worse, random, run_pass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+from zaya_kernels.workshop.interpreter import counting
+
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 SHAPES = [(1, 1, 64), (2, 7, 100), (1, 33, 256)]
@@ -58,6 +63,40 @@ def test_either_half_is_as_exact_as_eager(dtype: torch.dtype) -> None:
     names = ("stream", "branch", *ResidualScales.__dataclass_fields__)
     assert_no_worse(add, inputs_of(SHAPES[1], dtype, names), "triton")
     assert_no_worse(norm, inputs_of(SHAPES[1], dtype, ("stream", "weight")), "triton")
+
+
+def test_blocks_of_several_rows_end_inside_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zaya_kernels.norm_residual.triton import CONFIGS
+
+    for table in CONFIGS.values():
+        wider = replace(table[INTERPRETED], blocks={"R": 4})
+        monkeypatch.setitem(table, INTERPRETED, wider)
+    assert_no_worse(fused, inputs_of(SHAPES[2], torch.bfloat16), "triton")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_traffic_is_what_the_kernels_move(backward: bool) -> None:
+    from zaya_kernels.norm_residual.triton import traffic
+
+    inputs = inputs_of((1, 33, 256), torch.bfloat16)
+    with counting() as counts:
+        run_pass(fused, "triton", inputs)
+    programs = counts[1].programs
+    moved, fewest = traffic(33, 256, INTERPRETED, backward)
+    # The sums over programs are read again by torch, which the interpreter does not see.
+    afterwards = 4 * programs * 256 * 4 if backward else 0
+    # The backward does not read the weight's and the biases' gradients.
+    assert counts[backward].distinct_bytes == moved - afterwards
+    assert moved > fewest
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_traffic_is_near_the_fewest_possible(arch: str) -> None:
+    from zaya_kernels.norm_residual.triton import traffic
+
+    for backward in (False, True):
+        moved, fewest = traffic(32768, 2048, arch, backward)
+        assert moved <= 1.1 * fewest
 
 
 def test_two_runs_agree_bitwise() -> None:

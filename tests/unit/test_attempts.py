@@ -30,8 +30,8 @@ def test_changed_added_and_removed_keys_are_named_with_both_values() -> None:
     new = values({"optim.muon.learning_rate": 0.5, "data.sources.new": {"path": "n"}})
     assert differences(old, new) == {
         "optim.muon.learning_rate": (0.02, 0.5),
-        "data.sources.new": ("absent", {"path": "n"}),
-        "data.sources.old": ({"path": "o"}, "absent"),
+        "data.sources.new": ("absent", new["data"]["sources"]["new"]),
+        "data.sources.old": (old["data"]["sources"]["old"], "absent"),
     }
 
 

@@ -60,6 +60,16 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         2,
         [f"{L}.context_tokens", "32 tokens a chunk", "38"],
     ),
+    (
+        {"kernels.cca": "triton", "model.head_dim": 48, "model.rope_fraction": 1.0},
+        2,
+        ["kernels.cca=triton", "model.head_dim 48", "power of two from 32"],
+    ),
+    (
+        {"kernels.cca": "triton", "model.head_dim": 32, "model.rope_fraction": 0.25},
+        2,
+        ["kernels.cca=triton", "model.rope_fraction 0.25", "8 channels", "multiple of 16"],
+    ),
     ({"model.num_query_heads": 3}, 2, ["model.num_query_heads", "3", "num_kv_heads 2"]),
     (
         {"model.num_kv_heads": 1, "model.head_dim": 7, "model.rope_fraction": 1.0},

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.tiny import tiny
 from zaya_train.config.schema import PlanConfig
-from zaya_train.phases.lineage import changes, lineage
+from zaya_train.phases.lineage import changes, lengthened, lineage
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
@@ -97,3 +97,15 @@ def test_a_source_no_longer_drawn_from_is_a_change_of_the_mixture() -> None:
     config = tiny({"data.sources.b": {"path": "b"}, "plan.phases.short.mixture.b": 1.0})
     (line,) = changes(stored(config, 0), tiny({}), CORPORA)
     assert line.startswith("plan.phases.short.mixture: ")
+
+
+def test_a_phase_that_is_over_cannot_be_lengthened() -> None:
+    phases = tiny({}).plan.phases
+    name, phase = next(iter(phases.items()))
+    rows = -(-phase.tokens // phase.context_tokens)
+    assert lengthened((rows,), phases) == []
+    longer = {**phases, name: replace(phase, tokens=phase.tokens + phase.context_tokens)}
+    [line] = lengthened((rows,), longer)
+    assert line.startswith(f"plan.phases.{name}.tokens: ")
+    assert f"asks for {rows + 1} rows and the phase ended after {rows}" in line
+    assert lengthened((), longer) == []

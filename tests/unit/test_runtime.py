@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -23,9 +24,9 @@ from torch._C._distributed_c10d import HashStore
 
 from tests.helpers.distributed import RankError, run_ranks
 from zaya_train.config.errors import EXIT_CONFIG, ConfigError, StorageError
-from zaya_train.config.schema import RuntimeConfig
+from zaya_train.config.schema import KernelsConfig, RuntimeConfig
 from zaya_train.runtime import dist as runtime
-from zaya_train.runtime.device import describe, pick_device, usable_cores
+from zaya_train.runtime.device import check_kernels, describe, pick_device, usable_cores
 from zaya_train.runtime.log import FILE_ONLY, log_path, logging_to
 from zaya_train.runtime.seeds import derive_seed, seed_rank
 from zaya_train.runtime.signals import STOP_SIGNALS, StopFlag
@@ -208,6 +209,19 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"runtime\.device=cuda, but torch .* sees no accel"):
         pick_device("cuda")
+
+
+def test_triton_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = torch.device("cpu")
+    check_kernels(KernelsConfig(), cpu)
+    if find_spec("triton") is None:
+        with pytest.raises(ConfigError, match=r"kernels\.cca=triton: triton is not installed"):
+            check_kernels(KernelsConfig(cca="triton"), cpu)
+        return
+    check_kernels(KernelsConfig(cca="triton"), torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match=r"kernels\.norm_residual=triton: needs a GPU, .* cpu"):
+        check_kernels(KernelsConfig(norm_residual="triton"), cpu)
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

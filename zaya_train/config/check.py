@@ -35,6 +35,8 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     yield from _optim(config.optim)
     yield from _skip_target(config)
     yield from _settings(config)
+    if config.kernels.cca == "triton":
+        yield from _triton_cca(config.model)
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"
@@ -103,6 +105,18 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.rope_fraction: {model.rope_fraction} of model.head_dim {model.head_dim} is "
             f"{rotated} channels; it must be a positive even number of them"
+        )
+
+
+def _triton_cca(model: ModelConfig) -> Iterator[str]:
+    """Shapes that the Triton kernels of CCA can do."""
+    size, rotated = model.head_dim, int(model.head_dim * model.rope_fraction)
+    if size < 32 or size & (size - 1):
+        yield f"kernels.cca=triton: model.head_dim {size} must be a power of two from 32"
+    if rotated % 16:
+        yield (
+            f"kernels.cca=triton: model.rope_fraction {model.rope_fraction} rotates {rotated} "
+            "channels; it must be a multiple of 16 of them"
         )
 
 

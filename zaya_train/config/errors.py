@@ -46,7 +46,7 @@ class LostRankError(ZayaError):
 
 
 class NumericsError(ZayaError):
-    """Non-finite values that training must not continue through."""
+    """Non-finite values, or replicas that differ: training must not continue through them."""
 
     exit_code = EXIT_NUMERICS
 

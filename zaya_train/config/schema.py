@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 KernelName = Literal["eager", "reference"]
+TritonKernelName = Literal["eager", "reference", "triton"]
+"""Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
 RecomputeKind = Literal["none", "selective", "full"]
 ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
@@ -255,9 +257,9 @@ class PrecisionConfig:
 class KernelsConfig:
     """Back end per operation, by name; a name that cannot run here is an error."""
 
-    cca: KernelName = "eager"
+    cca: TritonKernelName = "eager"
     attention: KernelName = "eager"
-    norm_residual: KernelName = "eager"
+    norm_residual: TritonKernelName = "eager"
     grouped_mlp: KernelName = "eager"
     linear_cross_entropy: KernelName = "eager"
     newton_schulz: KernelName = "eager"

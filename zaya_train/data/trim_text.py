@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -29,7 +30,6 @@ from zaya_train.runtime.files import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -62,6 +62,8 @@ class TrimRequest:
     tokenizer: str = "bytes"
     fields: FieldOverrides = field(default_factory=FieldOverrides)
     split: str = "train"
+    overwrite: bool = False
+    """Replace an output that is there; never the input."""
 
 
 @dataclass
@@ -109,11 +111,13 @@ def trim_file(request: TrimRequest) -> TrimSummary:
     """Trim every row; both outputs appear when all rows are done.
 
     Raises:
-        DataError: input that breaks its format, plain text, a budget below 1, an unknown tokenizer.
+        DataError: input that breaks its format, plain text, a budget below 1, an unknown tokenizer,
+            an output that is there or is the input, not one row that fits; nothing is written.
         StorageError: the file system refused.
     """
     if request.budget_tokens < 1:
         raise DataError(f"budget: {request.budget_tokens} tokens, at least 1 expected")
+    _check_output(request)
     tokenizer = load_tokenizer(request.tokenizer)
     source = open_input(request.input, request.split)
     summary = TrimSummary(request.budget_tokens)
@@ -139,7 +143,22 @@ def trim_file(request: TrimRequest) -> TrimSummary:
                     kept_file.write(json.dumps(row, ensure_ascii=False) + "\n")
         if not summary.rows:
             raise DataError(f"{request.input}: no rows")
+        if summary.outcomes["rejected"] == summary.rows:
+            reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.reasons.most_common(3))
+            raise DataError(
+                f"{request.input}: all {summary.rows:,} rows are rejected at a budget of "
+                f"{request.budget_tokens} tokens ({reasons})"
+            )
     return summary
+
+
+def _check_output(request: TrimRequest) -> None:
+    if not request.output.exists():
+        return
+    if Path(request.input).exists() and request.output.samefile(request.input):
+        raise DataError(f"{request.output}: is the input; trimming never replaces its source")
+    if not request.overwrite:
+        raise DataError(f"{request.output}: exists; --overwrite replaces it")
 
 
 def trim_conversations(

@@ -77,6 +77,16 @@ class TokenDispatcher(Protocol):
         ...
 
 
+def count_classes(choice: Tensor, num_classes: int, counted: Tensor | None = None) -> Tensor:
+    """choice of any shape, int64 below num_classes -> [num_classes] int64: how often each occurs,
+    where `counted` (bool, same shape) says so. bincount would wait for the device for its size."""
+    flat = choice.flatten()
+    ones = torch.ones_like(flat) if counted is None else counted.flatten().to(flat.dtype)
+    return torch.zeros(num_classes, dtype=flat.dtype, device=flat.device).scatter_add_(
+        0, flat, ones
+    )
+
+
 class Permute(torch.autograd.Function):
     """Rows of x [T, D] by index [R]; the backward is a gather by the inverse, or a copy when rows
     are left out."""
@@ -115,7 +125,7 @@ class LocalDispatcher:
     def route(self, choice: Tensor, num_experts: int) -> Route:
         """See TokenDispatcher."""
         order = torch.argsort(choice, stable=True)
-        counts = torch.bincount(choice, minlength=num_experts + 1)[:num_experts].cpu()
+        counts = count_classes(choice, num_experts + 1)[:num_experts].cpu()
         return Route(counts, (order[: int(counts.sum())], choice.shape[0]))
 
     def dispatch(self, tokens: Tensor, route: Route) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.functional import gelu
 from zaya_kernels.norm_residual.op import rms_norm
 from zaya_kernels.products import linear
 
+from zaya_train.model.interfaces import count_classes
 from zaya_train.model.recompute import RoutingTape
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ class Router(nn.Module):
         if tape.choice is None or tape.load is None:
             with torch.no_grad():
                 tape.choice = (probabilities + self.balancing_bias).argmax(dim=-1)
-                load = torch.bincount(tape.choice[valid], minlength=self.num_classes)
-                tape.load = load.float()
+                tape.load = count_classes(tape.choice, self.num_classes, valid).float()
         choice, load = tape.choice, tape.load
         probability = probabilities.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
         return Routing(choice, probability, state, load)

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 
 from zaya_train.model.cca import CCA, Rotation
-from zaya_train.model.interfaces import Surroundings
+from zaya_train.model.interfaces import Surroundings, WholeRows
 from zaya_train.model.layout import SequenceLayout
 from zaya_train.model.moe import MoE
 from zaya_train.model.norm import ResidualScaling, RMSNorm
@@ -98,8 +98,13 @@ class ZayaModel(nn.Module):
         return ModelOutput(loss, load)
 
     def logits(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Tensor:
-        """tokens [B, S] int64 -> [B, S, V] fp32; without a layout every row is one document."""
+        """tokens [B, S] int64 -> [B, S, V] fp32; without a layout every row is one document.
+
+        Ranks that share rows need the layout of their part: ValueError without one.
+        """
         batch, sequence = tokens.shape
+        if layout is None and not isinstance(self.around.exchange, WholeRows):
+            raise ValueError("ranks that share rows need a layout: nothing says which part this is")
         layout = layout or SequenceLayout.whole_rows(batch, sequence, tokens.device)
         hidden, _ = self._hidden(tokens, layout)
         work = torch.promote_types(hidden.dtype, torch.float32)

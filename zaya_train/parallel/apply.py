@@ -34,6 +34,16 @@ def parallelize(
     config: TrainConfig, model_config: ModelConfig, mesh: Mesh, device: torch.device
 ) -> ZayaModel:
     """Build on the meta device, shard, allocate the local part, initialise from run.seed."""
+    model = sharded_on_meta(config, model_config, mesh, device)
+    model.to_empty(device=device)
+    initialise(model, config.run.seed, write_full)
+    return model
+
+
+def sharded_on_meta(
+    config: TrainConfig, model_config: ModelConfig, mesh: Mesh, device: torch.device
+) -> ZayaModel:
+    """The model as this rank will hold it on `device`, without storage."""
     exchange: ContextExchange = WholeRows()
     dispatcher: TokenDispatcher = LocalDispatcher()
     if mesh.sparse is not None:
@@ -45,6 +55,4 @@ def parallelize(
         model = ZayaModel(model_config, around)
     shard(model, mesh, config.precision, config.parallel.reshard_after_forward)
     register_fsdp_forward_method(model, "logits")
-    model.to_empty(device=device)
-    initialise(model, config.run.seed, write_full)
     return model

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from zaya_train.model.interfaces import Permute, Route, Unpermute
+from zaya_train.model.interfaces import Permute, Route, Unpermute, count_classes
 from zaya_train.parallel.collectives import exchange_rows
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class AllToAllDispatcher:
     def route(self, choice: Tensor, num_experts: int) -> Route:
         """See TokenDispatcher. Collective: ranks tell each other how many rows will come."""
         ranks = self.group.size()
-        counts = torch.bincount(choice, minlength=num_experts + 1)[:num_experts]
+        counts = count_classes(choice, num_experts + 1)[:num_experts]
         arriving = torch.empty_like(counts)
         told = dist.all_to_all_single(arriving, counts, group=self.group, async_op=True)
         order = torch.argsort(choice, stable=True)

@@ -16,7 +16,6 @@ from zaya_train.parallel.experts import divide_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from zaya_train.config.schema import AccumulationKind, ParallelConfig, PrecisionConfig
     from zaya_train.model.zaya import ZayaModel
@@ -59,8 +58,8 @@ def shard(
 class Reduction:
     """How the gradients of a step's micro-batches come together over the ranks."""
 
-    group: ProcessGroup
-    """Ranks the parameters are sharded over."""
+    replicas: int
+    """Copies of the sharded parameters, whose reduced gradients must be equal."""
     accumulation: AccumulationKind
     """See config.schema.ParallelConfig."""
     keep_gathered: bool
@@ -68,7 +67,8 @@ class Reduction:
 
     @staticmethod
     def of(mesh: Mesh, parallel: ParallelConfig) -> Reduction:
-        return Reduction(mesh.fsdp_group, parallel.accumulation, not parallel.reshard_after_forward)
+        keep_gathered = not parallel.reshard_after_forward
+        return Reduction(mesh.layout.replicate, parallel.accumulation, keep_gathered)
 
     def prepare(self, model: ZayaModel, last: bool) -> None:
         """Before each micro-batch's forward pass; `last`: the step's last one."""

@@ -22,8 +22,8 @@ over expert (whole experts, E / expert each), then over expert_shard; where expe
 E / expert, the last ranks hold no rows of them.
 
 What the optimizer relies on: every tensor, dense or expert, is partitioned over the ranks of one
-fsdp group, and ranks of one replicate group hold the same part. So one sum over the fsdp group
-gives a norm, and one exchange over it whole matrices, whatever the degrees.
+fsdp group, and ranks of one replicate group hold the same part. So one exchange over the fsdp
+group gives whole matrices, and one sum of every rank's squares a norm, whatever the degrees.
 
 A rank's context peers and its expert peers are neighbours in world order, so they share a node when
 the degree divides the ranks of a node. `config.check` refuses degrees that do not divide, without a
@@ -62,15 +62,16 @@ class Mesh:
     def build(layout: Layout, device_type: str) -> Mesh:
         """Collective over the world."""
         world = init_device_mesh(device_type, (layout.world,), mesh_dim_names=("world",))
-        dense = (layout.replicate, layout.shard, layout.context)
-        sparse = (layout.replicate, layout.expert_shard, layout.expert)
+        dense = (layout.shard, layout.context)
+        sparse = (layout.expert_shard, layout.expert)
         # Private in torch 2.13, and what torchtitan uses: all views share one root mesh, which
-        # FSDP and distributed checkpoints require.
+        # FSDP and distributed checkpoints require, and here one replicate group too.
+        sharding = world._unflatten(0, (layout.replicate, layout.fsdp), ("replicate", "fsdp"))
         return Mesh(
             layout,
-            world._unflatten(0, dense, DENSE_AXES),
-            world._unflatten(0, (layout.replicate, layout.fsdp), ("replicate", "fsdp")),
-            world._unflatten(0, sparse, SPARSE_AXES) if layout.expert > 1 else None,
+            sharding._unflatten(1, dense, DENSE_AXES[1:]),
+            sharding,
+            sharding._unflatten(1, sparse, SPARSE_AXES[1:]) if layout.expert > 1 else None,
         )
 
     @property
@@ -92,7 +93,8 @@ class Mesh:
         views = [(self.device_mesh, DENSE_AXES), (self.sharding, ("replicate", "fsdp"))]
         if self.sparse is not None:
             views.append((self.sparse, SPARSE_AXES))
-        return [view.get_group(axis) for view, axes in views for axis in axes]
+        named = [view.get_group(axis) for view, axes in views for axis in axes]
+        return list(dict.fromkeys(named))
 
     @property
     def context_group(self) -> ProcessGroup:

@@ -151,9 +151,11 @@ class Traffic:
     def _scalars(self) -> Iterable[Flow]:
         classes = self.model.num_experts + int(self.model.skip_class)
         report = (1 + _SIGNALS + self.model.num_layers * classes) * _FP64_BYTES
-        yield Flow("supervised tokens", "all_reduce", "world", _INT64_BYTES)
+        yield Flow("supervised tokens, fingerprint", "all_reduce", "world", 2 * _INT64_BYTES)
         yield Flow("loss, signals, load", "all_reduce", "world", report)
-        yield Flow("gradient norm", "all_reduce", "fsdp", _FP64_BYTES)
+        # Every rank's sum of squares and sum of bits, which replicas are compared by.
+        norm = self.layout.world * (_FP64_BYTES + _INT64_BYTES)
+        yield Flow("gradient norm", "all_reduce", "world", norm)
 
 
 def _shard_elements(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:

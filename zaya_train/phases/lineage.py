@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from zaya_train.config.derive import sources_drawn
+from zaya_train.config.derive import phase_sequences, sources_drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from zaya_train.config.schema import TrainConfig
+    from zaya_train.config.schema import PhaseConfig, TrainConfig
 
 _MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens"}
 """Of the phase under way: how a step is computed, and where the phase ends."""
@@ -61,3 +61,16 @@ def changes(before: dict[str, Any], config: TrainConfig, corpora: Mapping[str, s
             if key not in allowed and old.get(key) != new[key]
         ]
     return found
+
+
+def lengthened(past_rows: Sequence[int], phases: Mapping[str, PhaseConfig]) -> list[str]:
+    """Phases that are over and of which the configuration now asks for more.
+
+    past_rows: rows consumed by each phase that is over.
+    """
+    return [
+        f"plan.phases.{name}.tokens: {phase.tokens} asks for {phase_sequences(phase)} rows and the "
+        f"phase ended after {rows}; a new phase behind it can go on"
+        for rows, (name, phase) in zip(past_rows, phases.items(), strict=False)
+        if phase_sequences(phase) > rows
+    ]

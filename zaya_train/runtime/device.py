@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import resource
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from zaya_train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zaya_train.config.schema import KernelsConfig
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -53,6 +57,18 @@ def pick_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
             f"but this node shows {available}; start at most {available} ranks per node"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
+    """ConfigError naming the first operation whose back end cannot run on `device`."""
+    for item in fields(kernels):
+        if getattr(kernels, item.name) != "triton":
+            continue
+        key = f"kernels.{item.name}=triton"
+        if find_spec("triton") is None:
+            raise ConfigError(f"{key}: triton is not installed; pip install 'zaya-train[triton]'")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(f"{key}: needs a GPU, this run is on {device}; choose eager")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -110,6 +110,7 @@ def _trim(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
     )
     parser.add_argument("--split", default="train", help="split of a hub dataset")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     for name in FIELDS[:-1]:
         parser.add_argument(f"--{name}-field", help=f"column that holds the {name}")
 

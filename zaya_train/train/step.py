@@ -5,11 +5,14 @@ Legend: L layers, C router classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 
+from zaya_train.config.errors import NumericsError
 from zaya_train.parallel.collectives import sum_over
 from zaya_train.train.batch import wrapped_sum
 
@@ -17,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
-    from torch.distributed import ProcessGroup
 
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.optim.optimizer import Optimizer
@@ -68,6 +70,9 @@ def train_step(
     `batches` are the rank's micro-batches. The loss is a sum over supervised tokens divided by
     their global count, so neither accumulation nor layout changes its weights. `stop_signal`
     rides along on the step's own reduction.
+
+    What the step does next (skip, scale, update) follows from numbers that are equal on every rank.
+    NumericsError on all ranks, with nothing updated, where replicas disagree on the gradient.
     """
     device = batches[0].tokens.device
     # int64 sums wrap around, which is what a sum of fingerprints means.
@@ -76,13 +81,13 @@ def train_step(
     loss, load = _accumulate(model, batches, count.clamp_min(1), reduction)
     loss, load, heard = _reduce(loss, load, stop_signal)
     shards = optimizer.shards.values()
-    norm = global_norm(shards, reduction.group)
-    applied = bool(torch.isfinite(norm) & torch.isfinite(loss))
+    norm = global_norm(shards, reduction.replicas)
+    applied = math.isfinite(norm) and math.isfinite(float(loss))
     if applied:
         _clip(shards, norm, rates.clip_norm)
         optimizer.step(rates.muon, rates.adamw, load.float())
     model.zero_grad(set_to_none=True)
-    return StepResult(float(loss), float(norm), int(count), load, applied, heard, int(fingerprint))
+    return StepResult(float(loss), norm, int(count), load, applied, heard, int(fingerprint))
 
 
 def _accumulate(
@@ -113,21 +118,60 @@ def _reduce(loss: Tensor, load: Tensor, stop_signal: int) -> tuple[Tensor, Tenso
     return packed[0], packed[65:].view(load.shape), int(heard.max()) if heard.numel() else 0
 
 
-def global_norm(shards: Iterable[Shard], fsdp_group: ProcessGroup) -> Tensor:
-    """L2 norm of the whole gradient, a fp64 scalar, with one collective.
+def global_norm(shards: Iterable[Shard], replicas: int) -> float:
+    """L2 norm of the whole gradient, the same bits on every rank, with one collective.
 
-    Local shards partition every parameter over `fsdp_group`; replicas hold equal gradients. fp64
-    sums of squares make the result independent of how parameters are grouped.
+    Local shards partition every parameter over the ranks of a replica, and world ranks are numbered
+    replica by replica. fp64 sums of squares make the result independent of how parameters are
+    grouped. Every rank's sum has its own place in the reduction and all ranks add them in the
+    same order, so the norm does not depend on how the library sums: up to two ranks the bits are
+    those of a reduced sum, beyond that the last ones may differ from it.
+
+    NumericsError on every rank if replicas, whose gradients come out of one all-reduce, hold other
+    bits: a flipped one would otherwise make one replica skip, scale or drift by itself.
     """
-    squares = [shard.grad.double().square().sum() for shard in shards if shard.local.numel()]
-    total = sum_over(torch.stack(squares).sum(), fsdp_group)
-    return total.sqrt()
+    used = [shard.grad for shard in shards if shard.local.numel()]
+    squares = torch.stack([gradient.double().square().sum() for gradient in used]).sum()
+    # Integers add up exactly in any order, so equal gradients have equal sums on any hardware.
+    bits = torch.stack([gradient.float().view(torch.int32).sum() for gradient in used]).sum()
+    places = bits.new_zeros(2, dist.get_world_size())
+    places[:, dist.get_rank()] = torch.stack([squares.view(torch.int64), bits])
+    # As integers: a sum of one number's bits and zeros is that number, NaN or not.
+    ranks = sum_over(places).cpu().view(2, replicas, -1)
+    norms = ranks[0].view(torch.float64).sum(dim=1).sqrt().tolist()
+    _check_replicas(norms, ranks[1])
+    return float(norms[0])
 
 
-def _clip(shards: Iterable[Shard], norm: Tensor, clip_norm: float) -> None:
-    if clip_norm <= 0 or float(norm) <= clip_norm:
+def _check_replicas(norms: list[float], bits: Tensor) -> None:
+    """`norms` per replica; `bits` [replicas, ranks of a replica]."""
+    # Where all are not finite all skip; which NaN a sum of NaNs gives is not defined.
+    if not any(map(math.isfinite, norms)) or bool((bits == bits[0]).all()):
         return
-    factor = clip_norm / float(norm)
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for replica, own in enumerate(bits.tolist()):
+        kinds.setdefault(tuple(own), []).append(replica)
+    found = "; ".join(
+        f"norm {norms[alike[0]]!r} on replica {_numbers(alike)}" for alike in kinds.values()
+    )
+    parts = (bits != bits[0]).any(dim=0).nonzero().flatten()
+    places = [int(part) + bits.shape[1] * r for part in parts for r in range(len(norms))]
+    raise NumericsError(
+        f"replicas disagree on the reduced gradient: {found}; copies on ranks {_numbers(places)} "
+        "must be equal and are not (memory or network corrupts data); nothing was updated"
+    )
+
+
+def _numbers(numbers: list[int]) -> str:
+    """The first few of them."""
+    more = f" and {len(numbers) - 16} more" if len(numbers) > 16 else ""
+    return ", ".join(map(str, numbers[:16])) + more
+
+
+def _clip(shards: Iterable[Shard], norm: float, clip_norm: float) -> None:
+    if clip_norm <= 0 or norm <= clip_norm:
+        return
+    factor = clip_norm / norm
     for shard in shards:
         if shard.parameter.grad is not None:
             shard.grad.mul_(factor)

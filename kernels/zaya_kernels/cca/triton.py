@@ -293,3 +293,47 @@ def _require_shape(head_dim: int, half: int) -> None:
         raise ValueError(
             f"kernels.cca: triton takes rotations of a multiple of 16 channels, not {2 * half}"
         )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that the kernels move in one forward or backward, each byte once per launch."""
+
+    by_kernel: dict[str, int]
+    afterwards: int
+    """Partial weight gradients read again by the sum over programs."""
+    fewest: int
+    """Every input read once, every output written once."""
+
+    @property
+    def ratio(self) -> float:
+        return (sum(self.by_kernel.values()) + self.afterwards) / self.fewest
+
+
+def traffic(shape: tuple[int, int, int, int, int, int], taps: int, arch: str) -> list[Traffic]:
+    """Forward and backward in bf16 without halos, for (B, S, H, K, d, r).
+
+    Multiplying out the weights is not counted; it does not grow with the tokens.
+    """
+    batch, sequence, query_heads, kv_heads, size, rotated = shape
+    tokens, heads = batch * sequence, query_heads + kv_heads
+    wide, values = 2 * tokens * heads * size, 2 * tokens * kv_heads * size
+    places = tokens * (8 + 4 * rotated)
+    taps_bytes = 2 * heads * taps * size**2
+    vectors = 4 * heads * size + 2 * kv_heads
+    forward = 2 * wide + 2 * values + places + vectors + 2 * taps_bytes
+    rows = CONFIGS["cca_backward_inputs"][arch].blocks["T"] - (taps - 1)
+    blocks = batch * -(-sequence // rows)
+    # Queries are made again from the high parts alone.
+    again = 2 * taps * size**2 * (query_heads + 2 * kv_heads)
+    shares = 4 * blocks * kv_heads
+    inputs = 3 * wide + 2 * values + places + vectors + again + 2 * taps_bytes + shares
+    rows = CONFIGS["cca_backward_weights"][arch].blocks["T"]
+    splits = weight_splits(batch * -(-sequence // rows), heads, arch)
+    partial = splits * heads * 4 * (taps * size**2 + size)
+    weights = 2 * wide + places + vectors + taps_bytes + partial
+    fewest = 3 * wide + 2 * values + places + vectors + 2 * taps_bytes
+    return [
+        Traffic({"cca_forward": forward}, 0, 2 * wide + 2 * values + places + vectors + taps_bytes),
+        Traffic({"cca_backward_inputs": inputs, "cca_backward_weights": weights}, partial, fewest),
+    ]

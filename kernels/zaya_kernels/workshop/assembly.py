@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_LABEL = re.compile(r"^(\.\w+):")
-_BRANCH = re.compile(r"^\s+s_c?branch\w*\s+(\.\w+)")
+_BLOCK = re.compile(r"^(?:\.L|; %)(BB\w+|bb\.\d+):")
 _INSTRUCTION = re.compile(r"^\s+((?:v|s|ds|buffer|global|flat|scratch)_\w+)")
 
 REGISTERS_PER_LANE = 512
@@ -109,21 +108,34 @@ def instructions(lines: list[str]) -> list[str]:
     return [line.split(";")[0].rstrip() for line in lines if _INSTRUCTION.match(line)]
 
 
+def _blocks(text: str) -> list[tuple[str, str, list[str]]]:
+    """(label, what LLVM's comments say about loops, lines) of every basic block."""
+    blocks: list[tuple[str, str, list[str]]] = []
+    for line in text.splitlines():
+        start = _BLOCK.match(line)
+        if start:
+            blocks.append((start.group(1), line.partition(";")[2], []))
+        elif blocks:
+            label, comment, lines = blocks[-1]
+            if not lines and line.lstrip().startswith(";"):
+                blocks[-1] = (label, comment + line, lines)
+            else:
+                lines.append(line)
+    return blocks
+
+
 def loops(text: str) -> list[list[str]]:
-    """Innermost loops: from a label to a branch back to it, with no other such span within."""
-    lines = text.splitlines()
-    place = {found.group(1): i for i, line in enumerate(lines) if (found := _LABEL.match(line))}
-    spans = []
-    for end, line in enumerate(lines):
-        found = _BRANCH.match(line)
-        if found and place.get(found.group(1), end) < end:
-            spans.append((place[found.group(1)], end))
-    inner = [
-        (a, b)
-        for a, b in spans
-        if not any((c, d) != (a, b) and a <= c and d <= b for c, d in spans)
-    ]
-    return [lines[a : b + 1] for a, b in inner]
+    """Lines of every innermost loop, by LLVM's own comments: a branch backwards alone need not
+    close a loop."""
+    blocks = _blocks(text)
+    found = []
+    for label, comment, lines in blocks:
+        if "Inner Loop Header" not in comment:
+            continue
+        inside = re.compile(rf"in Loop: Header={label} ")
+        members = [more for _, about, more in blocks if inside.search(about + " ")]
+        found.append([*lines, *(line for member in members for line in member)])
+    return found
 
 
 def hot_loop(text: str) -> list[str]:

@@ -1,0 +1,106 @@
+"""What a compiled kernel may use. A kernel that breaks its budget is not shipped.
+
+No kernel spills vector registers, uses scratch memory on AMD, or takes more LDS than a workgroup
+has. What differs by kernel stands in the table, each allowance with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from zaya_kernels.workshop.assembly import LDS_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zaya_kernels.workshop.assembly import Resources
+
+SHARED_BYTES = {**LDS_BYTES, "sm_90": 232448}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bounds on one kernel's resources on gfx942 and gfx950, and its stack on sm_90."""
+
+    waves: int
+    """At least so many per SIMD."""
+    matrix: bool = False
+    """Matrix instructions in the hot loop."""
+    narrow_loads: int = 0
+    """Loads of fewer than 16 bytes a lane in the hot loop."""
+    narrow_lds_reads: Mapping[str, int] = field(default_factory=dict)
+    """LDS reads below 64 bits in the hot loop, by architecture; 0 where none is given."""
+    scalar_spills: int = 0
+    """Scalar registers kept in vector lanes; no memory is touched."""
+    stack_bytes: int = 0
+    """sm_90 only."""
+    why: str = ""
+
+
+BUDGETS = {
+    "norm_residual_forward": Budget(
+        waves=6, narrow_lds_reads={"gfx942": 2, "gfx950": 2}, why="LDS: the row's sum across waves"
+    ),
+    "norm_residual_backward": Budget(
+        waves=3,
+        narrow_loads=1,
+        narrow_lds_reads={"gfx942": 2, "gfx950": 2},
+        why="waves: four column sums in registers; load: one number per row; LDS: the row's sum",
+    ),
+    "cca_forward": Budget(
+        waves=2,
+        matrix=True,
+        narrow_lds_reads={"gfx942": 6, "gfx950": 6},
+        scalar_spills=80,
+        stack_bytes=160,
+        why="LDS: row norms and positions; scalars: buffer descriptors, only with halos; stack: "
+        "sm_90 with halos has 255 registers a thread at most",
+    ),
+    "cca_backward_inputs": Budget(
+        waves=1,
+        matrix=True,
+        narrow_lds_reads={"gfx942": 192, "gfx950": 0},
+        scalar_spills=48,
+        stack_bytes=256,
+        why="LDS: gradients moved by a tap's delay across lanes in fp32",
+    ),
+    "cca_backward_weights": Budget(
+        waves=2,
+        matrix=True,
+        narrow_loads=16,
+        narrow_lds_reads={"gfx942": 66, "gfx950": 18},
+        scalar_spills=8,
+        stack_bytes=832,
+        why="LDS: both operands are summed over tokens, and gradients are computed, not loaded, so "
+        "one of them is turned in LDS; loads: means and angles of 32 rows over 512 lanes",
+    ),
+}
+
+
+def broken(kernel: str, arch: str, found: Resources) -> list[str]:
+    """What of its budget a kernel exceeds, one phrase each; KeyError for one without a budget."""
+    budget = BUDGETS[kernel]
+    rules = [("LDS bytes", found.lds_bytes, SHARED_BYTES[arch])]
+    if found.loop is None:
+        rules.append(("stack bytes", found.scratch_bytes, budget.stack_bytes))
+        return _over(rules)
+    loop = found.loop
+    rules += [
+        ("vector spills", found.vector_spills, 0),
+        ("scalar spills", found.scalar_spills, budget.scalar_spills),
+        ("scratch bytes", found.scratch_bytes, 0),
+        ("scratch accesses", loop.scratch, 0),
+        ("narrow loads", loop.narrow_loads, budget.narrow_loads),
+        ("narrow LDS reads", loop.narrow_lds_reads, budget.narrow_lds_reads.get(arch, 0)),
+    ]
+    problems = _over(rules)
+    if found.waves < budget.waves:
+        problems.append(f"{found.waves} waves per SIMD, at least {budget.waves}")
+    if budget.matrix and not loop.matrix:
+        problems.append("no matrix instruction in the hot loop")
+    return problems
+
+
+def _over(rules: list[tuple[str, int, int]]) -> list[str]:
+    return [f"{value} {name}, at most {limit}" for name, value, limit in rules if value > limit]

@@ -1,0 +1,147 @@
+"""Interpret every Triton operation on small inputs and print a JSON row per case.
+
+    TRITON_INTERPRET=1 python -m zaya_kernels.workshop.numerics
+
+Each case runs forward and backward with memory checks on, twice, and is compared with float64; the
+yardstick is eager torch on the same inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from triton.runtime.errors import InterpreterError
+
+from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
+from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
+from zaya_kernels.workshop.interpreter import install
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    Run = Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]
+
+FEW = 16
+"""Of so few numbers an error is chance."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on named inputs."""
+
+    name: str
+    run: Run
+    inputs: Mapping[str, Tensor]
+
+
+def _random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _norm_residual() -> Case:
+    vectors = (*ResidualScales.__dataclass_fields__, "weight")
+    inputs = {"stream": _random(1, 33, 256, seed=1), "branch": _random(1, 33, 256, seed=2)}
+    inputs |= {name: _random(256, seed=3 + i) for i, name in enumerate(vectors)}
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        scales = ResidualScales(*(x[name] for name in vectors[:4]))
+        return residual_norm(x["stream"], x["branch"], scales, x["weight"], 1e-5, backend)
+
+    return Case("norm_residual", run, inputs)
+
+
+def _cca() -> Case:
+    """Documents of 1, 1, 60, 2 and 77 tokens in one row: odd blocks, boundaries inside and at the
+    edges of them."""
+    documents, heads, kv_heads, size = (1, 1, 60, 2, 77), 4, 2, 32
+    positions = torch.cat([torch.arange(n) for n in documents]).unsqueeze(0)
+    angles = positions.unsqueeze(-1) / 100.0 ** torch.linspace(0, 1, size // 4)
+    tokens, channels = positions.shape[1], (heads + kv_heads) * size
+    shapes = {
+        "qk": (1, tokens, channels),
+        "v_now": (1, tokens, kv_heads * size // 2),
+        "v_delayed": (1, tokens, kv_heads * size // 2),
+        "depthwise": (channels, 2),
+        "depthwise_bias": (channels,),
+        "grouped": (heads + kv_heads, size, 2 * size),
+        "grouped_bias": (channels,),
+        "temperature": (kv_heads,),
+    }
+    inputs = {name: _random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    inputs["grouped"] /= size**0.5
+    context = CCAContext(heads, positions, angles.cos(), angles.sin(), None, None)
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        weights = CCAWeights(*(x[name] for name in CCAWeights.__dataclass_fields__))
+        return cca(Projections(x["qk"], x["v_now"], x["v_delayed"]), weights, context, backend)
+
+    return Case("cca", run, inputs)
+
+
+CASES = (_norm_residual, _cca)
+
+
+def passed(run: Run, backend: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs, and gradients of a fixed random projection of them, by name."""
+    leaves = {name: value.detach().clone().requires_grad_(True) for name, value in inputs.items()}
+    outputs = list(run(backend, leaves))
+    weights = [_random(*out.shape, seed=100 + i).to(out.dtype) for i, out in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
+    named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+    return named | dict(zip(leaves, gradients, strict=True))
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-3))
+
+
+def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Triton's error beside eager's where their ratio is worst, and every fault found."""
+    inputs = {name: value.to(dtype) for name, value in case.inputs.items()}
+    result: dict[str, Any] = {"op": case.name, "dtype": str(dtype).removeprefix("torch.")}
+    exact = passed(case.run, "reference", {name: x.double() for name, x in inputs.items()})
+    usual = passed(case.run, "eager", inputs)
+    try:
+        first, second = (passed(case.run, "triton", inputs) for _ in range(2))
+    except InterpreterError as fault:
+        return {**result, "worst": None, "faults": [str(fault)]}
+    errors = {
+        name: (_error(x, exact[name]), _error(usual[name], exact[name]))
+        for name, x in first.items()
+        if x.numel() > FEW
+    }
+    faults = [f"{name}: not finite" for name, x in first.items() if not x.isfinite().all()]
+    faults += [
+        f"{name}: two runs differ" for name, x in first.items() if not torch.equal(x, second[name])
+    ]
+    worst = max(errors, key=lambda name: errors[name][0] / max(errors[name][1], 1e-30))
+    mine, theirs = errors[worst]
+    step = torch.finfo(dtype).eps / 8
+    if not mine <= 1.1 * theirs + step:
+        faults.append(f"{worst}: error {mine:.1e}, eager torch has {theirs:.1e}")
+    return {**result, "worst": worst, "error": mine, "eager_error": theirs, "faults": faults}
+
+
+def main() -> int:
+    """Rows to standard output."""
+    install()
+    # Few compute units, so that programs which walk over rows take more than one step.
+    COMPUTE_UNITS[INTERPRETED] = 2
+    torch.set_num_threads(1)
+    for make in CASES:
+        for dtype in (torch.float32, torch.bfloat16):
+            sys.stdout.write(json.dumps(judge(make(), dtype)) + "\n")
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

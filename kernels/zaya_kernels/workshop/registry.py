@@ -1,0 +1,123 @@
+"""The shipped kernels at the shapes they are tuned for: what is compiled, counted and timed.
+
+Shapes are one layer of ZAYA1-8B (arXiv 2605.05365) on 8 sequences of 4,096 tokens.
+
+Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.launch import Launch, recording
+from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+B, S, D, H, K, HEAD_DIM, TAPS, ROTATED = 8, 4096, 2048, 8, 2, 128, 2, 64
+C = (H + K) * HEAD_DIM
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One operation in one form, forward and backward."""
+
+    op: str
+    case: str
+    build: Callable[[torch.device], tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]]
+    """Inputs on a device: a function of the back end that gives the outputs, and the leaves."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.case}"
+
+    def run(self, backend: str, device: torch.device) -> None:
+        """One forward and backward; on `meta` within `recording` nothing is computed."""
+        forward, leaves = self.build(device)
+        outputs = forward(backend)
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs])
+
+
+def _tensor(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    made = torch.empty(shape, dtype=dtype, device=device)
+    return (made if device.type == "meta" else made.normal_()).requires_grad_(True)
+
+
+def _norm_residual(
+    device: torch.device,
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    stream, branch = _tensor(device, B, S, D, dtype=torch.float32), _tensor(device, B, S, D)
+    vectors = [_tensor(device, D) for _ in range(5)]
+    scales = ResidualScales(*vectors[:4])
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        return residual_norm(stream, branch, scales, vectors[4], 1e-5, backend)
+
+    return forward, [stream, branch, *vectors]
+
+
+def _residual(device: torch.device) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    stream, branch = _tensor(device, B, S, D, dtype=torch.float32), _tensor(device, B, S, D)
+    vectors = [_tensor(device, D) for _ in range(4)]
+    scales = ResidualScales(*vectors)
+    return lambda backend: [residual(stream, branch, scales, backend)], [stream, branch, *vectors]
+
+
+def _norm(device: torch.device) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    x, weight = _tensor(device, B, S, D, dtype=torch.float32), _tensor(device, D)
+    return lambda backend: [rms_norm(x, weight, 1e-5, backend)], [x, weight]
+
+
+def _cca(
+    device: torch.device, chunks: int | None
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    width = K * HEAD_DIM // 2
+    joint = _tensor(device, B, S, C + 2 * width)
+    weights = CCAWeights(
+        depthwise=_tensor(device, C, TAPS),
+        depthwise_bias=_tensor(device, C),
+        grouped=_tensor(device, H + K, HEAD_DIM, HEAD_DIM * TAPS),
+        grouped_bias=_tensor(device, C),
+        temperature=_tensor(device, K),
+    )
+    positions = torch.arange(S, device=device).expand(B, S).contiguous()
+    angles = positions.unsqueeze(-1) * torch.rand(ROTATED // 2, device=device)
+    halos: list[Tensor | None] = [None, None]
+    if chunks:
+        halos = [
+            _tensor(device, B, chunks, rows, size) for rows, size in ((2 * TAPS - 2, C), (1, width))
+        ]
+    context = CCAContext(H, positions, angles.cos(), angles.sin(), *halos)
+    leaves = [joint, *vars(weights).values(), *(halo for halo in halos if halo is not None)]
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        qk, v_now, v_delayed = torch.split(joint, [C, width, width], dim=-1)
+        return cca(Projections(qk, v_now, v_delayed), weights, context, backend)
+
+    return forward, leaves
+
+
+REGISTRY = (
+    Shipped("norm_residual", "fused", _norm_residual),
+    Shipped("norm_residual", "residual", _residual),
+    Shipped("norm_residual", "norm", _norm),
+    Shipped("cca", "whole", lambda device: _cca(device, None)),
+    Shipped("cca", "chunks", lambda device: _cca(device, 2)),
+)
+
+
+def launches(arch: str) -> list[tuple[str, Launch]]:
+    """(case, launch) of every kernel of the registry as made for `arch`."""
+    found = []
+    for shipped in REGISTRY:
+        with recording(arch) as recorded:
+            shipped.run("triton", torch.device("meta"))
+        found += [(shipped.name, launch) for launch in recorded]
+    return found

@@ -1,0 +1,117 @@
+"""Each bug planted in a Triton kernel is caught by what the suite compares, or by the checks of the
+interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+from triton.runtime.errors import InterpreterError
+from zaya_kernels.cca import triton as cca_host
+from zaya_kernels.cca import triton_kernels as cca_kernels
+from zaya_kernels.norm_residual import triton as norm_residual
+
+from ..helpers.kernels import Passed, assert_close, run_pass
+from ..helpers.mutation import mutated
+from .test_cca import call, preceding
+from .test_triton_cca import USUAL, context_of, inputs_of
+from .test_triton_norm_residual import fused
+from .test_triton_norm_residual import inputs_of as norm_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+TOKENS = 70
+DOCUMENTS = [[1, 33, 2, 34]]
+
+
+def check_cca() -> None:
+    """Two chunks with halos, the first longer than a backward block; inputs are slices."""
+    inputs = inputs_of(USUAL, torch.float32, TOKENS)
+    whole = context_of(USUAL, DOCUMENTS, TOKENS)
+
+    def chunked(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        names = ("qk", "v_now", "v_delayed")
+        joint = torch.cat([x[name] for name in names], dim=-1)
+        parts = torch.split(joint, [x[name].shape[-1] for name in names], dim=-1)
+        context = replace(
+            whole,
+            halo_qk=preceding(x["qk"], (0, 35), USUAL.halo),
+            halo_v=preceding(x["v_delayed"], (0, 35), 1),
+        )
+        return call(backend, {**x, **dict(zip(names, parts, strict=True))}, context)
+
+    compare(chunked, lambda backend, x: call(backend, x, whole), inputs, 4e-6)
+
+
+def check_norm_residual() -> None:
+    compare(fused, fused, norm_inputs((1, 5, 100), torch.float32), 4e-6)
+
+
+def compare(run: Any, plain: Any, inputs: Mapping[str, Tensor], tolerance: float) -> None:
+    exact: Passed = run_pass(plain, "reference", {n: x.double() for n, x in inputs.items()})
+    assert_close(run_pass(run, "triton", inputs), exact, tolerance)
+
+
+CCA_BUGS = {
+    "mask of a tap ignores documents": ("position >= back, first", "position >= 0, first"),
+    "taps off by one": ("o_r + (TAPS - 1 - back)", "o_r + (TAPS - back)"),
+    "halo off by one": ("tl.maximum(row + TAPS - 1, 0)\n", "tl.maximum(row, 0)\n"),
+    "row stride of another tensor": ("qk + o_back * stride_row", "qk + o_back * C"),
+    "queries stored with the keys' stride": ("o_r * (H * D), o_a", "o_r * (K * D), o_a"),
+    "rotation the wrong way": ("turned = a * b_cos - b * b_sin", "turned = a * b_cos + b * b_sin"),
+    "value of the token itself": ("late = (o_c >= WIDTH) & (position > 0)", "late = o_c >= WIDTH"),
+    "last block unmasked": ("(first + o_r < length)\n", "(first + o_r <= length)\n"),
+    "gradient moved one row short": ("tl.minimum(o_r + back, T - 1)", "o_r + back - back // 2"),
+    "blocks overlap": ("m = (o_r < T - (TAPS - 1)) & (row >= 0)", "m = (row >= 0)"),
+    "gradient of a mean left out": ("x_a + 0.5 * sum_a", "x_a"),
+    "floor of the norm without its gradient": ("dot * scale / (floor * floor)", "dot * 0.0"),
+    "weights of the next delay": ("(g_a, x, s_a[back]", "(g_a, x, s_a[0]"),
+    "late values of another token": ("o_next = (o_r + 1)", "o_next = (o_r + 0)"),
+}  # fmt: skip
+
+NORM_BUGS = {
+    "one row too few": ("(first + o_r < num_rows)", "(first + o_r < num_rows - 1)"),
+    "mean over the padded columns": ("/ D + eps", "/ COLUMNS + eps"),
+    "rows a padded stride apart": ("tl.int64) * D + (o_r", "tl.int64) * COLUMNS + (o_r"),
+    "two sums in one place": ("p_sums + 2 * step", "p_sums + step"),
+    "pull along the row left out": ("b_gn - b_n * b_mean", "b_gn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", CCA_BUGS)
+def test_a_bug_in_cca_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = mutated(cca_kernels, *CCA_BUGS[bug], tmp_path)
+    for name in ("cca_forward", "cca_backward_inputs", "cca_backward_weights"):
+        monkeypatch.setattr(cca_host, name, getattr(planted, name))
+    assert_caught(check_cca)
+
+
+@pytest.mark.parametrize("bug", NORM_BUGS)
+def test_a_bug_in_norm_residual_is_caught(
+    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = mutated(norm_residual, *NORM_BUGS[bug], tmp_path)
+    for name in ("norm_residual_forward", "norm_residual_backward"):
+        monkeypatch.setattr(norm_residual, name, getattr(planted, name))
+    assert_caught(check_norm_residual)
+
+
+def assert_caught(check: Callable[[], None]) -> None:
+    with pytest.raises((InterpreterError, AssertionError)):
+        check()
+
+
+def test_without_a_bug_nothing_is_caught() -> None:
+    check_cca()
+    check_norm_residual()

@@ -1,0 +1,39 @@
+"""A whole model on Triton kernels, interpreted, beside the same model on eager torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from zaya_train.config.schema import KernelsConfig
+
+from ..helpers.models import TINY, packed, random_model, with_kernels
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+ROW = 24
+
+
+def test_loss_and_gradients_agree_with_eager() -> None:
+    config = replace(TINY, num_layers=2, num_kv_heads=1, head_dim=32, num_query_heads=2)
+    eager = random_model(config)
+    triton = with_kernels(eager, KernelsConfig(cca="triton", norm_residual="triton"))
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
+    labels = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
+    layout = packed([[11, 1, 12]], ROW)
+    gradients = []
+    for model in (eager, triton):
+        output = model(tokens, labels, layout)
+        output.loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients.append((output.loss, found))
+    (loss, expected), (other, found) = gradients
+    torch.testing.assert_close(other, loss, rtol=1e-5, atol=0)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        scale = float(expected[name].norm())
+        assert float((gradient - expected[name]).norm()) <= 2e-4 * scale + 1e-6, name

@@ -1,0 +1,195 @@
+"""Compiled resources: how they are read, judged, kept and shown; and the shipped kernels'."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from zaya_kernels.launch import ARCHITECTURES
+from zaya_kernels.workshop import table
+from zaya_kernels.workshop.assembly import (
+    amd_resources,
+    hot_loop,
+    loops,
+    nvidia_resources,
+    waves_per_simd,
+)
+from zaya_kernels.workshop.budgets import BUDGETS, broken
+from zaya_kernels.workshop.mca import find_mca, score
+
+from zaya_train.tools.kernels import changes, triton_version
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# One loop with a matrix instruction, one without; the exit of the first branches backwards.
+ASSEMBLY = """
+kernel:
+; %bb.0:
+	v_mov_b32_e32 v0, 0
+	s_cbranch_scc1 .LBB0_2
+.LBB0_1:                                ; %exit
+	buffer_store_dword v0, v1, s[0:3], 0 offen
+	s_endpgm
+.LBB0_2:                                ; =>This Inner Loop Header: Depth=1
+	buffer_load_dwordx4 v[2:5], v0, s[0:3], 0 offen
+	buffer_load_ushort v6, v0, s[0:3], 0 offen ; narrow
+	ds_read_b128 v[8:11], v0
+	ds_read_u16 v12, v0
+	ds_read2_b32 v[8:9], v0 offset1:1
+	s_barrier
+	s_cbranch_scc0 .LBB0_1
+; %bb.3:                                ;   in Loop: Header=BB0_2 Depth=1
+	ds_write_b64 v0, v[2:3]
+	v_mfma_f32_16x16x16_bf16 v[0:3], v[4:5], v[6:7], v[0:3]
+	v_accvgpr_read_b32 v1, a1
+	v_add_f32_e32 v1, v2, v3
+	s_branch .LBB0_2
+.LBB0_4:                                ; =>This Inner Loop Header: Depth=1
+	v_add_f32_e32 v1, v2, v3
+	s_cbranch_scc0 .LBB0_4
+	.vgpr_count:     100
+	.agpr_count:     4
+	.vgpr_spill_count: 0
+	.sgpr_spill_count: 0
+	.private_segment_fixed_size: 0
+"""
+
+
+def test_the_hot_loop_is_the_one_with_matrix_instructions() -> None:
+    assert len(loops(ASSEMBLY)) == 2
+    found = amd_resources(ASSEMBLY, 20000, 4, "gfx942")
+    assert (found.registers, found.accumulation_registers, found.waves) == (100, 4, 3)
+    loop = found.loop
+    assert loop is not None
+    assert (loop.matrix, loop.vector, loop.accumulator_moves, loop.barriers) == (1, 1, 1, 1)
+    assert (loop.wide_loads, loop.narrow_loads) == (1, 1)
+    assert (loop.lds_reads, loop.narrow_lds_reads, loop.lds_writes) == (3, 1, 1)
+    assert loop.narrow_stores == 0, "the exit is no part of the loop"
+
+
+@pytest.mark.parametrize(
+    ("registers", "lds", "warps", "waves"),
+    [(128, 0, 4, 4), (129, 0, 4, 3), (512, 0, 4, 1), (60, 0, 4, 8), (60, 40000, 4, 1),
+     (128, 0, 8, 4), (168, 0, 8, 2)],
+)  # fmt: skip
+def test_waves_come_in_whole_workgroups(registers: int, lds: int, warps: int, waves: int) -> None:
+    assert waves_per_simd(registers, lds, warps, "gfx942") == waves
+
+
+def test_nvidia_usage_is_read() -> None:
+    text = " Function f:\n  REG:224 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:656"
+    found = nvidia_resources(text, 8192, 8)
+    assert (found.registers, found.scratch_bytes, found.waves) == (224, 24, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"vector_spills": 1}, "1 vector spills, at most 0"),
+        ({"scratch_bytes": 4}, "4 scratch bytes, at most 0"),
+        ({"scalar_spills": 999}, "999 scalar spills, at most"),
+        ({"lds_bytes": 65537}, "65537 LDS bytes, at most 65536"),
+        ({"waves": 0}, "0 waves per SIMD, at least 2"),
+        ({"matrix": 0}, "no matrix instruction"),
+        ({"narrow_loads": 99}, "99 narrow loads, at most 0"),
+        ({"narrow_lds_reads": 99}, "99 narrow LDS reads, at most"),
+        ({"scratch": 1}, "1 scratch accesses, at most 0"),
+    ],
+    ids=str,
+)
+def test_each_broken_budget_is_named(change: dict[str, Any], complaint: str) -> None:
+    sound = amd_resources(ASSEMBLY, 20000, 4, "gfx942")
+    assert sound.loop is not None
+    sound = replace(sound, loop=replace(sound.loop, narrow_loads=0))
+    assert broken("cca_forward", "gfx942", sound) == []
+    (name,) = change
+    if hasattr(sound, name):
+        worse = replace(sound, **change)
+    else:
+        assert sound.loop is not None
+        worse = replace(sound, loop=replace(sound.loop, **change))
+    (found,) = broken("cca_forward", "gfx942", worse)
+    assert complaint in found
+
+
+def golden() -> list[dict[str, Any]]:
+    return table.read_golden(table.golden_path("3.7.1"))
+
+
+def test_a_change_against_the_golden_file_is_named() -> None:
+    rows = golden()
+    assert changes(rows, rows) == []
+    heavier, slower, renamed = (copy.deepcopy(rows) for _ in range(3))
+    heavier[0]["resources"]["registers"] += 1
+    assert "resources differ" in changes(heavier, rows)[0]
+    at = next(i for i, row in enumerate(rows) if row["score"])
+    slower[at]["score"]["clocks"] = int(rows[at]["score"]["clocks"] * 1.06)
+    assert "static clocks" in changes(slower, rows)[0]
+    renamed[0]["kernel"] = "another"
+    assert "not in the golden file" in changes(renamed, rows)[0]
+
+
+def test_the_page_shows_the_golden_file() -> None:
+    page = (REPOSITORY / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert table.replace_table(page, table.markdown(golden())) == page
+
+
+def test_every_shipped_kernel_is_in_the_golden_file_with_a_budget() -> None:
+    rows = golden()
+    assert {row["kernel"] for row in rows} == set(BUDGETS)
+    cases = {(row["case"], row["kernel"]) for row in rows}
+    for arch in ARCHITECTURES:
+        assert {(r["case"], r["kernel"]) for r in rows if r["arch"] == arch} == cases
+    assert all(row["score"] for row in rows if row["arch"] != "sm_90")
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="one begin mark"):
+        table.replace_table("text", "table")
+
+
+@pytest.fixture(scope="module")
+def verified() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """`zaya kernels verify` for each architecture, started together."""
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "zaya_train", "kernels", "verify", "--no-numerics", "--arch"]
+    running = {
+        arch: subprocess.Popen(
+            [*command, arch], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for arch in ARCHITECTURES
+    }  # fmt: skip
+    yield running
+    for process in running.values():
+        process.wait()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_shipped_kernels_keep_their_budgets(
+    arch: str, verified: dict[str, subprocess.Popen[str]]
+) -> None:
+    """Compiled for real; equal to the golden file, so the table of the page is true."""
+    if triton_version() != "3.7.1":
+        pytest.skip("the golden file is Triton 3.7.1's")
+    output, _ = verified[arch].communicate()
+    assert verified[arch].returncode == 0, output
+    assert "0 problems" in output and arch in output
+
+
+def test_static_scores_are_reproduced() -> None:
+    tool = find_mca()
+    if tool is None:
+        pytest.skip("needs llvm-mca of LLVM 22: llvm-mca-22 on the path or $LLVM_MCA")
+    found = score(hot_loop(ASSEMBLY), 1, "gfx942", tool)
+    assert 0 < found.matrix_share < 1 and found.clocks > 16

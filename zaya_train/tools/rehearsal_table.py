@@ -1,0 +1,199 @@
+"""A rehearsal as tables, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from zaya_train.config.check import problems
+from zaya_train.config.errors import ConfigError
+from zaya_train.tools.rehearsal import RESERVE, Rehearsal, rehearse_phases
+from zaya_train.tools.rehearsal_places import COMPONENTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rich.console import Console
+
+    from zaya_train.config.schema import TrainConfig
+
+GB, MB = 10**9, 10**6
+
+
+@dataclass(frozen=True)
+class RehearsalRequest:
+    """What to rehearse, and what it must fit."""
+
+    config: TrainConfig
+    ranks: int
+    phases: tuple[str, ...] = ()
+    """Names; empty for all."""
+    memory_gb: float | None = None
+    """Of one device, 10^9 bytes; None: nothing is refused."""
+    busiest: float = 1.0
+    """Tokens of each layer's first expert over an even share."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.phases or tuple(self.config.plan.phases)
+
+    def fits(self, rehearsal: Rehearsal) -> bool:
+        """Whether the peak leaves the reserve free."""
+        return self.memory_gb is None or rehearsal.peak.bytes <= self.usable_bytes
+
+    @property
+    def usable_bytes(self) -> float:
+        return (self.memory_gb or 0.0) * GB * (1 - RESERVE)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that save memory, and what they cost."""
+
+    parallel: Mapping[str, Any]
+    micro_batch_sequences: int | None
+    context_parallel: int | None
+    """A factor."""
+    cost: str
+
+    def words(self, name: str) -> str:
+        """As overrides for phase `name`."""
+        words = [f"parallel.{key}={_yaml(value)}" for key, value in self.parallel.items()]
+        phase = f"plan.phases.{name}"
+        if self.micro_batch_sequences:
+            words.append(f"{phase}.micro_batch_sequences={self.micro_batch_sequences}")
+        if self.context_parallel:
+            words.append(f"{phase}.context_parallel x {self.context_parallel}")
+        return " ".join(words)
+
+    def applied(self, config: TrainConfig, name: str) -> TrainConfig:
+        """`config` with the change, in phase `name` where it is a phase's affair."""
+        phase = config.plan.phases[name]
+        phase = replace(
+            phase,
+            micro_batch_sequences=self.micro_batch_sequences or phase.micro_batch_sequences,
+            context_parallel=phase.context_parallel * (self.context_parallel or 1),
+        )
+        plan = replace(config.plan, phases={**config.plan.phases, name: phase})
+        return replace(config, plan=plan, parallel=replace(config.parallel, **self.parallel))
+
+
+_LEAN = {"accumulation": "reduce_each", "reshard_after_forward": True, "recompute": "full"}
+CHANGES = (
+    Change({"accumulation": "all_reduce_last"}, None, None, "a reduce-scatter every micro-batch"),
+    Change({"recompute": "selective"}, None, None, "norms, convolutions and router computed twice"),
+    Change(
+        {"accumulation": "all_reduce_last", "recompute": "selective"},
+        None,
+        None,
+        "both of the above",
+    ),
+    Change({"recompute": "full"}, None, None, "every layer's forward pass computed twice"),
+    Change(
+        {"accumulation": "all_reduce_last", "recompute": "full"},
+        None,
+        None,
+        "every layer's forward pass computed twice, a reduce-scatter every micro-batch",
+    ),
+    Change(_LEAN, None, None, "weights gathered and layers computed twice, reduced at once"),
+    Change(_LEAN, 1, None, "the same, on smaller products"),
+    Change(_LEAN, 1, 2, "the same, and twice the ranks to a row"),
+    Change(_LEAN, 1, 4, "the same, and four times the ranks to a row"),
+)
+"""By rising cost in time."""
+
+
+def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
+    """Print memory and traffic of a step; ConfigError where a rule is broken or memory is short."""
+    broken = list(problems(request.config, request.ranks))
+    unknown = [name for name in request.names if name not in request.config.plan.phases]
+    broken += [f"plan.phases: no phase {name}" for name in unknown]
+    if broken:
+        raise ConfigError("; ".join(broken))
+    found = rehearse_phases(request.config, request.ranks, request.names, request.busiest)
+    console.print(_memory(request, found))
+    console.print(_traffic(found))
+    console.print(_summary(request, found), highlight=False, soft_wrap=True)
+    refused = [r for r in found.values() if not request.fits(r)]
+    if refused:
+        worst = max(refused, key=lambda r: r.peak.bytes)
+        raise ConfigError(_refusal(request, worst))
+
+
+def _memory(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> Table:
+    title = f"peak memory of rank 0 of {request.ranks:,}, GB (10^9 bytes)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("component")
+    for name in found:
+        table.add_column(name, justify="right")
+    for component in COMPONENTS:
+        sizes = [r.peak.components.get(component, 0) for r in found.values()]
+        if max(sizes) >= MB:
+            table.add_row(component, *(f"{size / GB:.2f}" for size in sizes))
+    table.add_section()
+    table.add_row("peak", *(f"{r.peak.bytes / GB:.2f}" for r in found.values()))
+    table.add_row("reached in", *(r.peak_stage for r in found.values()))
+    if request.memory_gb is not None:
+        free = [request.memory_gb - r.peak.bytes / GB for r in found.values()]
+        table.add_row(f"free of {request.memory_gb:g}", *(f"{gb:.1f}" for gb in free))
+        shares = (f"{gb / request.memory_gb:.0%}" for gb in free)
+        table.add_row(f"margin, at least {RESERVE:.0%}", *shares)
+    return table
+
+
+def _traffic(found: Mapping[str, Rehearsal]) -> Table:
+    table = Table(title="handed to collectives by rank 0 in a step", title_justify="left")
+    for column in ("phase", "collective", "axis"):
+        table.add_column(column)
+    table.add_column("calls", justify="right")
+    table.add_column("MB", justify="right")
+    for name, rehearsal in found.items():
+        for (kind, axis), flow in sorted(rehearsal.flows.items()):
+            size = f"{rehearsal.layout_of(axis)}"
+            table.add_row(name, kind, size, f"{flow.calls:,}", f"{flow.bytes / MB:,.2f}")
+        table.add_section()
+    return table
+
+
+def _summary(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> str:
+    parallel = request.config.parallel
+    steps = ", ".join(f"{r.phase} {r.micro_batches} x {r.local_tokens:,}" for r in found.values())
+    return (
+        f"micro-batches x tokens of a rank: {steps}; recompute {parallel.recompute}, accumulation "
+        f"{parallel.accumulation}; rehearsed in {max(r.seconds for r in found.values()):.0f} s"
+    )
+
+
+def _refusal(request: RehearsalRequest, worst: Rehearsal) -> str:
+    said = (
+        f"phase {worst.phase}: a peak of {worst.peak.bytes / GB:.1f} GB exceeds "
+        f"{request.usable_bytes / GB:.1f} GB, {1 - RESERVE:.0%} of --memory-gb "
+        f"{request.memory_gb:g}"
+    )
+    for change, rehearsal in _tried(request, worst):
+        if request.fits(rehearsal):
+            return (
+                f"{said}; the cheapest change that fits: {change.words(worst.phase)} "
+                f"({rehearsal.peak.bytes / GB:.1f} GB; costs {change.cost})"
+            )
+    return f"{said}; no setting of parallel.* makes it fit: more ranks to a shard or more memory"
+
+
+def _tried(request: RehearsalRequest, worst: Rehearsal) -> Iterator[tuple[Change, Rehearsal]]:
+    """Changes that are valid and change something, by rising cost, with their rehearsals."""
+    seen = [request.config]
+    for change in CHANGES:
+        config = change.applied(request.config, worst.phase)
+        if config in seen or any(problems(config, request.ranks)):
+            continue
+        if set(change.parallel) == {"accumulation"} and worst.micro_batches == 1:
+            continue
+        seen.append(config)
+        names = (worst.phase,)
+        yield change, rehearse_phases(config, request.ranks, names, request.busiest)[worst.phase]
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
