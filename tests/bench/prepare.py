@@ -1,6 +1,6 @@
 """`zaya data prepare` against Megatron-LM's tools/preprocess_data.py, whole commands in turn.
 
-    python -m benchmarks.data.prepare --data ../shared/data --tokenizer FOLDER --work DIR \
+    python -m tests.bench.prepare --data ../shared/data --tokenizer FOLDER --work DIR \
         --megatron CHECKOUT --rounds 3
 
 FOLDER holds a tokenizer.json. CHECKOUT is a Megatron-LM checkout of the release of megatron-core
