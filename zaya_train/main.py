@@ -1,12 +1,9 @@
-"""The `zaya` command. The only file that imports hydra.
+"""The `zaya` command. The only file that imports hydra; `arguments` and `commands` have the rest.
 
-Every handler imports the tool it runs: `zaya train` starts on every rank of a cluster and must not
-load plotting, tokenizers and transformers there.
-
-    zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
-    zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
-    zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
-    zaya kernels verify
+zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
+zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
+zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+zaya kernels verify
 """
 
 from __future__ import annotations
@@ -25,16 +22,15 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 import zaya_train
+from zaya_train.arguments import add_data, add_hub, add_kernels, add_model_use, add_runs
+from zaya_train.commands import DATA_HANDLERS, HANDLERS
 from zaya_train.config.build import build
 from zaya_train.config.defaults import defaults
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
 from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.runtime.files import named_failure
-from zaya_train.tools.data_parsers import FIELDS, add_data
-from zaya_train.tools.run_parsers import add_hub, add_kernels, add_model_use, add_runs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,7 +84,7 @@ def _typed(values: DictConfig) -> TrainConfig:
 
 def _train(overrides: list[str]) -> int:
     """`zaya train`: Hydra parses, `run.train` trains. 2 for whatever Hydra itself refuses."""
-    # torch: two seconds of import that the other commands and worker processes do without.
+    # torch: two seconds of import that the other commands do without.
     from zaya_train.run import train
 
     codes: list[int] = []
@@ -157,222 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
-    add_data(commands, _DATA_HANDLERS)
+    add_data(commands, DATA_HANDLERS)
     for add in (add_hub, add_model_use, add_runs, add_kernels):
-        add(commands, _HANDLERS)
+        add(commands, HANDLERS)
+    parser.set_defaults(compose=compose)
     return parser
-
-
-def _data_prepare(options: argparse.Namespace) -> None:
-    from zaya_train.data.prepare import FieldOverrides, PrepareRequest, prepare
-
-    fields = FieldOverrides(**{name: getattr(options, f"{name}_field") for name in FIELDS})
-    request = PrepareRequest(
-        input=options.input,
-        output=options.output,
-        tokenizer=options.tokenizer,
-        fields=fields,
-        answer_marker=options.answer_marker,
-        heldout_fraction=options.heldout_fraction,
-        split=options.split,
-        document_characters=options.document_characters,
-        overwrite=options.overwrite,
-        allow_rejects=options.allow_rejects,
-        workers=options.workers,
-        own_template=options.own_template,
-    )
-    prepare(request, Console())
-
-
-def _data_synth(options: argparse.Namespace) -> None:
-    from zaya_train.data.synth import SynthRequest, write_jsonl
-
-    chosen = tuple(options.families) if options.families else None
-    request = SynthRequest(options.count, options.seed, options.split, chosen)
-    size = write_jsonl(request, options.output)
-    Console().print(f"{options.output}: {options.count:,} problems, {size:,} bytes")
-
-
-def _data_inspect(options: argparse.Namespace) -> None:
-    from zaya_train.data.inspect import inspect_corpus
-
-    inspect_corpus(
-        options.corpus,
-        options.index,
-        options.budget,
-        Console(),
-        "hashes" if options.verify else "tokens",
-    )
-
-
-def _data_trim(options: argparse.Namespace) -> None:
-    from zaya_train.data.prepare import FieldOverrides
-    from zaya_train.data.trim_text import TrimRequest, show_summary, trim_file
-
-    names = FIELDS[:-1]
-    request = TrimRequest(
-        input=options.input,
-        output=options.output,
-        budget_tokens=options.budget,
-        tokenizer=options.tokenizer,
-        fields=FieldOverrides(**{name: getattr(options, f"{name}_field") for name in names}),
-        split=options.split,
-        overwrite=options.overwrite,
-    )
-    show_summary(trim_file(request), Console())
-
-
-def _data_adopt(options: argparse.Namespace) -> None:
-    from zaya_train.data.adopt import AdoptRequest, adopt
-
-    request = AdoptRequest(
-        prefix=options.prefix, tokenizer=options.tokenizer, output=options.output
-    )
-    manifest = adopt(request).manifest
-    counts = f"{manifest.documents:,} documents, {manifest.tokens:,} tokens"
-    Console().print(f"{options.output}: {counts}", markup=False)
-
-
-def _data_aggregate(options: argparse.Namespace) -> None:
-    from zaya_train.data.aggregate import AggregateRequest, aggregate
-
-    request = AggregateRequest(
-        input=options.input,
-        output=options.output,
-        candidates=options.candidates,
-        tail_tokens=options.tail,
-        tokenizer=options.tokenizer,
-        seed=options.seed,
-    )
-    outcomes = ", ".join(f"{name} {count:,}" for name, count in aggregate(request).items())
-    Console().print(f"{options.output}: {outcomes}", markup=False)
-
-
-def _ledger_verify(options: argparse.Namespace) -> None:
-    from zaya_train.tools.ledger import verify
-
-    verify(options.run_dir, not options.plan_only, Console())
-
-
-def _ledger_show(options: argparse.Namespace) -> None:
-    from zaya_train.tools.ledger import show
-
-    show(options.run_dir, options.step, options.rows, Console())
-
-
-_DATA_HANDLERS = {
-    "prepare": _data_prepare,
-    "trim": _data_trim,
-    "synth": _data_synth,
-    "inspect": _data_inspect,
-    "adopt": _data_adopt,
-    "aggregate": _data_aggregate,
-    "ledger verify": _ledger_verify,
-    "ledger show": _ledger_show,
-}
-
-
-def _import(options: argparse.Namespace) -> None:
-    from zaya_train.tools.transfer import ImportRequest, import_hf
-
-    import_hf(ImportRequest(options.folder, options.model_yaml), Console())
-
-
-def _export(options: argparse.Namespace) -> None:
-    from zaya_train.tools.transfer import ExportRequest, export_hf
-
-    request = ExportRequest(options.source, options.output, options.dtype, options.tokenizer)
-    export_hf(request, Console())
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from zaya_train.tools.generate import GenerateArgs, GenerateRequest, run
-
-    request = GenerateRequest(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    prompts = tuple(options.prompts)
-    run(GenerateArgs(model_dir=options.model, prompts=prompts, request=request), Console())
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from zaya_train.tools import evaluate
-
-    console = Console()
-    rows = evaluate.read_rows(options.rows)[: options.count]
-    request = evaluate.EvalRequest(max_new_tokens=options.max_new_tokens)
-    result = evaluate.exact_match(options.model, rows, request)
-    evaluate.print_report(result, console)
-    if options.output:
-        evaluate.write_report(result, options.output)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from zaya_train.tools.plan import PlanRequest, show_plan
-
-    config = compose(options.overrides)
-    show_plan(PlanRequest(config, options.ranks), Console())
-    if options.rehearse or options.memory_gb is not None:
-        from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
-
-        phases = tuple(options.phase or ())
-        request = RehearsalRequest(config, options.ranks, phases, options.memory_gb)
-        show_rehearsal(request, Console())
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from zaya_train.tools.doctor import DoctorRequest, doctor
-
-    request = DoctorRequest(compose(options.overrides), options.ranks, options.receipt)
-    return doctor(request, Console())
-
-
-def _report(options: argparse.Namespace) -> None:
-    from zaya_train.tools.report import report
-
-    output = options.output or options.runs[0] / "report.html"
-    Console().print(str(report(options.runs, output)))
-
-
-def _smoke(options: argparse.Namespace) -> int:
-    from zaya_train.tools.smoke import SmokeRequest, smoke
-
-    request = SmokeRequest(
-        output=options.output,
-        data=options.data,
-        tokenizer=options.tokenizer,
-        overrides=tuple(options.overrides),
-    )
-    return smoke(request, compose, Console())
-
-
-def _kernels_verify(options: argparse.Namespace) -> int:
-    from zaya_kernels.launch import ARCHITECTURES
-
-    from zaya_train.tools.kernels import VerifyRequest, verify
-
-    chosen = tuple(options.arch or ARCHITECTURES)
-    if unknown := set(chosen) - set(ARCHITECTURES):
-        raise ConfigError(f"--arch: {', '.join(sorted(unknown))}; of {', '.join(ARCHITECTURES)}")
-    if options.write and chosen != ARCHITECTURES:
-        raise ConfigError("--write: the golden file holds every architecture; leave --arch out")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    return verify(VerifyRequest(chosen, not options.no_numerics, options.write), console)
-
-
-_HANDLERS = {
-    "import-hf": _import,
-    "export-hf": _export,
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "plan": _plan,
-    "doctor": _doctor,
-    "report": _report,
-    "smoke": _smoke,
-    "kernels verify": _kernels_verify,
-}

@@ -20,6 +20,7 @@ from zaya_train.optim.optimizer import Optimizer
 from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import Reduction, local_row_start, reshard
 from zaya_train.parallel.mesh import Mesh
+from zaya_train.tools.random_rows import RandomRow, random_row
 from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.evaluate import validation_losses
 from zaya_train.train.step import Rates, StepResult, global_norm, train_step
@@ -83,30 +84,12 @@ class Case:
         return f"{degrees}-{how}-{self.recompute}" + ("-reshard" if self.reshard else "")
 
 
-@dataclass(frozen=True, eq=False)
-class PackedRow:
-    """A packed row, as the loader gives it."""
-
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    document_lengths: NDArray[np.int32]
-    fingerprint: int = 0
+def packed_row(seed: int, documents: tuple[int, ...], row_tokens: int = ROW_TOKENS) -> RandomRow:
+    """Random tokens of this module's vocabulary."""
+    return random_row(seed, documents, row_tokens, VOCABULARY)
 
 
-def packed_row(seed: int, documents: tuple[int, ...], row_tokens: int = ROW_TOKENS) -> PackedRow:
-    """Random tokens; labels within documents, a few of them unsupervised."""
-    generator = np.random.default_rng(seed)
-    tokens = generator.integers(0, VOCABULARY, row_tokens)
-    labels = np.full(row_tokens, -100, dtype=np.int64)
-    start = 0
-    for length in documents:
-        labels[start : start + length - 1] = tokens[start + 1 : start + length]
-        start += length
-    labels[generator.random(row_tokens) < 0.2] = -100
-    return PackedRow(tokens, labels, np.array(documents, dtype=np.int32))
-
-
-def rows_of_step(step: int, row_tokens: int = ROW_TOKENS) -> list[PackedRow]:
+def rows_of_step(step: int, row_tokens: int = ROW_TOKENS) -> list[RandomRow]:
     times = row_tokens // ROW_TOKENS
     return [
         # Padding stays behind the last document.

@@ -20,7 +20,8 @@ from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.parallel.fsdp import reshard
 from zaya_train.tools.doctor_layouts import relative
 from zaya_train.tools.doctor_ranks import RanksFailed, on_ranks
-from zaya_train.tools.doctor_subject import PackedRow, Subject, packed
+from zaya_train.tools.doctor_subject import Subject
+from zaya_train.tools.random_rows import RandomRow, random_row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,17 +101,17 @@ def _probe(config: TrainConfig, context: Context, trial: Trial) -> dict[str, tup
     return found
 
 
-def _row(context: Context, vocabulary: int) -> PackedRow:
+def _row(context: Context, vocabulary: int) -> RandomRow:
     times = context.row_tokens // sum((*_LENGTHS, 3))
-    return packed(7, _LENGTHS * times, context.row_tokens, vocabulary)
+    return random_row(7, _LENGTHS * times, context.row_tokens, vocabulary)
 
 
-def _spans(row: PackedRow) -> list[tuple[int, int]]:
+def _spans(row: RandomRow) -> list[tuple[int, int]]:
     ends = np.cumsum(row.document_lengths).tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _changes(row: PackedRow, chunks: int) -> Iterator[Change]:
+def _changes(row: RandomRow, chunks: int) -> Iterator[Change]:
     spans = _spans(row)
     # First, last, and some between, one-token documents among them.
     for number in sorted({0, 1, 2, len(spans) // 2, len(spans) - 1}):
@@ -123,14 +124,14 @@ def _changes(row: PackedRow, chunks: int) -> Iterator[Change]:
         yield Change(f"everything from token {place} on", place, length, (0, place), False)
 
 
-def _changed(row: PackedRow, change: Change, vocabulary: int) -> PackedRow:
+def _changed(row: RandomRow, change: Change, vocabulary: int) -> RandomRow:
     tokens = row.tokens.copy()
     steps = np.random.default_rng(3).integers(1, vocabulary, change.end - change.start)
     tokens[change.start : change.end] = (tokens[change.start : change.end] + steps) % vocabulary
-    return PackedRow(tokens, row.labels, row.document_lengths)
+    return RandomRow(tokens, row.labels, row.document_lengths)
 
 
-def _logits(subject: Subject, row: PackedRow) -> dict[str, Tensor]:
+def _logits(subject: Subject, row: RandomRow) -> dict[str, Tensor]:
     """Outputs [2 S_local, width] of every block in order, then the logits."""
     batch, outputs = subject.batch([row, _neighbour(subject)]), {}
 
@@ -154,10 +155,10 @@ def _logits(subject: Subject, row: PackedRow) -> dict[str, Tensor]:
     return outputs
 
 
-def _neighbour(subject: Subject) -> PackedRow:
+def _neighbour(subject: Subject) -> RandomRow:
     """Another row of the micro-batch, never changed."""
     length, vocabulary = subject.context.row_tokens, subject.config.model.vocab_size
-    return packed(8, (length,), length, vocabulary)
+    return random_row(8, (length,), length, vocabulary)
 
 
 def _movement(base: dict[str, Tensor], moved: dict[str, Tensor], kept: Tensor) -> tuple[float, str]:
@@ -170,7 +171,7 @@ def _movement(base: dict[str, Tensor], moved: dict[str, Tensor], kept: Tensor) -
     return sizes["logits"], f"others first in {first}"
 
 
-def _gradients(subject: Subject, row: PackedRow) -> tuple[float, str]:
+def _gradients(subject: Subject, row: RandomRow) -> tuple[float, str]:
     """Gradients of a loss over all documents but one, with that one's tokens changed."""
     spans = _spans(row)
     worst = (0.0, "")
@@ -178,7 +179,7 @@ def _gradients(subject: Subject, row: PackedRow) -> tuple[float, str]:
         start, end = spans[number]
         labels = row.labels.copy()
         labels[start:end] = IGNORE_LABEL
-        silent = PackedRow(row.tokens, labels, row.document_lengths)
+        silent = RandomRow(row.tokens, labels, row.document_lengths)
         change = Change("", start, end, (0, 0), True)
         other = _changed(silent, change, subject.config.model.vocab_size)
         before, after = _backward(subject, silent), _backward(subject, other)
@@ -191,7 +192,7 @@ def _gradients(subject: Subject, row: PackedRow) -> tuple[float, str]:
     return worst
 
 
-def _backward(subject: Subject, row: PackedRow) -> dict[str, Tensor]:
+def _backward(subject: Subject, row: RandomRow) -> dict[str, Tensor]:
     """Local gradients of the summed loss."""
     batch = subject.batch([row])
     subject.reduction.prepare(subject.model, last=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from zaya_train.config.check import model_problems
 from zaya_train.config.derive import Layout
-from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import PrecisionConfig
 from zaya_train.model.init import initialise
 from zaya_train.model.interfaces import Surroundings
@@ -22,12 +20,11 @@ from zaya_train.parallel.apply import chunking_of, parallelize
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.parallel.sequence import Chunking
+from zaya_train.tools.random_rows import RandomRow, random_row
 from zaya_train.train.batch import Batch, make_batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from numpy.typing import NDArray
 
     from zaya_train.config.schema import ModelConfig, TrainConfig
 
@@ -45,17 +42,6 @@ _DOCUMENTS = (
     (3, 1, 1, 2, 8, 1, 1, 5),
     (16, 15, 1),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class PackedRow:
-    """See train.batch.PackedRow."""
-
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    document_lengths: NDArray[np.int32]
-    fingerprint: int = 0
-    """There is no ledger here."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +171,7 @@ class Subject:
             self.config.kernels.newton_schulz,
         )
 
-    def batch(self, rows: Sequence[PackedRow]) -> Batch:
+    def batch(self, rows: Sequence[RandomRow]) -> Batch:
         """This rank's part of a micro-batch."""
         return make_batch(rows, self.chunking, self.ranks[1], CPU)
 
@@ -229,26 +215,13 @@ def _shared(trial: Trial, config: TrainConfig, context: Context) -> Subject:
     )
 
 
-def rows_of(step: int, row_tokens: int, vocabulary: int) -> list[PackedRow]:
+def rows_of(step: int, row_tokens: int, vocabulary: int) -> list[RandomRow]:
     """ROWS packed rows; a fifth of the labels unsupervised."""
     times = row_tokens // SHORTEST
     kinds = [_DOCUMENTS[i % len(_DOCUMENTS)] for i in range(ROWS)]
     # Every other row that could be one document is one.
     lengths = [(row_tokens,) if kind == (SHORTEST,) else kind * times for kind in kinds]
     return [
-        packed(100 * step + i, documents, row_tokens, vocabulary)
+        random_row(100 * step + i, documents, row_tokens, vocabulary)
         for i, documents in enumerate(lengths)
     ]
-
-
-def packed(seed: int, documents: tuple[int, ...], row_tokens: int, vocabulary: int) -> PackedRow:
-    """Random tokens; labels within documents."""
-    generator = np.random.default_rng(seed)
-    tokens = generator.integers(0, vocabulary, row_tokens)
-    labels = np.full(row_tokens, IGNORE_LABEL, dtype=np.int64)
-    start = 0
-    for length in documents:
-        labels[start : start + length - 1] = tokens[start + 1 : start + length]
-        start += length
-    labels[generator.random(row_tokens) < 0.2] = IGNORE_LABEL
-    return PackedRow(tokens, labels, np.array(documents, dtype=np.int32))

@@ -35,6 +35,7 @@ from zaya_train.parallel.apply import chunking_of, sharded_on_meta
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import DENSE_AXES, SPARSE_AXES, Mesh
 from zaya_train.runtime.device import usable_cores
+from zaya_train.tools.random_rows import RandomRow
 from zaya_train.tools.rehearsal_meter import Flow, Meter, Peak
 from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
 from zaya_train.train.batch import Batch, make_batch
@@ -43,7 +44,6 @@ from zaya_train.train.step import Rates, train_step
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from zaya_train.config.derive import Layout
@@ -88,16 +88,6 @@ class Rehearsal:
         """An axis with its degree."""
         first = axis.split(" = ")[0]
         return f"{axis} {getattr(self.layout, first):,}"
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A packed row of random tokens; see train.batch.PackedRow."""
-
-    tokens: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    document_lengths: NDArray[np.int32]
-    fingerprint: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,7 +218,7 @@ def _batch(config: TrainConfig, phase: PhaseConfig, mesh: Mesh) -> Batch:
         lengths.append(left // 2 + 1)
         left -= lengths[-1]
     tokens = np.arange(phase.context_tokens) % config.model.vocab_size
-    row = _Row(tokens, tokens, np.array([*lengths, left], dtype=np.int32))
+    row = RandomRow(tokens, tokens, np.array([*lengths, left], dtype=np.int32))
     rows = [row] * phase.micro_batch_sequences
     return make_batch(rows, chunking_of(mesh, config), mesh.context_rank, CPU)
 

@@ -112,8 +112,7 @@ class Meter(TorchDispatchMode):
         try:
             with in_kernel_invocation_manager(mine.fake_mode):
                 out = func(*_as_meta(args), **kwargs)
-        except NotImplementedError:
-            # No kernel for shapes alone; the mode knows a decomposition.
+        except NotImplementedError:  # no kernel for shapes alone: the mode knows a decomposition
             self._by_mode.add(func)
             return func(*args, **kwargs)
         return _as_fake(out, mine)
