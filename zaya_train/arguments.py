@@ -92,6 +92,12 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, help="processes; default: one per processor")
     parser.add_argument(
+        "--encoder", default="tokenizers", help="tokenizers, or gigatoken: faster, ids compared"
+    )
+    parser.add_argument(
+        "--compare-every", type=int, default=16, help="compare every Nth document; 1: all"
+    )
+    parser.add_argument(
         "--allow-rejects", action="store_true", help="accept that most documents are rejected"
     )
     for name in FIELDS:

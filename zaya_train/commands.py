@@ -34,6 +34,8 @@ def _data_prepare(options: argparse.Namespace) -> None:
         allow_rejects=options.allow_rejects,
         workers=options.workers,
         own_template=options.own_template,
+        encoder=options.encoder,
+        compare_every=options.compare_every,
     )
     prepare(request, Console())
 

@@ -143,14 +143,27 @@ def encode_segments(
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sample | Rejected]:
     """Plain documents: one section, every token a target, the end token last."""
     samples: list[Sample | Rejected] = []
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if not text.strip() or not ids:
+    sound = [text if is_unicode(text) else "" for text in texts]
+    for text, ids in zip(texts, tokenizer.encode_batch(sound), strict=True):
+        if text and not sound[len(samples)]:
+            samples.append(Rejected(RejectReason.NOT_UNICODE))
+            continue
+        if not text.strip() or not len(ids):
             samples.append(Rejected(RejectReason.EMPTY_TEXT))
             continue
-        tokens = np.array([*ids, tokenizer.end_id], dtype=np.int32)
+        tokens = np.append(ids, np.int32(tokenizer.end_id))
         row = (len(tokens), Role.TEXT, Kind.TEXT, 0, True)
         samples.append(Sample(tokens, make_sections([row])))
     return samples
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be written; JSON may hold halves of surrogate pairs, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def final_answer(content: str) -> str:
@@ -165,6 +178,8 @@ def _parse_turn(turn: int, message: Message) -> list[Segment] | Rejected:
         return Rejected(RejectReason.UNKNOWN_ROLE, f"turn {turn}: {message.get('role')!r}")
     if not isinstance(content, str) or (role != Role.ASSISTANT and not content):
         return Rejected(RejectReason.EMPTY_MESSAGE, f"turn {turn}")
+    if not is_unicode(content):
+        return Rejected(RejectReason.NOT_UNICODE, f"turn {turn}")
     opening = Segment(ROLE_MARKERS[role], role, Kind.MARKUP, turn, False)
     if role != Role.ASSISTANT:
         return [
@@ -180,7 +195,9 @@ def _parse_turn(turn: int, message: Message) -> list[Segment] | Rejected:
 
 
 def _assemble(
-    segments: Sequence[Segment], ids: Sequence[Sequence[int]], continues: NDArray[np.bool_]
+    segments: Sequence[Segment],
+    ids: Sequence[Sequence[int] | NDArray[np.int32]],
+    continues: NDArray[np.bool_],
 ) -> Sample:
     rows = [
         (len(part), segment.role, segment.kind, segment.turn, segment.supervised)

@@ -73,7 +73,8 @@ def make_block(samples: Iterable[Sample | Rejected], tokenizer: Tokenizer) -> Bl
     return Block(
         tokens=_joined([sample.tokens for sample in kept], dtype),
         lengths=np.array([len(sample.tokens) for sample in kept], dtype=np.int64),
-        sections=_joined([sample.sections for sample in kept], SECTION_DTYPE),
+        # numpy's own way promotes the fields of every table anew.
+        sections=np.frombuffer(b"".join(s.sections.tobytes() for s in kept), SECTION_DTYPE),
         section_counts=np.array([len(sample.sections) for sample in kept], dtype=np.int64),
         rejects=rejects,
     )

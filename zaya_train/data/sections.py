@@ -49,6 +49,7 @@ class RejectReason(StrEnum):
     THINK_NESTED = "think_nested"
     EMPTY_ANSWER = "empty_answer"
     EMPTY_TEXT = "empty_text"
+    NOT_UNICODE = "not_unicode"
     ANSWERS_EXCEED_BUDGET = "answers_exceed_budget"
     NOT_SUPERVISED = "not_supervised"
     TEMPLATE_REFUSED = "template_refused"
