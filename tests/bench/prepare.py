@@ -1,12 +1,14 @@
 """`zaya data prepare` against Megatron-LM's tools/preprocess_data.py, whole commands in turn.
 
-    python -m tests.bench.prepare --data ../shared/data --tokenizer FOLDER --work DIR \
-        --megatron CHECKOUT --encoder tokenizers gigatoken --rounds 3
+    python -m tests.bench.prepare --data ../shared/data --work DIR --megatron CHECKOUT \
+        --encoder tokenizers gigatoken --rounds 3
 
-FOLDER holds a tokenizer.json. CHECKOUT is a Megatron-LM checkout of the release of megatron-core
-that is installed; `--extra` adds folders with what its tool imports besides (six). Without a
-checkout only our command is timed, and that is said. Both use `--workers` processes, write what the
-other writes byte for byte (checked), and pay for their own imports. CPU seconds include children.
+`--tokenizer` is a folder with a tokenizer.json; without it a byte-level BPE of 32,768 ids with
+GPT-2's splitting is trained on the text. CHECKOUT is a Megatron-LM checkout of the release of
+megatron-core that is installed; `--extra` adds folders with what its tool imports besides (six).
+Without it only our command is timed, and that is said. Both use `--workers` processes, write
+what the other writes byte for byte (checked), and pay for their own imports. CPU seconds include
+children. `--repeat` makes the text longer, so that what every process loads weighs less.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ import sys
 import time
 from pathlib import Path
 
+import tokenizers
 from rich.console import Console
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from zaya_train.data.corpus import BIN, IDX
 from zaya_train.data.fast_encoder import ENCODERS, PLAIN
@@ -37,7 +41,7 @@ FILES = ("reasoning_traces.jsonl", "gsm8k_train.jsonl", "multiturn_think.jsonl",
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of JSONL files")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer.json")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--megatron", type=Path, help="Megatron-LM checkout")
     parser.add_argument("--extra", type=Path, action="append", default=[])
@@ -49,7 +53,8 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     text = options.work / "text.jsonl"
     _write_text(options, text)
-    load_tokenizer(str(options.tokenizer)).save(options.work / "tokenizer")
+    tokenizer = options.tokenizer or _trained(text, options.work / "trained")
+    load_tokenizer(str(tokenizer)).save(options.work / "tokenizer")
     size = text.stat().st_size / 1e6
     commands = {name: _ours(options, text, name) for name in options.encoder}
     if options.megatron:
@@ -87,6 +92,23 @@ def _write_text(options: argparse.Namespace, target: Path) -> None:
             document = document.replace("<think>", "").replace("</think>", "")
             lines.append(json.dumps({"text": document}) + "\n")
     target.write_text("".join(lines) * options.repeat, encoding="utf-8")
+
+
+def _trained(text: Path, folder: Path) -> Path:
+    """A byte-level BPE of the text."""
+    folder.mkdir(exist_ok=True)
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32_768,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    rows = (json.loads(line)["text"] for line in text.open(encoding="utf-8"))
+    backend.train_from_iterator(rows, trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def _ours(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,17 +10,28 @@ from hypothesis import strategies as st
 from zaya_train.data import packing
 from zaya_train.data.packing import pack_best_fit
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from zaya_train.data.packing import PackedRows
+
 UNCAPPED = 1 << 30
 
 
-@settings(max_examples=200)
-@given(st.lists(st.integers(1, 33), max_size=120), st.integers(33, 70), st.integers(1, 9))
+@settings(max_examples=300)
+@given(
+    st.lists(st.integers(1, 33), max_size=120),
+    st.integers(33, 70),
+    st.integers(1, 9),
+    st.integers(1, 5),
+)
 def test_every_document_once_within_capacity_and_cap(
-    lengths: list[int], row_tokens: int, cap: int
+    lengths: list[int], row_tokens: int, cap: int, group: int
 ) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     documents = np.arange(len(sizes)) + 1000
-    packed = pack_best_fit(documents, sizes, row_tokens, cap)
+    packed = pack_best_fit(documents, sizes, row_tokens, cap, group)
+    assert len(packed) <= len(pack_best_fit(documents, sizes, row_tokens, cap))
     assert sorted(packed.documents.tolist()) == documents.tolist()
     for index in range(len(packed)):
         row = packed.row(index)
@@ -117,6 +130,33 @@ def test_capacities_around_powers_of_two(power: int, extra: int) -> None:
     sizes = np.array([row_tokens, row_tokens // 2, row_tokens - row_tokens // 2, 1, row_tokens - 1])
     packed = pack_best_fit(np.arange(5), sizes, row_tokens, UNCAPPED)
     assert len(packed) == 3
+
+
+def slowest_of(packed: PackedRows, sizes: NDArray[np.int64], group: int) -> NDArray[np.float64]:
+    """Most work of every group of neighbours over its mean, from the heaviest rows on."""
+    work = np.add.reduceat(sizes[packed.documents] ** 2, packed.offsets[:-1])
+    falling = np.sort(work)[::-1][: len(work) // group * group].reshape(-1, group)
+    shares: NDArray[np.float64] = falling.max(axis=1) / falling.mean(axis=1)
+    return shares
+
+
+def test_few_rows_get_equal_work_in_no_more_rows() -> None:
+    rng = np.random.default_rng(3)
+    sizes = rng.lognormal(np.log(2000) - 0.5, 1.0, 2000).astype(np.int64).clip(1, 16_384)
+    plain = pack_best_fit(np.arange(2000), sizes, 65_536, UNCAPPED)
+    even = pack_best_fit(np.arange(2000), sizes, 65_536, UNCAPPED, group=8)
+    assert len(even) == len(plain)
+    assert slowest_of(plain, sizes, 8).mean() > 1.15
+    assert slowest_of(even, sizes, 8).mean() < 1.05
+
+
+def test_rows_are_not_spent_on_equal_work() -> None:
+    """Pairs alone make full rows; equal work would part them."""
+    sizes = np.array([9, 8, 7, 6, 4, 3, 2, 1])
+    packed = pack_best_fit(np.arange(8), sizes, 10, UNCAPPED, group=4)
+    assert len(packed) == 4
+    fills = np.add.reduceat(sizes[packed.documents], packed.offsets[:-1])
+    assert fills.tolist() == [10] * 4
 
 
 def test_nothing_to_pack() -> None:

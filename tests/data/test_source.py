@@ -27,7 +27,8 @@ WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def request(row_tokens: int, past: Past | None = None, **settings: Any) -> SourceRequest:
-    spec = PlanSpec(row_tokens=row_tokens, max_documents=99)
+    balance = settings.pop("balance_rows", 1)
+    spec = PlanSpec(row_tokens=row_tokens, max_documents=99, balance_rows=balance)
     return SourceRequest(name="s", seed=3, spec=spec, past=past or Past(), **settings)
 
 

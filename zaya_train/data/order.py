@@ -53,27 +53,43 @@ def balanced_row(ordinal: int, num_rows: int, group: int, *names: object) -> int
 
     Every epoch is a new permutation. In it `group` neighbours in work come one after the other, at
     ordinals that begin with a multiple of `group`, so that ranks that share them finish together;
-    which group comes when is shuffled, and so is the order inside. Rows left over by whole groups,
-    and by groups that would straddle two epochs, stand singly at the epoch's ends.
+    which group comes when is shuffled, and so is the order inside. Groups are counted from the row
+    with the most work. A group that straddles two epochs is made of neighbours too, from a place
+    among the lightest rows that moves from epoch to epoch: it shifts the groups below it, which
+    costs least where there is least work.
     """
     epoch, position = divmod(ordinal, num_rows)
-    names = (*names, epoch)
     head = -epoch * num_rows % group
-    singles = num_rows % group
-    if head > singles:
-        singles += group
-    if singles > num_rows:
-        head, singles = 0, num_rows
-    groups = (num_rows - singles) // group
-    # Which rows stay single moves with the epoch, or the same ones would always stand at its ends.
-    first = permuted(0, singles + 1, *names, "first")
+    tail = (num_rows - head) % group
+    if num_rows < group:
+        return permuted(position, num_rows, *names, epoch)
+    first, last = _edge(epoch, num_rows, group, names), _edge(epoch + 1, num_rows, group, names)
+    # Of a straddling group's neighbours the earlier epoch takes the lighter ones.
+    windows = [(first + group - head, head), (last, tail)]
+    if num_rows // 8 < group:
+        windows = [(0, head), (head, tail)]
+    for window, begin in zip(windows, (0, num_rows - tail), strict=True):
+        start, size = window
+        if begin <= position < begin + size:
+            return start + permuted(position - begin, size, *names, epoch, "single")
     number, place = divmod(position - head, group)
-    if 0 <= number < groups:
-        row = permuted(number, groups, *names) * group
-        return first + row + permuted(place, group, *names, number)
-    single = position if number < 0 else position - groups * group
-    row = permuted(single, singles, *names, "single")
-    return row if row < first else row + groups * group
+    groups = (num_rows - head - tail) // group
+    from_top = permuted(number, groups, *names, epoch) * group
+    from_top += permuted(place, group, *names, epoch, number)
+    row = num_rows - 1 - from_top
+    for start, size in sorted(windows, reverse=True):
+        row -= size if row < start + size else 0
+    return row
+
+
+def _edge(epoch: int, num_rows: int, group: int, names: tuple[object, ...]) -> int:
+    """First of `group` neighbours that stand where `epoch` begins.
+
+    Those of two epochs in turn are apart: they lie in the lowest eighth of the rows and the next.
+    """
+    eighth = num_rows // 8
+    places = max(1, eighth - group + 1)
+    return epoch % 2 * eighth + permuted(0, places, *names, epoch, "edge")
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,11 @@ Equal lengths are placed together: a row with room for q documents of the length
 one after the other, for it stays the fullest row that fits. Work grows with distinct lengths and
 rows rather than with documents.
 
+Rows are shared out in groups of neighbours in work (see `order.balanced_row`). Thousands of rows
+have such neighbours; of few rows best fit leaves the first with the longest documents and the last
+with none of them. Small sets are therefore packed once more, group by group, each document into the
+row of its group with the least work; taken where that needs no row more.
+
 A cap on documents per row would leave the short ones, which come last, in half-empty rows of their
 own. Where it binds, short documents are dealt evenly to all rows first, and only the shortest are
 kept back to fill the gaps at the end.
@@ -131,7 +136,7 @@ class _Bins:
 
 
 def pack_best_fit(
-    documents: Indices, lengths: Indices, row_tokens: int, max_documents: int
+    documents: Indices, lengths: Indices, row_tokens: int, max_documents: int, group: int = 1
 ) -> PackedRows:
     """Best-fit-decreasing: longest first, each into the fullest row that still takes it.
 
@@ -140,6 +145,7 @@ def pack_best_fit(
         lengths: [n] their lengths, 1 to row_tokens.
         row_tokens: capacity of a row.
         max_documents: cap on documents in a row, at least 1.
+        group: rows that are to make equal attention work (sum of squared lengths); 1: any.
 
     Returns:
         Rows in the order they were opened, so the longest documents come first: shuffle on use.
@@ -164,6 +170,10 @@ def pack_best_fit(
         ahead = _look_ahead(lengths[order], row_tokens, max_documents)
         if ahead.max() < row_of.max():
             row_of = ahead
+    if group > 1 and 0 < len(lengths) <= _LOOKAHEAD_DOCUMENTS:
+        rows = int(row_of.max()) + 1
+        even = _by_groups(lengths[order], row_tokens, max_documents, _sizes(rows, group))
+        row_of = row_of if even is None else even
     return _collect(documents[order], row_of)
 
 
@@ -239,6 +249,38 @@ def _look_ahead(lengths: Indices, row_tokens: int, max_documents: int) -> Indice
             row_of[places.pop(chosen)] = row
         row += 1
     return row_of
+
+
+def _sizes(rows: int, group: int) -> list[int]:
+    """Rows of every group, the one of the shortest documents last."""
+    return [group] * (rows // group) + [rows % group] * (rows % group > 0)
+
+
+def _by_groups(
+    lengths: Indices, row_tokens: int, max_documents: int, sizes: list[int]
+) -> Indices | None:
+    """Rows of falling `lengths`, filled group by group; None where these rows do not hold them.
+
+    A group takes the longest document left that fits into any of its rows, again and again, and
+    puts it into the one with the least work of those it fits into.
+    """
+    left = lengths[::-1].tolist()
+    places = list(range(len(lengths)))[::-1]
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    first = 0
+    for size in sizes:
+        free, work, count = [row_tokens] * size, [0] * size, [0] * size
+        while chosen := bisect_right(left, max(free)):
+            length = left.pop(chosen - 1)
+            fitting = [row for row in range(size) if free[row] >= length]
+            row = min(fitting, key=work.__getitem__)
+            row_of[places.pop(chosen - 1)] = first + row
+            work[row] += length * length
+            count[row] += 1
+            free[row] = free[row] - length if count[row] < max_documents else 0
+        first += size
+    # Where the documents end early, some rows of a group hold none.
+    return None if left else np.unique(row_of, return_inverse=True)[1]
 
 
 def _first_of_best_pair(lengths: list[int], free: int) -> int:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.corpus import Corpus
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 COUNTS = {
     **{str(rule): code for code, rule in enumerate(RULES)},
     "rejected": REJECTED,
@@ -74,6 +74,8 @@ class PlanSpec:
     row_tokens: int
     max_documents: int
     loss_on: str = "assistant"
+    balance_rows: int = 1
+    """Rows whose work is made equal as far as the documents allow; see packing."""
 
 
 def plan_documents(
@@ -89,7 +91,9 @@ def plan_documents(
         mask[chosen] = True
         kept, left_out = kept[mask[kept]], int(corpus.lengths[chosen].sum())
         table.outcomes[~mask] = UNSUPERVISED + 1
-    packed = pack_best_fit(kept, table.lengths[kept], spec.row_tokens, spec.max_documents)
+    packed = pack_best_fit(
+        kept, table.lengths[kept], spec.row_tokens, spec.max_documents, spec.balance_rows
+    )
     documents = packed.documents
     pieces = Pieces(documents, np.zeros_like(documents), table.lengths[documents])
     original = int(corpus.lengths[kept].sum())

@@ -60,7 +60,6 @@ class SourceRequest:
     name: str
     seed: int
     spec: PlanSpec
-    balance_rows: int = 1
     max_documents: int | None = None
     plan_dir: str | None = None
     past: Past = field(default_factory=Past)
@@ -120,7 +119,7 @@ class RowSource:
             "carried": self.carried.key if self.carried is not None else None,
             "drawn_before": self.drawn_before,
             "loss_on": self.request.spec.loss_on,
-            "balance_rows": self.request.balance_rows,
+            "balance_rows": self.request.spec.balance_rows,
         }
 
     def locate(self, draw: int) -> tuple[StoredPlan, int]:
@@ -130,12 +129,12 @@ class RowSource:
         names = (self.request.seed, self.name, spec.row_tokens)
         if self.carried is not None:
             if ordinal < len(self.carried):
-                group = self.request.balance_rows
+                rows = len(self.carried)
                 return self.carried, balanced_row(
-                    ordinal, len(self.carried), group, *names, "carried", self.carried.key
+                    ordinal, rows, spec.balance_rows, *names, "carried", self.carried.key
                 )
             ordinal -= len(self.carried)
-        return self.plan, balanced_row(ordinal, len(self.plan), self.request.balance_rows, *names)
+        return self.plan, balanced_row(ordinal, len(self.plan), spec.balance_rows, *names)
 
     def begins_epoch(self, draw: int) -> bool:
         """Whether a draw is the first of a whole pass over the plan of this context."""
@@ -302,7 +301,8 @@ class _Planner:
     def _stored(
         self, spec: PlanSpec, past: tuple[tuple[int, int], ...], make: Callable[[], RowPlan]
     ) -> StoredPlan:
-        seeded = self.corpus.manifest.kind == "text" or past or self.request.max_documents
+        text = self.corpus.manifest.kind == "text"
+        seeded = text or past or self.request.max_documents
         key = plan_key(
             {
                 "corpus": content_key(self.corpus),
@@ -313,7 +313,7 @@ class _Planner:
                 "max_documents": self.request.max_documents,
                 # Conversations of a whole corpus are packed alike under every seed and name.
                 "order": [self.request.seed, self.request.name] if seeded else None,
-                "balance_rows": self.request.balance_rows if past else None,
+                "balance_rows": spec.balance_rows if past or not text else None,
             }
         )
         folder = Path(self.request.plan_dir) if self.request.plan_dir else self.corpus.path / PLANS

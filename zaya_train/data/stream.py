@@ -92,6 +92,7 @@ class PhaseStream:
             row_tokens=phase.context_tokens,
             max_documents=data.max_documents_per_row,
             loss_on=phase.loss_on,
+            balance_rows=data.balance_rows,
         )
         self._sources = {
             name: open_source(
@@ -100,7 +101,6 @@ class PhaseStream:
                     name=name,
                     seed=seed,
                     spec=spec,
-                    balance_rows=data.balance_rows,
                     max_documents=data.sources[name].max_documents,
                     plan_dir=data.plan_dir,
                     past=drawn.get(name, Past()),
