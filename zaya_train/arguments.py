@@ -87,7 +87,16 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--document-characters", type=int, help="cut text files into documents")
     parser.add_argument("--overwrite", action="store_true", help="replace a different corpus")
+    parser.add_argument(
+        "--own-template", action="store_true", help="the tokenizer's chat template, not ours"
+    )
     parser.add_argument("--workers", type=int, help="processes; default: one per processor")
+    parser.add_argument(
+        "--encoder", default="tokenizers", help="tokenizers, or gigatoken: faster, ids compared"
+    )
+    parser.add_argument(
+        "--compare-every", type=int, default=16, help="compare every Nth document; 1: all"
+    )
     parser.add_argument(
         "--allow-rejects", action="store_true", help="accept that most documents are rejected"
     )

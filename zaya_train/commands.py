@@ -33,6 +33,9 @@ def _data_prepare(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         allow_rejects=options.allow_rejects,
         workers=options.workers,
+        own_template=options.own_template,
+        encoder=options.encoder,
+        compare_every=options.compare_every,
     )
     prepare(request, Console())
 

@@ -8,9 +8,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from zaya_train.config.errors import DataError
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.data.adopt import AdoptRequest, adopt
 from zaya_train.data.corpus import Corpus
-from zaya_train.data.stream import IGNORED_LABEL, PhaseStream
+from zaya_train.data.stream import PhaseStream
 
 from .builders import data_config, phase_config
 
@@ -48,7 +49,7 @@ def test_every_document_is_read_in_place_and_trains_on_every_token(
     Corpus.open(corpus.path, verify="hashes")
     stream = PhaseStream(data_config({"t": corpus.path}), "p", phase_config(64, {"t": 1.0}), 0)
     rows = [stream.row(index) for index in range(stream.reports["t"].rows)]
-    targets = sum(int((row.labels != IGNORED_LABEL).sum()) for row in rows)
+    targets = sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows)
     assert targets == sum(map(len, DOCUMENTS)) - len(DOCUMENTS)
 
 

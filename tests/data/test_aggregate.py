@@ -87,6 +87,7 @@ def test_tails_are_whole_characters_within_their_tokens(bytes_tokenizer: Tokeniz
         ({"rollouts": "text"}, "bad_row"),
         ({"rollouts": ["a", "b"]}, "too_few_rollouts"),
         ({"solution": "<think>open"}, "think_not_closed"),
+        ({"rollouts": ["a\ud800", "b", "c"]}, "not_unicode"),
         ({"solution": "<think>x</think> "}, "empty_answer"),
     ],
 )

@@ -6,7 +6,6 @@ import pytest
 
 from zaya_train.data.chat import (
     encode_conversations,
-    encode_prompt,
     encode_texts,
     final_answer,
     parse_conversation,
@@ -109,6 +108,7 @@ MALFORMED = {
     RejectReason.UNKNOWN_ROLE: [{"role": "robot", "content": "x"}],
     RejectReason.EMPTY_MESSAGE: [{"role": "user", "content": ""}],
     RejectReason.LAST_NOT_ASSISTANT: [{"role": "user", "content": "x"}],
+    RejectReason.NOT_UNICODE: [{"role": "user", "content": "half a pair: \ud83d"}],
     RejectReason.NO_PROMPT: [{"role": "assistant", "content": "x"}],
     RejectReason.THINK_NOT_CLOSED: problem("")[:1]
     + [{"role": "assistant", "content": "<think>never ends"}],
@@ -141,19 +141,14 @@ def test_missing_content_is_rejected_not_raised() -> None:
 
 
 def test_text_is_one_supervised_section(bytes_tokenizer: Tokenizer) -> None:
-    sample, empty = encode_texts(bytes_tokenizer, ["some <think> text", " \n"])
+    texts = ["a\udfff", "some <think> text", " \n"]
+    torn, sample, empty = encode_texts(bytes_tokenizer, texts)
+    assert isinstance(torn, Rejected) and torn.reason == RejectReason.NOT_UNICODE
     assert isinstance(sample, Sample) and isinstance(empty, Rejected)
     assert empty.reason == RejectReason.EMPTY_TEXT
     assert len(sample.sections) == 1 and sample.supervised().all()
     assert bytes_tokenizer.decode(sample.tokens) == "some <think> text<|end|>"
     assert sample.tokens[-1] == bytes_tokenizer.end_id
-
-
-def test_prompt_ends_with_the_assistants_token(bytes_tokenizer: Tokenizer) -> None:
-    ids = encode_prompt(bytes_tokenizer, problem("x")[:1])
-    assert bytes_tokenizer.decode(ids) == "<|user|>2+2?<|end|><|assistant|>"
-    with pytest.raises(ValueError, match="unknown_role"):
-        encode_prompt(bytes_tokenizer, [{"role": "robot", "content": "x"}])
 
 
 @pytest.mark.parametrize(

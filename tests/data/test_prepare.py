@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.corpus import Corpus
+from zaya_train.data.corpus import Corpus, read_manifest
 from zaya_train.data.fields import FieldOverrides, marked_answer
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.main import main
@@ -145,6 +146,20 @@ def test_heldout_split_is_disjoint_exact_and_by_prompt(tmp_path: Path) -> None:
     assert len(heldout) == 8 and len(set(heldout)) == 4
     assert not set(train) & set(heldout)
     assert len(train) + len(heldout) == len(twice)
+
+
+def test_halves_of_surrogate_pairs_are_counted_not_raised(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"id": "i\ud800", "messages": problem("r", prompt=f"question {n}")} for n in range(9)
+    ]
+    rows += [{"messages": problem("x", prompt=f"torn {n} \udc00")} for n in range(2)]
+    out = run(tmp_path, write_jsonl(tmp_path / "in.jsonl", rows), heldout_fraction=0.5)
+    train, heldout = (read_manifest(out / part) for part in ("train", "heldout"))
+    rejected = Counter(train.rejects) + Counter(heldout.rejects)
+    assert rejected == {"not_unicode": 2}
+    assert train.documents + heldout.documents == 9
+    ids = [json.loads(line)["id"] for line in (out / "heldout.jsonl").read_text().splitlines()]
+    assert ids == ["i\ud800"] * heldout.documents and ids
 
 
 def test_heldout_rows_carry_prompt_and_answer(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import shared_data
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.data.chat import encode_conversations
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.data.sections import Kind, Rejected, RejectReason, Sample
-from zaya_train.data.stream import IGNORED_LABEL, PhaseStream
+from zaya_train.data.stream import PhaseStream
 from zaya_train.data.trim import Trimmed, TrimRule, trim
 
 from .builders import data_config, phase_config
@@ -85,7 +86,7 @@ def test_text_trains_on_every_token_once(tmp_path: Path, name: str) -> None:
     stream = PhaseStream(data_config({"text": out / "train"}), "p", phase, 0)
     report = stream.reports["text"]
     rows = [stream.row(index) for index in range(report.rows)]
-    targets = sum(int((row.labels != IGNORED_LABEL).sum()) for row in rows)
+    targets = sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows)
     assert targets == corpus.manifest.tokens - len(corpus)
     assert report.utilisation > 0.99
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from zaya_train.config.errors import DataError
+from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.data.chat import encode_conversations, encode_texts
 from zaya_train.data.corpus import BIN, Corpus
 from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.sections import Kind, Sample
-from zaya_train.data.stream import IGNORED_LABEL, PhaseStream, Row, validation_rows
+from zaya_train.data.stream import PhaseStream, Row, validation_rows
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
 
 from .builders import CorpusFactory, data_config, phase_config, problem, problems
@@ -58,8 +59,8 @@ def test_rows_have_the_promised_shape(sources: dict[str, Path]) -> None:
         assert row.document_lengths.min() >= 1 and real <= CONTEXT
         assert (row.tokens[real:] == stream.pad_id).all()
         assert (row.tokens[:real] != stream.pad_id).all()
-        assert (row.labels[real:] == IGNORED_LABEL).all()
-        assert (row.labels != IGNORED_LABEL).any()
+        assert (row.labels[real:] == IGNORE_LABEL).all()
+        assert (row.labels != IGNORE_LABEL).any()
 
 
 def test_labels_are_the_next_token_and_never_cross_a_document(sources: dict[str, Path]) -> None:
@@ -68,10 +69,10 @@ def test_labels_are_the_next_token_and_never_cross_a_document(sources: dict[str,
     for index in range(80):
         row = stream.row(index)
         ends = np.cumsum(row.document_lengths)
-        inside = np.flatnonzero(row.labels[:-1] != IGNORED_LABEL)
+        inside = np.flatnonzero(row.labels[:-1] != IGNORE_LABEL)
         assert (row.labels[inside] == row.tokens[inside + 1]).all()
         crossing = [end - 1 for end in ends if end < CONTEXT]
-        assert (row.labels[crossing] == IGNORED_LABEL).all()
+        assert (row.labels[crossing] == IGNORE_LABEL).all()
         for number, end in zip(row.documents, ends, strict=True):
             start = end - row.document_lengths[list(ends).index(end)]
             corpus = corpora[row.source]
@@ -82,10 +83,10 @@ def test_labels_are_the_next_token_and_never_cross_a_document(sources: dict[str,
             else:
                 whole = stored.tokens.tolist()
                 begin = find(whole, piece.tolist())
-                expected = (whole + [IGNORED_LABEL])[begin + 1 : begin + len(piece) + 1]
+                expected = (whole + [IGNORE_LABEL])[begin + 1 : begin + len(piece) + 1]
                 at_row_end = end == CONTEXT
                 assert labels[:-1].tolist() == expected[:-1]
-                assert labels[-1] == (expected[-1] if at_row_end else IGNORED_LABEL)
+                assert labels[-1] == (expected[-1] if at_row_end else IGNORE_LABEL)
 
 
 def assert_chat_labels(
@@ -93,9 +94,9 @@ def assert_chat_labels(
 ) -> None:
     first_target = int(np.flatnonzero(supervised)[0])
     assert piece[:first_target].tolist() == stored[:first_target].tolist()
-    assert (labels[: first_target - 1] == IGNORED_LABEL).all()
-    assert (labels[first_target - 1 : -1] != IGNORED_LABEL).all()
-    assert labels[-1] == IGNORED_LABEL
+    assert (labels[: first_target - 1] == IGNORE_LABEL).all()
+    assert (labels[first_target - 1 : -1] != IGNORE_LABEL).all()
+    assert labels[-1] == IGNORE_LABEL
 
 
 def find(whole: list[int], piece: list[int]) -> int:
@@ -151,7 +152,7 @@ def test_an_epoch_of_text_holds_every_token_once(sources: dict[str, Path]) -> No
     seen = Counter(t for row in rows for t in row.tokens[: row.document_lengths.sum()].tolist())
     stored = Corpus.open(sources["text"])
     assert seen == Counter(stored.token_file.read(0, stored.manifest.tokens).tolist())
-    targets = sum(int((row.labels != IGNORED_LABEL).sum()) for row in rows)
+    targets = sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows)
     assert targets == stored.manifest.tokens - stored.manifest.documents
 
 

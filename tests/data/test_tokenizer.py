@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import encode_conversations, encode_prompt
+from zaya_train.data.chat import encode_conversations
 from zaya_train.data.sections import Sample
 from zaya_train.data.tokenizer import MARKERS, Tokenizer, load_tokenizer
 
@@ -41,7 +41,8 @@ def test_marker_ids_are_fixed(bytes_tokenizer: Tokenizer) -> None:
 def test_markers_in_plain_text_stay_text(bytes_tokenizer: Tokenizer) -> None:
     ids = bytes_tokenizer.encode("<think>a</think><|end|><|pad|>")
     assert min(ids) >= len(MARKERS)
-    assert bytes_tokenizer.encode_batch(["<|user|>"]) == [bytes_tokenizer.encode("<|user|>")]
+    (ids,) = bytes_tokenizer.encode_batch(["<|user|>"])
+    assert ids.tolist() == bytes_tokenizer.encode("<|user|>")
 
 
 def test_auto_tokenizer_gives_the_same_ids(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -67,8 +68,11 @@ def test_chat_template_renders_what_training_sees(
     prompt = reloaded.apply_chat_template(
         messages[:-1], add_generation_prompt=True, return_dict=False
     )
-    assert prompt == encode_prompt(bytes_tokenizer, messages[:-1])
     assert rendered[: len(prompt)] == prompt
+    opening = reloaded.apply_chat_template(
+        messages[:-1], add_generation_prompt=True, tokenize=False
+    )
+    assert str(opening).endswith("2+2?<|end|><|assistant|>")
 
 
 def test_saved_folder_and_file_reload_as_the_same_tokenizer(tmp_path: Path) -> None:

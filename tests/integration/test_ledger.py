@@ -63,6 +63,20 @@ def test_ranks_prefetching_and_a_kill_at_the_seventh_step_change_no_byte(
     assert (run_dir / LEDGER_FILE).read_bytes() == (alone / LEDGER_FILE).read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_kill_at_every_seventh_step_changes_no_byte(
+    alone: Path, corpora: Path, tmp_path: Path, ranks: int
+) -> None:
+    run_dir = tmp_path / "run"
+    for number, step in enumerate(range(3, LAST_STEP, 7)):
+        run = Launched(words(run_dir, corpora), tmp_path / str(number), ranks)
+        run.at_step(run_dir, step).kill()
+    run = Launched(words(run_dir, corpora), tmp_path / "last", ranks)
+    assert run.wait() == [0] * ranks, run.output()
+    assert (run_dir / LEDGER_FILE).read_bytes() == (alone / LEDGER_FILE).read_bytes()
+
+
 def ask(log: Path, *command: str) -> tuple[int | None, str]:
     code = zaya(["data", "ledger", *command], log)
     return code, log.read_text(encoding="utf-8")

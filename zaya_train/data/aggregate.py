@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import split_reasoning
+from zaya_train.data.chat import is_unicode, split_reasoning
 from zaya_train.data.reading import open_input
 from zaya_train.data.sections import Rejected, RejectReason
 from zaya_train.data.tokenizer import load_tokenizer
@@ -82,13 +82,15 @@ def make_example(
         return Rejected(RejectReason.BAD_ROW, f"{place}: prompt and solution must be text")
     if not isinstance(rollouts, list) or not all(isinstance(text, str) for text in rollouts):
         return Rejected(RejectReason.BAD_ROW, f"{place}: rollouts must be a list of texts")
+    name = str(row.get("id", place.rpartition("/")[2]))
+    if not all(map(is_unicode, (name, prompt, solution, *rollouts))):
+        return Rejected(RejectReason.NOT_UNICODE, place)
     if len(rollouts) < request.candidates:
         found = f"{place}: {len(rollouts)} rollouts, {request.candidates} wanted"
         return Rejected(RejectReason.TOO_FEW_ROLLOUTS, found)
     parts = split_reasoning(solution)
     if isinstance(parts, RejectReason):
         return Rejected(parts, place)
-    name = str(row.get("id", place.rpartition("/")[2]))
     chosen = random.Random(f"{request.seed}\x1f{name}").sample(rollouts, request.candidates)
     tails = [tail(tokenizer, text, request.tail_tokens) for text in chosen]
     return {

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from zaya_train.data.sections import (
     Sample,
     make_sections,
 )
+from zaya_train.data.segments import Segment
 from zaya_train.data.tokenizer import (
     ASSISTANT,
     END,
@@ -38,6 +38,8 @@ from zaya_train.data.tokenizer import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from zaya_train.data.chat_template import ChatTemplate
+
 ROLES = {
     "system": Role.SYSTEM,
     "user": Role.USER,
@@ -51,17 +53,6 @@ ROLE_MARKERS = {Role.SYSTEM: SYSTEM, Role.USER: USER, Role.ASSISTANT: ASSISTANT,
 _THINK_TAG = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
 
 Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of one turn; `text` of a MARKUP segment is the marker itself."""
-
-    text: str
-    role: Role
-    kind: Kind
-    turn: int
-    supervised: bool
 
 
 def parse_conversation(messages: Sequence[Message]) -> list[Segment] | Rejected:
@@ -108,10 +99,20 @@ def split_reasoning(content: str) -> list[tuple[Kind, str]] | RejectReason:
 
 
 def encode_conversations(
-    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]
+    tokenizer: Tokenizer,
+    conversations: Sequence[Sequence[Message]],
+    template: ChatTemplate | None = None,
 ) -> list[Sample | Rejected]:
-    """Encode many conversations with one call into the tokenizer; order is kept."""
-    return encode_segments(tokenizer, [parse_conversation(turns) for turns in conversations])
+    """Encode many conversations with one call into the tokenizer; order is kept.
+
+    In the shipped format, or as `template` renders them.
+    """
+    parsed = [parse_conversation(turns) for turns in conversations]
+    if template is not None:
+        parsed = [
+            turns if isinstance(turns, Rejected) else template.segments(turns) for turns in parsed
+        ]
+    return encode_segments(tokenizer, parsed)
 
 
 def encode_segments(
@@ -132,7 +133,7 @@ def encode_segments(
             samples.append(segments)
             continue
         ids = [
-            [tokenizer.marker_ids[segment.text]] if segment.kind == Kind.MARKUP else next(encoded)
+            tokenizer.markup_ids(segment.text) if segment.kind == Kind.MARKUP else next(encoded)
             for segment in segments
         ]
         samples.append(_assemble(segments, ids, tokenizer.continues))
@@ -142,33 +143,27 @@ def encode_segments(
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sample | Rejected]:
     """Plain documents: one section, every token a target, the end token last."""
     samples: list[Sample | Rejected] = []
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if not text.strip() or not ids:
+    sound = [text if is_unicode(text) else "" for text in texts]
+    for text, ids in zip(texts, tokenizer.encode_batch(sound), strict=True):
+        if text and not sound[len(samples)]:
+            samples.append(Rejected(RejectReason.NOT_UNICODE))
+            continue
+        if not text.strip() or not len(ids):
             samples.append(Rejected(RejectReason.EMPTY_TEXT))
             continue
-        tokens = np.array([*ids, tokenizer.end_id], dtype=np.int32)
+        tokens = np.append(ids, np.int32(tokenizer.end_id))
         row = (len(tokens), Role.TEXT, Kind.TEXT, 0, True)
         samples.append(Sample(tokens, make_sections([row])))
     return samples
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Ids to generate an answer from: the turns given, then the assistant's role token.
-
-    Raises:
-        ValueError: a role is unknown or content is no text.
-    """
-    ids: list[int] = []
-    for turn, message in enumerate(messages):
-        parsed = _parse_turn(turn, message)
-        if isinstance(parsed, Rejected):
-            raise ValueError(f"prompt turn {turn}: {parsed.reason} {parsed.detail}".rstrip())
-        for segment in parsed:
-            if segment.kind == Kind.MARKUP:
-                ids.append(tokenizer.marker_ids[segment.text])
-            else:
-                ids += tokenizer.encode(segment.text)
-    return [*ids, tokenizer.marker_ids[ASSISTANT]]
+def is_unicode(text: str) -> bool:
+    """Whether text can be written; JSON may hold halves of surrogate pairs, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def final_answer(content: str) -> str:
@@ -183,6 +178,8 @@ def _parse_turn(turn: int, message: Message) -> list[Segment] | Rejected:
         return Rejected(RejectReason.UNKNOWN_ROLE, f"turn {turn}: {message.get('role')!r}")
     if not isinstance(content, str) or (role != Role.ASSISTANT and not content):
         return Rejected(RejectReason.EMPTY_MESSAGE, f"turn {turn}")
+    if not is_unicode(content):
+        return Rejected(RejectReason.NOT_UNICODE, f"turn {turn}")
     opening = Segment(ROLE_MARKERS[role], role, Kind.MARKUP, turn, False)
     if role != Role.ASSISTANT:
         return [
@@ -198,7 +195,9 @@ def _parse_turn(turn: int, message: Message) -> list[Segment] | Rejected:
 
 
 def _assemble(
-    segments: Sequence[Segment], ids: Sequence[Sequence[int]], continues: NDArray[np.bool_]
+    segments: Sequence[Segment],
+    ids: Sequence[Sequence[int] | NDArray[np.int32]],
+    continues: NDArray[np.bool_],
 ) -> Sample:
     rows = [
         (len(part), segment.role, segment.kind, segment.turn, segment.supervised)

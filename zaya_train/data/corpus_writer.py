@@ -73,7 +73,8 @@ def make_block(samples: Iterable[Sample | Rejected], tokenizer: Tokenizer) -> Bl
     return Block(
         tokens=_joined([sample.tokens for sample in kept], dtype),
         lengths=np.array([len(sample.tokens) for sample in kept], dtype=np.int64),
-        sections=_joined([sample.sections for sample in kept], SECTION_DTYPE),
+        # numpy's own way promotes the fields of every table anew.
+        sections=np.frombuffer(b"".join(s.sections.tobytes() for s in kept), SECTION_DTYPE),
         section_counts=np.array([len(sample.sections) for sample in kept], dtype=np.int64),
         rejects=rejects,
     )
@@ -82,8 +83,11 @@ def make_block(samples: Iterable[Sample | Rejected], tokenizer: Tokenizer) -> Bl
 class CorpusWriter:
     """Appends blocks to a corpus under construction; made by `fill_corpus`."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind, own_template: bool
+    ) -> None:
         self._folder = folder
+        self._own_template = own_template
         self._tokenizer = tokenizer
         self._kind = kind
         self._dtype = token_dtype(tokenizer.vocab_size)
@@ -124,7 +128,7 @@ class CorpusWriter:
         write_index(self._folder / IDX, self._dtype, lengths)
         (self._folder / OFFSETS).write_bytes(np.cumsum(counts).astype("<i8").tobytes())
         (self._folder / CONTINUES).write_bytes(self._tokenizer.continues.tobytes())
-        self._tokenizer.save(self._folder / TOKENIZER)
+        self._tokenizer.save(self._folder / TOKENIZER, own_template=self._own_template)
         manifest = Manifest(
             kind=self._kind,
             vocab_size=self._tokenizer.vocab_size,
@@ -148,11 +152,18 @@ class CorpusWriter:
 
 @contextmanager
 def fill_corpus(
-    folder: Path, tokenizer: Tokenizer, kind: CorpusKind, source: Mapping[str, Any]
+    folder: Path,
+    tokenizer: Tokenizer,
+    kind: CorpusKind,
+    source: Mapping[str, Any],
+    own_template: bool = False,
 ) -> Iterator[CorpusWriter]:
-    """Write a corpus into `folder`, a directory that is being built and not yet in its place."""
+    """Write a corpus into `folder`, a directory that is being built and not yet in its place.
+
+    With `own_template` the tokenizer's chat template is stored with it, not the shipped one.
+    """
     folder.mkdir(exist_ok=True)
-    writer = CorpusWriter(folder, tokenizer, kind)
+    writer = CorpusWriter(folder, tokenizer, kind, own_template)
     try:
         yield writer
         writer.finish(source)

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import encode_conversations, encode_texts
+from zaya_train.data.chat import encode_conversations, encode_texts, is_unicode
+from zaya_train.data.chat_template import compile_template
 from zaya_train.data.corpus_writer import make_block
+from zaya_train.data.fast_encoder import COMPARE_EVERY, PLAIN, Comparison, fast_tokenizer
 from zaya_train.data.fields import GSM8K_MARKER, Document, Fields, marked_answer, to_document
 from zaya_train.data.outcome import SHOWN_REJECTS, describe_reject
 from zaya_train.data.sections import Rejected, Sample
@@ -61,6 +63,12 @@ class EncodeJob:
     fields: Fields
     heldout_below: int
     """Documents whose group hash is smaller are held out."""
+    own_template: bool = False
+    """Conversations in the tokenizer's own chat template, not the shipped format."""
+    encoder: str = PLAIN
+    """One of fast_encoder.ENCODERS."""
+    compare_every: int = COMPARE_EVERY
+    """Documents of which a fast encoder's ids are compared: every so manieth."""
 
 
 def survey_shard(shard: Shard, fields: Fields, hashed: bool) -> ShardSurvey:
@@ -110,8 +118,14 @@ def _encode_documents(
         samples[HELDOUT] = []
     heldout_rows: list[str] = []
     examples: list[str] = []
+    chosen, comparison = tokenizer, None
+    if job.encoder != PLAIN:
+        chosen = fast_tokenizer(tokenizer)
+        comparison = Comparison(chosen, tokenizer, job.compare_every)
     for batch in _batches(documents):
-        encoded = _encode(tokenizer, job.fields.kind, [document for _, document in batch])
+        encoded = _encode(chosen, job, [document for _, document in batch])
+        if comparison is not None:
+            _compare(comparison, batch, encoded, partial(_encode, tokenizer, job))
         for (place, document), sample in zip(batch, encoded, strict=True):
             held_out = job.heldout_below and document.group_hash() < job.heldout_below
             samples[HELDOUT if held_out else TRAIN].append(sample)
@@ -121,7 +135,33 @@ def _encode_documents(
             elif held_out and job.fields.kind == "chat":
                 heldout_rows.append(_heldout_row(document))
     blocks = {name: make_block(found, tokenizer) for name, found in samples.items()}
-    return ShardResult(blocks, tuple(heldout_rows), tuple(examples))
+    compared = comparison.compared if comparison is not None else 0
+    return ShardResult(blocks, tuple(heldout_rows), tuple(examples), compared)
+
+
+def _compare(
+    comparison: Comparison,
+    batch: Sequence[LocatedDocument],
+    encoded: Sequence[Sample | Rejected],
+    encode: Callable[[Sequence[Document]], list[Sample | Rejected]],
+) -> None:
+    """Encode documents that the comparison wants once more, with `encode`.
+
+    Raises:
+        DataError: the first that differs.
+    """
+    wanted = [
+        (place, document, sample)
+        for (place, document), sample in zip(batch, encoded, strict=True)
+        if comparison.wants(place, _texts(document))
+    ]
+    plain = encode([document for _, document, _ in wanted])
+    for (place, _, sample), other in zip(wanted, plain, strict=True):
+        comparison.require_equal(place, sample, other)
+
+
+def _texts(document: Document) -> list[str]:
+    return [document.text, *(str(message["content"]) for message in document.messages)]
 
 
 def _documents(shard: Shard, fields: Fields) -> Iterator[LocatedDocument]:
@@ -140,8 +180,7 @@ def _batches(documents: Iterable[LocatedDocument]) -> Iterator[list[LocatedDocum
     characters = 0
     for place, document in documents:
         batch.append((place, document))
-        characters += len(document.text)
-        characters += sum(len(str(message["content"])) for message in document.messages)
+        characters += sum(map(len, _texts(document)))
         if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -149,10 +188,13 @@ def _batches(documents: Iterable[LocatedDocument]) -> Iterator[list[LocatedDocum
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, kind: str, batch: Sequence[Document]) -> list[Sample | Rejected]:
-    if kind == "text":
+def _encode(
+    tokenizer: Tokenizer, job: EncodeJob, batch: Sequence[Document]
+) -> list[Sample | Rejected]:
+    if job.fields.kind == "text":
         return encode_texts(tokenizer, [document.text for document in batch])
-    return encode_conversations(tokenizer, [document.messages for document in batch])
+    template = compile_template(tokenizer) if job.own_template else None
+    return encode_conversations(tokenizer, [document.messages for document in batch], template)
 
 
 def _heldout_row(document: Document) -> str:
@@ -165,7 +207,8 @@ def _heldout_row(document: Document) -> str:
     }
     if document.family:
         row["family"] = document.family
-    return json.dumps(row, ensure_ascii=False)
+    line = json.dumps(row, ensure_ascii=False)
+    return line if is_unicode(line) else json.dumps(row)
 
 
 def stored_shards(folder: Path, count: int) -> Iterator[ShardResult]:

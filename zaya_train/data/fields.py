@@ -75,7 +75,9 @@ class Document:
             if message["role"] not in ("assistant", "gpt") and isinstance(message["content"], str)
         )
         normal = re.sub(r"\W+", " ", asked.casefold()).strip() or asked
-        return int.from_bytes(hashlib.sha256(normal.encode()).digest()[:8], "little")
+        return int.from_bytes(
+            hashlib.sha256(normal.encode(errors="surrogatepass")).digest()[:8], "little"
+        )
 
 
 def detect_fields(row: Mapping[str, Any], overrides: FieldOverrides, place: str) -> Fields:

@@ -36,6 +36,8 @@ class Outcome:
     """Documents left out of either corpus, by reason code."""
     examples: tuple[str, ...] = ()
     """The first rejected documents; unknown of an output made earlier."""
+    encoder: str = ""
+    """What a fast encoder was and how many documents of both corpora were compared."""
 
     @property
     def rejected(self) -> int:
@@ -61,7 +63,7 @@ class Outcome:
         lines.append(
             f"{corpus}: {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised; {self.heldout:,} documents held out, "
-            f"{self.rejected:,} rejected{reasons}"
+            f"{self.rejected:,} rejected{reasons}{self.encoder}"
             + ("; kept as it was, made earlier from the same input and settings" if kept else "")
         )
         for line in lines:
@@ -73,6 +75,9 @@ def read_outcome(train: Path, heldout: Path, examples: Sequence[str] = ()) -> Ou
     """The outcome that the manifests of two corpora tell; `heldout` may not exist."""
     manifest = read_manifest(train)
     other = read_manifest(heldout) if heldout.is_dir() else None
+    about, encoder = manifest.source.get("encoder"), ""
+    if about:
+        encoder = f"; ids by {about['name']}, {about['compared_documents']:,} documents compared"
     rejects = Counter(manifest.rejects) + Counter(other.rejects if other else {})
     return Outcome(
         documents=manifest.documents,
@@ -81,6 +86,7 @@ def read_outcome(train: Path, heldout: Path, examples: Sequence[str] = ()) -> Ou
         heldout=other.documents if other else 0,
         rejects=dict(sorted(rejects.items())),
         examples=tuple(examples),
+        encoder=encoder,
     )
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zaya_train.config.errors import DataError
+from zaya_train.data.chat_template import compile_template
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.corpus_writer import CorpusWriter, fill_corpus
 from zaya_train.data.encoding import (
@@ -35,6 +36,13 @@ from zaya_train.data.encoding import (
     encoder,
     stored_shards,
     survey_shard,
+)
+from zaya_train.data.fast_encoder import (
+    COMPARE_EVERY,
+    ENCODERS,
+    PLAIN,
+    encoder_version,
+    fast_tokenizer,
 )
 from zaya_train.data.fields import GSM8K_MARKER, FieldOverrides, Fields, detect_fields
 from zaya_train.data.outcome import SHOWN_REJECTS, Outcome, first_rejects, read_outcome
@@ -68,6 +76,8 @@ class PrepareRequest:
     """Directory to make."""
     tokenizer: str = "bytes"
     """`bytes`, a tokenizer.json, a folder holding one, or a hub name."""
+    own_template: bool = False
+    """Conversations in the chat template that came with the tokenizer, not the shipped format."""
     fields: FieldOverrides = field(default_factory=FieldOverrides)
     answer_marker: str | None = None
     """Pairs only. Line start that separates worked steps, which become reasoning, from the answer.
@@ -85,6 +95,10 @@ class PrepareRequest:
     """Accept that more than half of the documents are rejected."""
     workers: int | None = None
     """Processes; None: as many as there are processors, one for an input below 8 MiB."""
+    encoder: str = PLAIN
+    """`tokenizers`, or `gigatoken` for the same ids sooner; see fast_encoder."""
+    compare_every: int = COMPARE_EVERY
+    """Of a fast encoder's documents every so manieth is encoded by `tokenizers` too; 1: all."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,10 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
     remove_leftovers(request.output)
     source = open_input(request.input, request.split, _document_characters(request))
     tokenizer = load_tokenizer(request.tokenizer)
+    if request.own_template:
+        compile_template(tokenizer)
+    if request.encoder != PLAIN:
+        fast_tokenizer(tokenizer)
     receipt = _receipt(request, source, tokenizer)
     console = console or Console(stderr=True)
     kept = _already_made(request, receipt)
@@ -123,10 +141,11 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
         with _progress(console) as progress, workers(_worker_count(request, source)) as pool:
             survey = _survey(source, request, progress, pool)
             with whole_directory(request.output) as folder:
-                job = receipt | {"survey": asdict(survey)}
+                encoder = [request.encoder, request.compare_every]
+                job = receipt | {"survey": asdict(survey), "encoder": encoder}
                 with shard_folder(request.output, job, folder / "shards") as shards:
                     _encode_shards(request, source, tokenizer, survey, shards, progress, pool)
-                    examples = _build(folder, shards, source, tokenizer, survey)
+                    examples = _build(folder, shards, source, tokenizer, survey, request)
                 outcome = _outcome(request, folder, examples)
                 write_json(folder / RECEIPT, receipt)
     outcome.show(console, request.output / TRAIN, kept)
@@ -148,6 +167,10 @@ def _check_request(request: PrepareRequest) -> None:
         raise DataError(f"document_characters is {request.document_characters}, expected >= 0")
     if request.workers is not None and request.workers < 1:
         raise DataError(f"workers is {request.workers}, expected >= 1")
+    if request.encoder not in ENCODERS:
+        raise DataError(f"encoder is {request.encoder!r}, expected one of {', '.join(ENCODERS)}")
+    if request.compare_every < 1:
+        raise DataError(f"compare_every is {request.compare_every}, expected >= 1")
 
 
 def _worker_count(request: PrepareRequest, source: Input) -> int:
@@ -166,7 +189,11 @@ def _document_characters(request: PrepareRequest) -> int:
 
 
 def _receipt(request: PrepareRequest, source: Input, tokenizer: Tokenizer) -> dict[str, Any]:
-    return {
+    template: dict[str, Any] = {}
+    if request.own_template and tokenizer.own_template is not None:
+        # Absent otherwise, so that receipts of earlier versions still hold.
+        template = {"own_template": asdict(tokenizer.own_template) | {"file": ""}}
+    return template | {
         "version": RECEIPT_VERSION,
         "input": source.identity(),
         "tokenizer_sha256": tokenizer.sha256,
@@ -190,7 +217,7 @@ def _already_made(request: PrepareRequest, receipt: dict[str, Any]) -> bool:
     except (OSError, ValueError):
         # Never replaced, asked or not: it may be any directory of the user's.
         raise DataError(f"{output}: exists and was not made by data prepare") from None
-    if found == receipt:
+    if found == json.loads(json.dumps(receipt)):
         names = [name for name in (TRAIN, HELDOUT) if (output / name).is_dir()]
         for name in names:
             Corpus.open(output / name)
@@ -251,9 +278,12 @@ def _encode_shards(
         tokenizer=saved,
         fields=survey.fields,
         heldout_below=survey.heldout_below,
+        own_template=request.own_template,
+        encoder=request.encoder,
+        compare_every=request.compare_every,
     )
     if pool.count > 1:
-        tokenizer.save(saved)
+        tokenizer.save(saved, request.own_template)
     work = encoder(job, tokenizer if pool.count == 1 else None)
     done = pool.map(work, enumerate(source.shards()))
     for _ in progress.track(done, total=survey.shards, description="tokenising"):
@@ -261,19 +291,33 @@ def _encode_shards(
 
 
 def _build(
-    folder: Path, shards: Path, source: Input, tokenizer: Tokenizer, survey: Survey
+    folder: Path,
+    shards: Path,
+    source: Input,
+    tokenizer: Tokenizer,
+    survey: Survey,
+    request: PrepareRequest,
 ) -> list[str]:
     """Join finished shards to corpora; returns the first rejected documents, with their places."""
     names = [TRAIN, HELDOUT] if survey.heldout_below else [TRAIN]
     examples: list[str] = []
     heldout_rows: list[str] = []
+    # Its count is known when the shards have been read, which is when the manifests are written.
+    encoder: dict[str, Any] = {}
+    if request.encoder != PLAIN:
+        encoder |= {"name": encoder_version(request.encoder), "compared_documents": 0}
     with ExitStack() as stack:
         writers: dict[str, CorpusWriter] = {}
         for name in names:
             about = source.identity() | {"fields": asdict(survey.fields), "part": name}
-            corpus = fill_corpus(folder / name, tokenizer, survey.fields.kind, about)
+            if encoder:
+                about["encoder"] = encoder
+            kind, own = survey.fields.kind, request.own_template
+            corpus = fill_corpus(folder / name, tokenizer, kind, about, own)
             writers[name] = stack.enter_context(corpus)
         for result in stored_shards(shards, survey.shards):
+            if encoder:
+                encoder["compared_documents"] += result.compared
             for name, block in result.blocks.items():
                 writers[name].append(block)
             examples += result.examples[: SHOWN_REJECTS - len(examples)]

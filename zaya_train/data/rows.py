@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from zaya_train.data.corpus import Corpus
     from zaya_train.data.row_plan import Pieces
 
-IGNORED_LABEL = IGNORE_LABEL
-
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -63,7 +61,7 @@ class RowReader:
                 planned.
         """
         tokens = np.full(self.row_tokens, self.corpus.manifest.pad_id, dtype=np.int64)
-        labels = np.full(self.row_tokens, IGNORED_LABEL, dtype=np.int64)
+        labels = np.full(self.row_tokens, IGNORE_LABEL, dtype=np.int64)
         text = self.corpus.manifest.kind == "text"
         position = 0
         for document, start, length in zip(*map(np.ndarray.tolist, pieces), strict=True):
@@ -85,7 +83,7 @@ class RowReader:
                 f"{length} planned"
             )
         tokens, supervised = kept.tokens(sample), kept.supervised(sample)
-        labels = np.full(len(tokens), IGNORED_LABEL, dtype=np.int64)
+        labels = np.full(len(tokens), IGNORE_LABEL, dtype=np.int64)
         targets = supervised[1:] if self.loss_on == "assistant" else True
         np.copyto(labels[:-1], tokens[1:], where=targets)
         return tokens, labels
@@ -97,7 +95,7 @@ class RowReader:
                 f"{self.corpus.path}: document {document} ends after {len(following)} tokens from "
                 f"{start} on, {length} planned"
             )
-        labels = np.full(length, IGNORED_LABEL, dtype=np.int64)
+        labels = np.full(length, IGNORE_LABEL, dtype=np.int64)
         labels[: len(following) - 1] = following[1:]
         return following[:length], labels
 

@@ -25,7 +25,8 @@ class Role(IntEnum):
 
 
 class Kind(IntEnum):
-    """What a section holds; MARKUP is one role, think or end token."""
+    """What a section holds; MARKUP is what the format itself puts there, a think marker always by
+    itself."""
 
     TEXT = 0
     PROMPT = 1
@@ -48,8 +49,11 @@ class RejectReason(StrEnum):
     THINK_NESTED = "think_nested"
     EMPTY_ANSWER = "empty_answer"
     EMPTY_TEXT = "empty_text"
+    NOT_UNICODE = "not_unicode"
     ANSWERS_EXCEED_BUDGET = "answers_exceed_budget"
     NOT_SUPERVISED = "not_supervised"
+    TEMPLATE_REFUSED = "template_refused"
+    TEMPLATE_MISMATCH = "template_mismatch"
     TOO_FEW_ROLLOUTS = "too_few_rollouts"
 
 

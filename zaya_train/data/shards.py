@@ -45,6 +45,8 @@ class ShardResult:
     """Held-out conversations, one JSON text each."""
     examples: tuple[str, ...]
     """The first rejected documents, described."""
+    compared: int = 0
+    """Documents that two encoders made the same of; see fast_encoder."""
 
 
 @contextmanager
@@ -108,6 +110,7 @@ def write_shard(path: Path, result: ShardResult) -> None:
     header = {
         "heldout_rows": result.heldout_rows,
         "examples": result.examples,
+        "compared": result.compared,
         "blocks": {name: _describe(block) for name, block in result.blocks.items()},
     }
     columns = [column for block in result.blocks.values() for column in _columns(block)]
@@ -142,7 +145,9 @@ def read_shard(path: Path) -> ShardResult | None:
             offset += count * dtype.itemsize
         tokens, lengths, sections, section_counts = columns
         blocks[name] = Block(tokens, lengths, sections, section_counts, about["rejects"])
-    return ShardResult(blocks, tuple(header["heldout_rows"]), tuple(header["examples"]))
+    return ShardResult(
+        blocks, tuple(header["heldout_rows"]), tuple(header["examples"]), header["compared"]
+    )
 
 
 def _columns(block: Block) -> tuple[Any, ...]:

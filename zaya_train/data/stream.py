@@ -17,7 +17,7 @@ from zaya_train.data.corpus import Corpus
 from zaya_train.data.mixture import make_schedule
 from zaya_train.data.prefetch import Prefetcher, prefetch
 from zaya_train.data.row_plan import PlanSpec
-from zaya_train.data.rows import IGNORED_LABEL, Row, fingerprint
+from zaya_train.data.rows import Row, fingerprint
 from zaya_train.data.source import Past, PlanReport, RowSource, SourceRequest, open_source
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from zaya_train.data.row_plan import Pieces
 
 __all__ = [
-    "IGNORED_LABEL",
     "PastPhase",
     "PhaseStream",
     "PlanReport",

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
@@ -22,9 +22,11 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from zaya_train.config.errors import DataError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
+
+    from zaya_train.data.fast_encoder import FastEncoder
 
 PAD, END = "<|pad|>", "<|end|>"
 SYSTEM, USER, ASSISTANT, TOOL = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"
@@ -44,12 +46,26 @@ _ACCEPTED = "'bytes', a tokenizer.json, a folder holding one, a hub name"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.json)")
 
 
+@dataclass(frozen=True)
+class TemplateSource:
+    """A chat template as found, and the tokens it may name (bos_token, ...)."""
+
+    file: str
+    """Where it stands, for messages."""
+    text: str
+    variables: tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the chat markers; build it with `load_tokenizer`."""
 
     backend: tokenizers.Tokenizer = field(repr=False)
     spec: str
+    own_template: TemplateSource | None = field(default=None, repr=False)
+    """The chat template it came with; see chat_template."""
+    fast: FastEncoder | None = field(default=None, repr=False)
+    """Encodes batches in place of `backend`; see fast_encoder."""
 
     @cached_property
     def vocab_size(self) -> int:
@@ -59,8 +75,8 @@ class Tokenizer:
     @cached_property
     def marker_ids(self) -> dict[str, int]:
         """Id of every string in MARKERS."""
-        vocab = self.backend.get_vocab(with_added_tokens=True)
-        return {marker: vocab[marker] for marker in MARKERS}
+        ids = {marker: self.backend.token_to_id(marker) for marker in MARKERS}
+        return {marker: index for marker, index in ids.items() if index is not None}
 
     @property
     def pad_id(self) -> int:
@@ -100,10 +116,31 @@ class Tokenizer:
         """Ids of plain text; marker strings in it are encoded as ordinary characters."""
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Strings that are one token each and no part of ordinary text."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    @cached_property
+    def _markup(self) -> dict[str, list[int]]:
+        return {marker: [index] for marker, index in self.marker_ids.items()}
+
+    def markup_ids(self, text: str) -> list[int]:
+        """Ids of a format's own text; special tokens in it are found, unlike in documents."""
+        if text not in self._markup:
+            self.backend.encode_special_tokens = False
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+            self.backend.encode_special_tokens = True
+            self._markup[text] = list(ids)
+        return self._markup[text]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """`encode` for many texts, on all cores."""
+        if self.fast is not None:
+            return self.fast.encode_batch(texts)
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def character_offsets(self, text: str) -> list[int]:
         """First character of every token of `text`, and the length of `text` last."""
@@ -114,8 +151,11 @@ class Tokenizer:
         """Text of ids, markers included unless `skip_special`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, loadable by AutoTokenizer."""
+    def save(self, folder: Path, own_template: bool = False) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, loadable by AutoTokenizer.
+
+        With the shipped chat template, or with the tokenizer's own.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         config = {
@@ -124,6 +164,9 @@ class Tokenizer:
             "pad_token": PAD,
             "chat_template": CHAT_TEMPLATE,
         }
+        if own_template and self.own_template is not None:
+            config |= dict(self.own_template.variables)
+            config["chat_template"] = self.own_template.text
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -143,10 +186,11 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.is_file():
-        return Tokenizer(_with_markers(_read_backend(path)), spec)
+        return Tokenizer(_with_markers(_read_backend(path)), spec, _read_template(path.parent))
     if not _HUB_NAME.fullmatch(spec):
         raise DataError(f"tokenizer {spec!r}: no such file or folder; accepted: {_ACCEPTED}")
-    return Tokenizer(_with_markers(_hub_backend(spec)), spec)
+    backend, template = _hub_backend(spec)
+    return Tokenizer(_with_markers(backend), spec, template)
 
 
 def _bytes_backend() -> tokenizers.Tokenizer:
@@ -190,7 +234,38 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         raise DataError(f"{path}: not a tokenizer.json: {first_line(error)}") from error
 
 
-def _hub_backend(name: str) -> tokenizers.Tokenizer:
+def _read_template(folder: Path) -> TemplateSource | None:
+    """The chat template beside a tokenizer.json; DataError where its file is malformed."""
+    file, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config: Any = {}
+    try:
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{file}: an object is expected")
+    if jinja.is_file():
+        return _template_source(str(jinja), jinja.read_text(encoding="utf-8"), config)
+    return _template_source(str(file), config.get("chat_template"), config)
+
+
+def _template_source(file: str, template: Any, config: Mapping[str, Any]) -> TemplateSource | None:
+    if isinstance(template, list):  # named ones: [{name, template}, ...]
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    if not isinstance(template, str):
+        return None
+    variables = []
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            variables.append((name, text))
+    return TemplateSource(file, template, tuple(variables))
+
+
+def _hub_backend(name: str) -> tuple[tokenizers.Tokenizer, TemplateSource | None]:
     # transformers takes seconds to import and only hub names need it.
     from transformers import AutoTokenizer
 
@@ -204,4 +279,5 @@ def _hub_backend(name: str) -> tokenizers.Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise DataError(f"tokenizer {name!r}: has no tokenizer.json form (slow tokenizer)")
-    return tokenizers.Tokenizer.from_str(backend.to_str())
+    template = _template_source(name, loaded.chat_template, loaded.special_tokens_map)
+    return tokenizers.Tokenizer.from_str(backend.to_str()), template

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import ROLE_MARKERS, Segment, encode_segments, parse_conversation
+from zaya_train.data.chat import ROLE_MARKERS, encode_segments, parse_conversation
 from zaya_train.data.fields import FieldOverrides, detect_fields, to_document
 from zaya_train.data.inspect import length_histogram, power_of_two
 from zaya_train.data.reading import open_input
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.fields import Document, Fields
     from zaya_train.data.reading import Input
+    from zaya_train.data.segments import Segment
     from zaya_train.data.tokenizer import Tokenizer
 
 _BATCH_ROWS = 64

@@ -1,7 +1,7 @@
 """Rows a second, resident memory and the balance of steps, from corpora on disk.
 
-    python -m benchmarks.data.loader --megabytes 10 --megabytes 2000 --work build/loader
-    python -m benchmarks.data.loader --traces ../shared/data/reasoning_traces.jsonl --work ...
+    python -m tests.bench.loader --megabytes 10 --megabytes 2000 --work build/loader
+    python -m tests.bench.loader --traces ../shared/data/reasoning_traces.jsonl --work ...
 
 Every corpus is read by a process of its own, which reports how much memory it held after the first
 and after the last row. Corpora are synthetic conversations of lognormal length, made once.
@@ -53,7 +53,7 @@ def main() -> None:
         corpora.append(prepare(request, console) / "train")
     for corpus in corpora:
         # A process that planned holds what planning took; a second one reads the stored plans.
-        command = [sys.executable, "-m", "benchmarks.data.loader", "--work", str(options.work)]
+        command = [sys.executable, "-m", "tests.bench.loader", "--work", str(options.work)]
         command += ["--child", str(corpus), "--rows", str(options.rows)]
         subprocess.run([*command[:-1], "8"], check=True, capture_output=True)
         for line in subprocess.run(

@@ -1,6 +1,6 @@
 """What trimming does to real and generated conversations, checked against an independent reading.
 
-    python -m benchmarks.data.trim_table --data ../shared/data --generated 20000
+    python -m tests.bench.trim_table --data ../shared/data --generated 20000
 
 Every conversation is trimmed at every budget. Counted as wrong: an answer that is not token for
 token what it was, reasoning that is no prefix, a total above the budget, a trimmed total below it
@@ -13,9 +13,10 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.tokenizer import Tokenizer
 
+Conversation = Sequence[Mapping[str, Any]]
 BUDGETS = tuple(2**power for power in range(8, 18))
 _BATCH = 256
 
@@ -55,7 +57,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", default="bytes")
     options = parser.parse_args()
     tokenizer, console = load_tokenizer(options.tokenizer), Console(width=120)
-    sets: dict[str, Iterator[list]] = {}
+    sets: dict[str, Iterator[Conversation]] = {}
     for file in sorted(options.data.glob("*.jsonl")):
         rows = _conversations(file)
         if rows is not None:
@@ -64,7 +66,7 @@ def main() -> int:
     return int(sum([_judge_set(name, rows, tokenizer, console) for name, rows in sets.items()]) > 0)
 
 
-def _conversations(file: Path) -> Iterator[list] | None:
+def _conversations(file: Path) -> Iterator[Conversation] | None:
     """The conversations of a file, GSM8K's worked steps as reasoning; None for plain text."""
     source = open_input(str(file))
     place, first = next(source.rows())
@@ -76,7 +78,7 @@ def _conversations(file: Path) -> Iterator[list] | None:
     return _rows(file, fields)
 
 
-def _rows(file: Path, fields: Fields) -> Iterator[list]:
+def _rows(file: Path, fields: Fields) -> Iterator[Conversation]:
     for place, row in open_input(str(file)).rows():
         try:
             yield list(to_document(row, fields, place).messages)
@@ -84,7 +86,9 @@ def _rows(file: Path, fields: Fields) -> Iterator[list]:
             yield [{"role": "user", "content": str(error)}]
 
 
-def _judge_set(name: str, rows: Iterator[list], tokenizer: Tokenizer, console: Console) -> int:
+def _judge_set(
+    name: str, rows: Iterator[Conversation], tokenizer: Tokenizer, console: Console
+) -> int:
     tallies = {budget: Tally() for budget in BUDGETS}
     malformed: Counter[str] = Counter()
     documents = 0
@@ -100,7 +104,7 @@ def _judge_set(name: str, rows: Iterator[list], tokenizer: Tokenizer, console: C
     return sum(tally.wrong.total() for tally in tallies.values())
 
 
-def _batched(rows: Iterator[list]) -> Iterator[list]:
+def _batched(rows: Iterator[Conversation]) -> Iterator[list[Conversation]]:
     batch = []
     for row in rows:
         batch.append(row)

@@ -1,6 +1,6 @@
 """Packing speed, fullness and balance, beside TRL's `bfd` where TRL can be imported.
 
-    python -m benchmarks.data.packing --rounds 5
+    python -m tests.bench.packing --rounds 5
 
 Lengths are lognormal (mean 2,000, sigma 1), clipped to the row. Planners take turns within one run;
 CPU seconds are medians. TRL is no dependency of this project: put a copy on PYTHONPATH.
