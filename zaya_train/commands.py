@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress
 
 from zaya_train.arguments import FIELDS
 from zaya_train.config.errors import ConfigError
@@ -160,7 +161,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     console = Console()
     rows = evaluate.read_rows(options.rows)[: options.count]
     request = evaluate.EvalRequest(max_new_tokens=options.max_new_tokens)
-    result = evaluate.exact_match(options.model, rows, request)
+    with Progress(console=console, transient=True) as progress:
+        result = evaluate.exact_match(options.model, rows, request, progress)
     evaluate.print_report(result, console)
     if options.output:
         evaluate.write_report(result, options.output)
