@@ -181,6 +181,7 @@ def _run_plan(context: Context) -> int:
     phases = list(context.config.plan.phases.items())
     first = True
     while True:
+        context.saver.settle()
         found = context.store.newest()
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:

@@ -91,7 +91,7 @@ class Saver:
         Raises:
             StorageError: on all ranks, with the last reason.
         """
-        waited_seconds = self._settle()
+        waited_seconds = self.settle()
         last_chance = self._failures + 1 >= MOST_FAILURES
         if self._config.asynchronous and not required and not last_chance:
             self._start(tensors, record, waited_seconds)
@@ -124,8 +124,12 @@ class Saver:
                 log.error("save of step %d failed: %s", self._started[0], error)
                 self._held = error
 
-    def _settle(self) -> float:
-        """Collect the save under way; the seconds waited for it."""
+    def settle(self) -> float:
+        """Collect the save under way, if there is one; the seconds waited for it.
+
+        Raises:
+            CheckpointError: on all ranks, if a background save met one.
+        """
         begin = time.perf_counter()
         if self._store.under_way:
             step, done = self._started[0], self._store.finished
