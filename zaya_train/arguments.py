@@ -232,6 +232,26 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the training runs")
 
 
+def add_checkpoint(commands: Any, handlers: Mapping[str, Handler]) -> None:
+    """`zaya checkpoint ...`."""
+    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    place = "run directory, its checkpoints, or one of them"
+    parser = add_command(checkpoint, "ls", handlers["checkpoint ls"], "list them, unread")
+    parser.add_argument("path", type=Path, help=place)
+    parser = add_command(
+        checkpoint, "verify", handlers["checkpoint verify"], "read every byte of them"
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help=place)
+    parser = add_command(
+        checkpoint, "diff", handlers["checkpoint diff"], "tensors, position and configuration"
+    )
+    parser.add_argument("first", type=Path, help="a checkpoint, or a run for its newest")
+    parser.add_argument("second", type=Path, help="the same")
+    parser.add_argument("--rows", type=int, default=10, help="most tensors to show")
+
+
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya kernels ...`."""
     kernels = commands.add_parser("kernels", help="check the Triton kernels").add_subparsers(

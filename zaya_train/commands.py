@@ -217,10 +217,32 @@ def _kernels_verify(options: argparse.Namespace) -> int:
         raise ConfigError(f"--arch: {', '.join(sorted(unknown))}; of {', '.join(ARCHITECTURES)}")
     if options.write and chosen != ARCHITECTURES:
         raise ConfigError("--write: the golden file holds every architecture; leave --arch out")
+    request = VerifyRequest(chosen, not options.no_numerics, options.write)
+    return verify(request, _wide_console())
+
+
+def _checkpoint_ls(options: argparse.Namespace) -> int:
+    from zaya_train.tools.checkpoint import show_checkpoints
+
+    return show_checkpoints(options.path, _wide_console())
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from zaya_train.tools.checkpoint import verify_checkpoints
+
+    return verify_checkpoints(options.paths, _wide_console())
+
+
+def _checkpoint_diff(options: argparse.Namespace) -> int:
+    from zaya_train.tools.checkpoint_diff import diff_checkpoints
+
+    return diff_checkpoints(options.first, options.second, options.rows, _wide_console())
+
+
+def _wide_console() -> Console:
+    """Tables for a file or a pipe are not cut to the eighty columns rich takes for granted."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    return verify(VerifyRequest(chosen, not options.no_numerics, options.write), console)
+    return console if console.is_terminal else Console(width=200)
 
 
 HANDLERS = {
@@ -233,4 +255,7 @@ HANDLERS = {
     "report": _report,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
+    "checkpoint ls": _checkpoint_ls,
+    "checkpoint verify": _checkpoint_verify,
+    "checkpoint diff": _checkpoint_diff,
 }

@@ -3,6 +3,7 @@
 zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
 zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
 zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+zaya checkpoint ls | verify | diff
 zaya kernels verify
 """
 
@@ -24,7 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import zaya_train
-from zaya_train.arguments import add_data, add_hub, add_kernels, add_model_use, add_runs
+from zaya_train.arguments import (
+    add_checkpoint,
+    add_data,
+    add_hub,
+    add_kernels,
+    add_model_use,
+    add_runs,
+)
 from zaya_train.commands import DATA_HANDLERS, HANDLERS
 from zaya_train.config.build import build
 from zaya_train.config.defaults import defaults
@@ -154,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
     add_data(commands, DATA_HANDLERS)
-    for add in (add_hub, add_model_use, add_runs, add_kernels):
+    for add in (add_hub, add_model_use, add_runs, add_checkpoint, add_kernels):
         add(commands, HANDLERS)
     parser.set_defaults(compose=compose)
     return parser

@@ -135,10 +135,14 @@ def train(config: TrainConfig) -> int:
         stack.enter_context(fail_fast(ranks))
         flag = stack.enter_context(StopFlag())
         seed_rank(config.run.seed, ranks.rank)
-        store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
+        store = CheckpointStore(
+            run_dir / CHECKPOINTS,
+            config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        )
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        saver = Saver(store, metrics, run_dir, config.checkpoint.retry_seconds)
+        saver = stack.enter_context(Saver(store, metrics, run_dir, config.checkpoint))
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
         context = Context(
@@ -177,6 +181,7 @@ def _run_plan(context: Context) -> int:
     phases = list(context.config.plan.phases.items())
     first = True
     while True:
+        context.saver.settle()
         found = context.store.newest()
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:
@@ -242,6 +247,7 @@ def _run_phase(
         context.store.load(found, built.tensors(), to_dict(built.model_config))
     elif config.checkpoint.initial_weights:
         _load_initial_weights(built, Path(config.checkpoint.initial_weights))
+    context.saver.reserve(built.tensors())
     if context.ranks.rank == 0:
         copy_folder_once(stream.tokenizer_path, context.run_dir / TOKENIZER)
     context.metrics.write("phase", name=name, event="begin", step=state.step)
@@ -332,6 +338,7 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress) -> Hooks:
     def done(state: TrainState, result: StepResult) -> None:
         context.ledger.step(state.step, state.phase_rows, result.fingerprint)
         bar.update(state.phase_rows * built.phase.context_tokens, result.loss)
+        context.saver.report()
 
     return Hooks(
         evaluate=evaluate,

@@ -152,11 +152,18 @@ def _settings(config: TrainConfig) -> Iterator[str]:
             f"checkpoint.keep_last: {config.checkpoint.keep_last}; at least 2, so that one good "
             "checkpoint remains while the next is being written"
         )
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if every > 0 and kept > 0 and kept % every:
+        yield (
+            f"checkpoint.keep_every_steps: {kept} is no multiple of checkpoint.every_steps="
+            f"{every}, so most of these steps have no checkpoint to keep"
+        )
     yield from _positive("logging", config.logging, ("every_steps",))
     for key, number in (
         ("logging.eval_every_steps", config.logging.eval_every_steps),
         ("run.seed", config.run.seed),
         ("checkpoint.retry_seconds", config.checkpoint.retry_seconds),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),
         ("runtime.threads", config.runtime.threads),
     ):
         yield from _not_negative(key, number)

@@ -271,6 +271,12 @@ class CheckpointConfig:
     """Steps between checkpoints; a phase's end is always saved."""
     keep_last: int = 3
     """Newest verified checkpoints kept; at least 2. Phase ends are kept besides."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this many steps are kept besides, for good; 0: none."""
+    asynchronous: bool = True
+    """Copy the state to host memory at the step boundary and write it while training goes on; costs
+    host memory for one more copy of the rank's state. Saves at a phase's end and at a stop are
+    always waited for."""
     retry_seconds: float = 10.0
     """Wait before a failed save that may not be skipped (end of a phase, stop) is tried again."""
     initial_weights: str | None = None
