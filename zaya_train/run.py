@@ -12,10 +12,10 @@ import logging
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -24,11 +24,12 @@ from zaya_train.config.check import check
 from zaya_train.config.derive import (
     Layout,
     config_hash,
+    launched_ranks,
     layout,
     layout_notes,
     phase_sequences,
 )
-from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, ConfigError
+from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE
 from zaya_train.data.check import check_corpora
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
 from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
@@ -36,7 +37,7 @@ from zaya_train.data.survey import survey
 from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
 from zaya_train.parallel.apply import chunking_of
-from zaya_train.parallel.fsdp import Reduction, write_full
+from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.lineage import lineage
 from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
@@ -47,7 +48,7 @@ from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.lost import naming_lost_ranks
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
-from zaya_train.train.attempts import record_attempt
+from zaya_train.train.attempts import Attempt
 from zaya_train.train.built import build_phase
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.entry import branch_point, check_entry
@@ -94,6 +95,7 @@ class Context:
     ledger: LedgerWriter
     heartbeat: Heartbeat
     incidents: Incidents
+    attempt: Attempt
 
 
 def train(config: TrainConfig) -> int:
@@ -101,12 +103,15 @@ def train(config: TrainConfig) -> int:
 
     ConfigError and friends are raised before anything is allocated.
     """
-    heartbeat = start_heartbeat()
-    check(config, _launched_ranks())
-    corpora = check_corpora(config)
-    survey(config)
-    ranks = start(config.runtime)
+    check(config, launched_ranks(os.environ))
     with ExitStack() as stack:
+        flag = stack.enter_context(StopFlag())
+        heartbeat = start_heartbeat()
+        stack.callback(heartbeat.close)
+        corpora = check_corpora(config)
+        survey(config)
+        ranks = start(config.runtime)
+        flag.arm()
         stack.callback(stop)
         check_kernels(config.kernels, ranks.device)
         console = Console(stderr=True)
@@ -115,7 +120,6 @@ def train(config: TrainConfig) -> int:
         # Inside the log, so that the failure is in it; a failing rank never reaches `stop`, which
         # would wait for its peers.
         stack.enter_context(fail_fast(ranks))
-        flag = stack.enter_context(StopFlag())
         seed_rank(config.run.seed, ranks.rank)
         store = CheckpointStore(run_dir / CHECKPOINTS, config.checkpoint.keep_last)
         stack.callback(store.close)
@@ -123,6 +127,7 @@ def train(config: TrainConfig) -> int:
         saver = Saver(store, metrics, run_dir, config.checkpoint.retry_seconds)
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
+        facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
         context = Context(
             config=config,
             ranks=ranks,
@@ -137,16 +142,10 @@ def train(config: TrainConfig) -> int:
             ledger=ledger,
             heartbeat=heartbeat,
             incidents=Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0),
+            attempt=Attempt(config, run_dir, metrics, ranks.rank, facts),
         )
         _describe(context)
         return _run_plan(context)
-
-
-def _launched_ranks() -> int:
-    value = os.environ.get("WORLD_SIZE", "1")
-    if not value.isdecimal():
-        raise ConfigError(f"launch environment: WORLD_SIZE={value!r} is not an integer")
-    return int(value)
 
 
 def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWriter:
@@ -156,10 +155,10 @@ def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWr
 
 
 def _describe(context: Context) -> None:
-    name, ranks = context.config.run.name, context.ranks
-    device = describe(ranks.device)
-    log.info("run %s in %s: %d ranks, %s", name, context.run_dir, ranks.world_size, device)
-    for note in layout_notes(context.config, context.ranks.world_size):
+    name, world = context.config.run.name, context.ranks.world_size
+    device = describe(context.ranks.device)
+    log.info("run %s in %s: %d ranks, %s", name, context.run_dir, world, device)
+    for note in layout_notes(context.config, world):
         log.info("%s", note)
 
 
@@ -177,7 +176,8 @@ def _run_plan(context: Context) -> int:
             state = _rolled_back(context, state, back)
             back = None
         if first:
-            _announce(context, state, found)
+            own = found is not None and found.path.parent == context.store.root
+            context.attempt.announce(state.step, found.path if found else None, own)
             first = False
         if state.phase_index >= len(phases):
             context.metrics.write("done", step=state.step)
@@ -202,44 +202,11 @@ def _starting_point(context: Context) -> Found | None:
     return branch_point(Path(branch), Peers(world))
 
 
-def _launch(context: Context) -> dict[str, Any]:
-    """What launch rows of the metrics say of this process."""
-    return {
-        "world_size": context.ranks.world_size,
-        "device": str(context.ranks.device),
-        "config_hash": config_hash(context.config),
-    }
-
-
 def _rolled_back(context: Context, state: TrainState, back: RollBack) -> TrainState:
     """The checkpoint's state with the rows to pass over; the record says that steps are undone."""
     context.ledger.rewind()
-    context.metrics.write(
-        "resume", step=state.step, rolled_back=list(back.rows), **_launch(context)
-    )
-    log.warning("rolled back to step %d; will pass over %s of the phase", state.step, back)
+    context.attempt.rolled_back(state.step, back.rows)
     return replace(state, avoided=(*state.avoided, back.rows))
-
-
-def _announce(context: Context, state: TrainState, found: Found | None) -> None:
-    """Record this attempt, once nothing speaks against it, and what it changed."""
-    own = found is not None and found.path.parent == context.store.root
-    changed = {}
-    if context.ranks.rank == 0:
-        values = to_dict(context.config)
-        changed = record_attempt(context.run_dir, context.metrics.attempt, values)
-    for key, (old, new) in changed.items():
-        log.warning("configuration changed since the attempt before: %s: %s -> %s", key, old, new)
-    context.metrics.write(
-        "resume" if own else "start",
-        step=state.step,
-        **_launch(context),
-        config_changes=changed,
-        **({"branched_from": str(found.path)} if found and not own else {}),
-    )
-    if found:
-        where = "" if own else f"branching from {found.path}, "
-        log.info("%sresuming at step %d, %s tokens", where, state.step, f"{state.tokens:,}")
 
 
 def _run_phase(
@@ -260,8 +227,7 @@ def _run_phase(
     if context.ranks.rank == 0:
         copy_folder_once(stream.tokenizer_path, context.run_dir / TOKENIZER)
     context.metrics.write("phase", name=name, event="begin", step=state.step)
-    unit = degrees.data * phase.micro_batch_sequences
-    feed = _feed(context, built, stream, unit)
+    feed = _feed(context, built, stream)
     measured: dict[str, Any] = {}
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(context, name, phase))
@@ -269,7 +235,7 @@ def _run_phase(
         batches = stack.enter_context(
             prefetch(
                 feed.batches,
-                step_starts(phase, state.phase_rows, unit),
+                step_starts(phase, state.phase_rows, feed.unit),
                 config.data.prefetch_batches,
             )
         )
@@ -296,15 +262,13 @@ def _load_initial_weights(built: Built, folder: Path) -> None:
     theirs = config_from_hf(folder)
     require_same_model(folder, theirs, built.model_config)
     shapes = {n: tuple(t.shape) for n, t in built.model.state_dict().items()}
-    targets = dict(built.model.named_parameters()) | dict(built.model.named_buffers())
-    with torch.no_grad():
-        for name, full in read_hf(folder, shapes, theirs):
-            write_full(targets[name], full.to(targets[name].device, torch.float32))
+    built.fill(read_hf(folder, shapes, theirs))
     log.info("weights from %s", folder)
 
 
-def _feed(context: Context, built: Built, stream: PhaseStream, unit: int) -> Feed:
+def _feed(context: Context, built: Built, stream: PhaseStream) -> Feed:
     mesh, chunking = built.mesh, chunking_of(built.mesh, context.config)
+    unit = mesh.layout.data * built.phase.micro_batch_sequences
     return Feed(stream, built.phase, mesh, chunking, context.ranks.device, unit)
 
 
@@ -324,7 +288,9 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress, measured: dict[st
     def evaluate(state: TrainState) -> None:
         if not rows:
             return
-        losses = validation_losses(built.model, rows, built.mesh, chunking, device)
+
+        mark = partial(context.heartbeat.mark, "evaluate", state.step)
+        losses = validation_losses(built.model, rows, built.mesh, chunking, device, mark)
         measured["validation_loss"] = losses
         context.metrics.write("eval", step=state.step, phase=built.name, losses=losses)
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())

@@ -1,9 +1,4 @@
-"""What a rank tells the process that watches it: where it is, and how long its own work takes.
-
-Every rank rewrites one small record in a file of its own, in a directory on its node that
-`zaya supervise` made and named in ZAYA_HEARTBEAT_DIR; without that variable nothing is written.
-Times are the machine's monotonic clock, which all its processes share.
-"""
+"""The side of the heartbeat that runs in every rank; `runtime.beats` has the other."""
 
 from __future__ import annotations
 
@@ -12,50 +7,21 @@ import faulthandler
 import os
 import signal
 import statistics
-import struct
 import time
-import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_train.runtime.beats import DIRECTORY, DUMP_SIGNAL, PARENT, Beat, beat_path, stacks_path
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DIRECTORY = "ZAYA_HEARTBEAT_DIR"
-PARENT = "ZAYA_SUPERVISOR_PID"
-DUMP_SIGNAL = signal.SIGUSR2
-"""Makes a rank write the stacks of all its threads; handled in C, also while Python is stuck."""
-SLOW_PHASES = ("start", "load", "save")
-"""Parts that may take long; a step's are data, forward, backward, exchange, optimizer, evaluate."""
-
-_RECORD = struct.Struct("<iqqqd16sddd")
 _PROBE_EVERY_STEPS = 10
 _PROBES_KEPT = 5
+_WAITS_KEPT = 20
 _PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A rank's newest word."""
-
-    pid: int
-    step: int
-    """The step under way, counted from 1; in a save or an evaluation the one just done."""
-    marks: int
-    """Words so far. All ranks speak at the same places, so a smaller number is behind."""
-    steps_done: int
-    """By this process."""
-    seconds: float
-    """Monotonic time."""
-    phase: str
-    work_seconds: float
-    """Median time of a fixed piece of work that waits for nobody; 0 before the first."""
-    data_seconds: float
-    """Median wait for data of the newest steps."""
-    step_seconds: float
 
 
 class Heartbeat:
@@ -82,7 +48,7 @@ class Heartbeat:
         """A step took `seconds`, of them `data_seconds` waiting for its rows."""
         self._steps_done += 1
         self._step_seconds = seconds
-        self._data = [*self._data, data_seconds][-_PROBE_EVERY_STEPS:]
+        self._data = [*self._data, data_seconds][-_WAITS_KEPT:]
         if self._descriptor is None:
             return
         if self._probe is not None and self._steps_done % _PROBE_EVERY_STEPS == 1:
@@ -98,42 +64,20 @@ class Heartbeat:
     def _write(self) -> None:
         if self._descriptor is None:
             return
-        record = _RECORD.pack(
-            os.getpid(),
-            self._step,
-            self._marks,
-            self._steps_done,
-            time.monotonic(),
-            self._phase.encode(),
-            statistics.median(self._work) if self._work else 0.0,
-            statistics.median(self._data) if self._data else 0.0,
-            self._step_seconds,
+        beat = Beat(
+            pid=os.getpid(),
+            step=self._step,
+            marks=self._marks,
+            steps_done=self._steps_done,
+            seconds=time.monotonic(),
+            phase=self._phase,
+            # What interrupts a piece of work is noise; the fastest of several says how slow the
+            # device is.
+            work_seconds=min(self._work) if len(self._work) == _PROBES_KEPT else 0.0,
+            data_seconds=statistics.median(self._data) if len(self._data) == _WAITS_KEPT else 0.0,
+            step_seconds=self._step_seconds,
         )
-        os.pwrite(self._descriptor, record + struct.pack("<I", zlib.crc32(record)), 0)
-
-
-def read_beat(path: Path) -> Beat | None:
-    """A rank's newest word; None before its first, and when read while being written."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    record, check = data[: _RECORD.size], data[_RECORD.size :]
-    if len(record) < _RECORD.size or check != struct.pack("<I", zlib.crc32(record)):
-        return None
-    pid, step, marks, steps_done, seconds, phase, work, waited, took = _RECORD.unpack(record)
-    name = phase.rstrip(b"\0").decode()
-    return Beat(pid, step, marks, steps_done, seconds, name, work, waited, took)
-
-
-def beat_path(directory: Path, rank: int) -> Path:
-    """Where a rank's record lies."""
-    return directory / f"rank-{rank}"
-
-
-def stacks_path(directory: Path, rank: int) -> Path:
-    """Where a rank writes its stacks when it gets DUMP_SIGNAL."""
-    return directory / f"rank-{rank}.stacks"
+        os.pwrite(self._descriptor, beat.packed(), 0)
 
 
 def start_heartbeat() -> Heartbeat:

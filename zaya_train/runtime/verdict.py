@@ -7,21 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zaya_train.runtime.heartbeat import SLOW_PHASES
+from zaya_train.config.errors import (
+    EXIT_CONFIG,
+    EXIT_NO_CHECKPOINT,
+    EXIT_NUMERICS,
+    EXIT_OK,
+    EXIT_REQUEUE,
+    EXIT_STORAGE,
+)
+from zaya_train.runtime.beats import SLOW_PHASES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from zaya_train.config.schema import SupervisorConfig
-    from zaya_train.runtime.heartbeat import Beat
+    from zaya_train.runtime.beats import Beat
 
 _NOTICEABLE_SECONDS = 0.002
 """Differences below it are the machine's, not a rank's."""
+_NOTICEABLE_SHARE = 0.1
+"""Of a step: shorter waits for data are hidden by what else it does."""
 _FRAMES = 3
 _WAITING = ("torch/distributed/",)
 """Files at the top of a stack that waits for other ranks."""
 STOPPED = {"T": "stopped by a signal", "t": "stopped by a debugger", "Z": "dead"}
 """Process states of Linux that nobody works in."""
+_FINAL = (EXIT_CONFIG, EXIT_NO_CHECKPOINT, EXIT_STORAGE, EXIT_NUMERICS)
 
 
 @dataclass(frozen=True)
@@ -91,9 +102,50 @@ def stragglers(ranks: list[Watched], factor: float) -> list[tuple[int, str, floa
         for rank, value in known.items():
             others = [other for r, other in known.items() if r != rank]
             middle = statistics.median(others)
-            if value > factor * middle and value - middle > _NOTICEABLE_SECONDS:
+            if value > factor * middle and value - middle > _noticeable(ranks, what):
                 found.append((rank, what, value, middle))
     return found
+
+
+def _noticeable(ranks: list[Watched], what: str) -> float:
+    """Smallest difference in seconds that counts."""
+    if what == "work_seconds":
+        return _NOTICEABLE_SECONDS
+    step = max((w.beat.step_seconds for w in ranks if w.beat), default=0.0)
+    return max(_NOTICEABLE_SECONDS, _NOTICEABLE_SHARE * step)
+
+
+def exit_code_of(codes: Sequence[int], stopping: bool) -> int | None:
+    """What an attempt whose ranks ended with `codes` means for the run; None: start it again.
+
+    stopping: a stop signal was passed on to the ranks; then the run is to be requeued even where a
+    rank did not end well, for its older checkpoints are whole.
+    """
+    final = sorted({code for code in codes if code in _FINAL})
+    if final:
+        return final[0]
+    if all(code == EXIT_OK for code in codes):
+        return EXIT_OK
+    if stopping or all(code in (EXIT_OK, EXIT_REQUEUE) for code in codes):
+        return EXIT_REQUEUE
+    return None
+
+
+def is_crash_loop(reached: Sequence[int], most: int) -> bool:
+    """Whether the last `most` failures got no further than the first of them.
+
+    reached: the step under way at each failure, in order.
+    """
+    last = reached[-most:]
+    return len(last) == most and max(last) <= last[0]
+
+
+def backoff(reached: Sequence[int], config: SupervisorConfig) -> float:
+    """Seconds to wait after the newest failure: doubled by every one that got no further."""
+    stuck = 0
+    while stuck + 1 < len(reached) and reached[-1 - stuck] <= reached[-2 - stuck]:
+        stuck += 1
+    return min(config.most_backoff_seconds, config.backoff_seconds * 2.0**stuck)
 
 
 def process_state(pid: int) -> str:

@@ -6,13 +6,17 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from zaya_train.optim.exchange import Groups
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.optim.table import summary
 from zaya_train.parallel.apply import parallelize
+from zaya_train.parallel.fsdp import write_full
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
@@ -41,6 +45,13 @@ class Built:
         }
         state |= {f"model.{name}": value for name, value in self.model.named_buffers()}
         return state | self.optimizer.tensors()
+
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Store whole tensors into the sharded model, one by one."""
+        targets = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        with torch.no_grad():
+            for name, full in weights:
+                write_full(targets[name], full.to(targets[name].device, torch.float32))
 
 
 def build_phase(

@@ -7,7 +7,6 @@ resumed run decides as the unbroken one did.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from zaya_train.config.errors import StorageError
 from zaya_train.parallel.collectives import sum_over
+from zaya_train.runtime.files import append_json_line
 from zaya_train.train.metrics import encode_floats
 
 if TYPE_CHECKING:
@@ -207,11 +206,4 @@ class Incidents:
         if not self._enabled:
             return
         record = {"wall_time": time.time(), "attempt": self._attempt, **values}
-        line = json.dumps(encode_floats(record), allow_nan=False, separators=(",", ":"))
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write in append mode: the supervisor's records go to the same file.
-            with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode() + b"\n")
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot append: {error.strerror}") from error
+        append_json_line(self.path, encode_floats(record))

@@ -115,7 +115,6 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
         run.hooks.progress(state, result)
         last = state.phase_rows >= phase_sequences(run.phase)
         if run.eval_every_steps and (last or state.step % run.eval_every_steps == 0):
-            run.hooks.mark("evaluate", state.step)
             run.hooks.evaluate(state)
         if result.stop_signal and not last:
             log.warning("stop signal %d: saving at step %d", result.stop_signal, state.step)
