@@ -215,6 +215,14 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--memory-gb", type=float, help="rehearse, and refuse what does not fit")
     parser.add_argument("--phase", action="append", help="rehearse these phases only")
     parser = add_command(
+        commands, "supervise", handlers["supervise"], "train, watched from outside and restarted"
+    )
+    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of this node")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master", help="host:port where the nodes meet")
+    parser = add_command(
         commands, "doctor", handlers["doctor"], "prove a configuration on local ranks, shrunk"
     )
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")

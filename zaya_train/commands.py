@@ -181,6 +181,20 @@ def _plan(options: argparse.Namespace) -> None:
         show_rehearsal(request, Console())
 
 
+def _supervise(options: argparse.Namespace) -> int:
+    from zaya_train.tools.supervise import SuperviseRequest, supervise
+
+    request = SuperviseRequest(
+        config=options.compose(options.overrides),
+        overrides=options.overrides,
+        ranks=options.ranks,
+        nodes=options.nodes,
+        node_rank=options.node_rank,
+        master=options.master,
+    )
+    return supervise(request)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from zaya_train.tools.doctor import DoctorRequest, doctor
 
@@ -251,6 +265,7 @@ HANDLERS = {
     "generate": _generate,
     "evaluate": _evaluate,
     "plan": _plan,
+    "supervise": _supervise,
     "doctor": _doctor,
     "report": _report,
     "smoke": _smoke,

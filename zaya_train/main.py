@@ -2,7 +2,7 @@
 
 zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
 zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
-zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+zaya import-hf | export-hf | generate | evaluate | plan | supervise | report | smoke
 zaya checkpoint ls | verify | diff
 zaya kernels verify
 """
