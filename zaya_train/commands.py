@@ -6,6 +6,8 @@ another. Those that take Hydra overrides find `main.compose` among their options
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -218,6 +220,24 @@ def _kernels_verify(options: argparse.Namespace) -> int:
     return verify(VerifyRequest(chosen, not options.no_numerics, options.write), console)
 
 
+def _submit(options: argparse.Namespace) -> None:
+    from zaya_train.tools.submit import SubmitRequest, submit
+
+    resources, overrides = options.compose_submission(options.words)
+    submit(SubmitRequest(resources, options.compose(overrides), options.dry_run), Console())
+
+
+def _environment(options: argparse.Namespace) -> None:
+    from zaya_train.tools.launch_environment import shell_file, show_environment
+
+    words = [f"cluster={options.cluster}", "nodes=1"]
+    environment = options.compose_submission(words)[0].environment
+    if options.sh:
+        sys.stdout.write(shell_file(environment, options.cluster))
+    else:
+        show_environment(environment, os.environ, Console())
+
+
 HANDLERS = {
     "import-hf": _import,
     "export-hf": _export,
@@ -228,4 +248,6 @@ HANDLERS = {
     "report": _report,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
+    "submit": _submit,
+    "env": _environment,
 }
