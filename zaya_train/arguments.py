@@ -260,6 +260,18 @@ def add_checkpoint(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--rows", type=int, default=10, help="most tensors to show")
 
 
+def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
+    """`zaya submit` and `env`."""
+    parser = add_command(commands, "submit", handlers["submit"], "hand a run to Slurm")
+    parser.add_argument(
+        "words", nargs="+", help="as for train, and nodes=, time_limit_minutes=, cluster=, chain="
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write the scripts, submit nothing")
+    parser = add_command(commands, "env", handlers["env"], "environment of the ranks, with reasons")
+    parser.add_argument("cluster", nargs="?", default="mi300x_pollara", help="of configs/cluster")
+    parser.add_argument("--sh", action="store_true", help="as shell lines")
+
+
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya kernels ...`."""
     kernels = commands.add_parser("kernels", help="check the Triton kernels").add_subparsers(

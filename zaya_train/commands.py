@@ -6,6 +6,8 @@ another. Those that take Hydra overrides find `main.compose` among their options
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -259,6 +261,24 @@ def _wide_console() -> Console:
     return console if console.is_terminal else Console(width=200)
 
 
+def _submit(options: argparse.Namespace) -> None:
+    from zaya_train.tools.submit import SubmitRequest, submit
+
+    resources, overrides = options.compose_submission(options.words)
+    submit(SubmitRequest(resources, options.compose(overrides), options.dry_run), Console())
+
+
+def _environment(options: argparse.Namespace) -> None:
+    from zaya_train.tools.launch_environment import shell_file, show_environment
+
+    words = [f"cluster={options.cluster}", "nodes=1"]
+    environment = options.compose_submission(words)[0].environment
+    if options.sh:
+        sys.stdout.write(shell_file(environment, options.cluster))
+    else:
+        show_environment(environment, os.environ, Console())
+
+
 HANDLERS = {
     "import-hf": _import,
     "export-hf": _export,
@@ -273,4 +293,6 @@ HANDLERS = {
     "checkpoint ls": _checkpoint_ls,
     "checkpoint verify": _checkpoint_verify,
     "checkpoint diff": _checkpoint_diff,
+    "submit": _submit,
+    "env": _environment,
 }

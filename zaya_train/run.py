@@ -39,6 +39,7 @@ from zaya_train.hub.convert import read_hf
 from zaya_train.parallel.apply import chunking_of
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
+from zaya_train.phases.chain import only_phase_is_done
 from zaya_train.phases.lineage import lineage
 from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
@@ -187,6 +188,8 @@ def _run_plan(context: Context) -> int:
         if state.phase_index >= len(phases):
             context.metrics.write("done", step=state.step)
             log.info("done after %d steps and %s tokens", state.step, f"{state.tokens:,}")
+            return EXIT_OK
+        if only_phase_is_done(config, state.phase_index):
             return EXIT_OK
         try:
             if _run_phase(context, phases[state.phase_index], found, state):

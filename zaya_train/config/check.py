@@ -42,12 +42,16 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"
+    only = config.run.only_phase
+    if only is not None and only not in config.plan.phases:
+        yield f"run.only_phase: {only} is not one of {', '.join(config.plan.phases)}"
     previous: tuple[str, PhaseConfig] | None = None
     for name, phase in config.plan.phases.items():
         key = f"plan.phases.{name}"
         yield from _phase(key, phase)
         yield from _phase_fits_model(key, phase, config.model)
-        yield from _phase_fits_ranks(key, phase, config, world)
+        if only in (None, name):
+            yield from _phase_fits_ranks(key, phase, config, world)
         yield from _mixture(key, phase, config)
         yield from _gate(key, phase, config)
         if previous and phase.context_tokens < previous[1].context_tokens:

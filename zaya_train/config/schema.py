@@ -364,6 +364,9 @@ class RunConfig:
     """Everything the run writes goes below this directory."""
     seed: int = 0
     """Seeds initialisation and data order."""
+    only_phase: str | None = None
+    """Run this phase of the plan alone, from the end of the one before, and exit 0 at its end: one
+    job of a chain, whose layout needs to suit no other phase. None runs the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
