@@ -22,9 +22,6 @@ def sum_over(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 class _GatherDim0(torch.autograd.Function):
-    """All-gather along dim 0; the backward sums every rank's gradient and keeps this rank's
-    part."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
@@ -35,13 +32,21 @@ class _GatherDim0(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty(ctx.rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
+        parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, grad.contiguous(), group=ctx.group)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        summed = parts.view(-1, ctx.rows, *grad.shape[1:]).sum(dim=0, dtype=wide)
+        return summed.to(grad.dtype), None
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x [n, ...] on every rank -> [ranks * n, ...] in rank order; differentiable."""
+    """x [n, ...] on every rank -> [ranks * n, ...] in rank order; differentiable.
+
+    The backward gives every rank what all ranks' gradients of its rows add up to. They travel as
+    they are, by an all-to-all, and are added in fp32 or higher and in rank order: a reduce-scatter
+    of bf16 would round after every rank, and one of fp32 would send twice the bytes for the same
+    sum.
+    """
     return _GatherDim0.apply(x, group)
 
 
