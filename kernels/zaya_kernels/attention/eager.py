@@ -1,5 +1,5 @@
 """Packed attention on padded groups of documents, each group through `blocks` where the CPU gains
-by it, else through torch's scaled_dot_product_attention.
+by it, else through torch's flash attention.
 
 Documents of similar length form one batch padded on the right: causality alone keeps real queries
 from padded keys, so no mask is needed and the flash path runs. Segments whose queries start inside
@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zaya_kernels.attention.behind import behind
 from zaya_kernels.attention.blocks import causal, worthwhile
+from zaya_kernels.attention.flash import flash_causal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,10 +77,13 @@ class _Parts(torch.autograd.Function):
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [N, L, H, d], k and v [N, L, K, d] -> [N, L, H, d]."""
-    if worthwhile(q, k):
+    if q.device.type == "cpu" and worthwhile(q, k):
         return causal(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.device.type == "cpu":
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        out = flash_causal(q, k, v)
     return out.transpose(1, 2)
 
 
