@@ -182,7 +182,8 @@ def _optimizer_lines(request: PlanRequest) -> list[str]:
     """Which optimizer gets which parameter, and how evenly Muon's work falls on the ranks."""
     shapes = parameter_shapes(request.config.model)
     shards = request.config.parallel.shard or request.ranks
-    made = muon_plan(shapes, request.ranks // shards, shards)
+    own = request.config.parallel.expert_parallel
+    made = muon_plan(shapes, request.ranks // shards, shards, own)
     loads = [load / 1e12 for load in made.loads.values()]
     return [
         "optimizers",
@@ -199,10 +200,23 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def muon_plan(shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int) -> Plan:
-    """Muon's plan where FSDP alone shards: stacks between matrices, in chunks."""
+def muon_plan(
+    shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int, expert: int = 1
+) -> Plan:
+    """Muon's plan where stacks are sharded between matrices, experts over `expert` ranks first."""
     table = assign(shapes)
-    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
-    counts = [row_counts(shape[0], shards) for shape in muon]
+    muon = {name: shape for name, shape in shapes.items() if table[name].optimizer == "muon"}
+    counts = [
+        matrices_held(shape[0], shards, expert if table[name].what == "experts" else 1)
+        for name, shape in muon.items()
+    ]
     held = [[count[column] for count in counts] for column in range(shards)]
-    return plan([place.matrix for place in matrices_of(muon, held)], replicas, shards)
+    places = matrices_of(list(muon.values()), held)
+    return plan([place.matrix for place in places], replicas, shards)
+
+
+def matrices_held(count: int, shards: int, expert: int) -> list[int]:
+    """Of a stack of `count`, by column: divided over `expert` neighbours, then in chunks over the
+    ranks that hold the same part (`parallel.mesh`)."""
+    chunks = row_counts(count // expert, shards // expert)
+    return [chunks[column // expert] for column in range(shards)]
