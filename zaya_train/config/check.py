@@ -39,6 +39,11 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     yield from _settings(config)
     if config.kernels.cca == "triton":
         yield from _triton_cca(config.model)
+    if config.kernels.attention == "triton" and config.model.head_dim not in (16, 32, 64, 128):
+        yield (
+            f"kernels.attention=triton: model.head_dim {config.model.head_dim} must be 16, 32, 64 "
+            "or 128"
+        )
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"

@@ -15,6 +15,8 @@ from typing import Literal
 KernelName = Literal["eager", "reference"]
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
+AttentionName = Literal["eager", "sdpa", "reference", "triton"]
+"""eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
 RecomputeKind = Literal["none", "selective", "full"]
 ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
@@ -272,7 +274,7 @@ class KernelsConfig:
     """Back end per operation, by name; a name that cannot run here is an error."""
 
     cca: TritonKernelName = "eager"
-    attention: KernelName = "eager"
+    attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
     grouped_mlp: KernelName = "eager"
     linear_cross_entropy: KernelName = "eager"

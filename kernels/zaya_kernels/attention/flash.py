@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 
 REFUSAL = (
-    "kernels.attention=eager: no flash attention in {dtype} on {device}; set "
+    "kernels.attention eager and sdpa: no flash attention in {dtype} on {device}; set "
     "precision.compute_dtype=bf16, or kernels.attention=reference, which holds a document's whole "
     "matrix of scores"
 )
