@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 NO_MESH = cast("Mesh", None)
 
 
-def test_fp32_attention_on_a_gpu_is_refused_before_anything_is_built() -> None:
-    config = tiny({"precision.compute_dtype": "fp32"})
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_fp32_attention_on_a_gpu_is_refused_before_anything_is_built(backend: str) -> None:
+    config = tiny({"precision.compute_dtype": "fp32", "kernels.attention": backend})
     rule = (
-        r"kernels\.attention=eager: no flash attention in fp32 on cuda; set "
-        r"precision\.compute_dtype=bf16, or kernels\.attention=reference"
+        rf"kernels\.attention={backend}: no flash attention in fp32 on cuda; set "
+        r"precision\.compute_dtype=bf16, or kernels\.attention=triton, or kernels\.attention=refer"
     )
     with pytest.raises(ConfigError, match=rule):
         parallelize(config, config.model, NO_MESH, torch.device("cuda"))

@@ -49,8 +49,9 @@ def parallelize(
 
 def _check_attention(config: TrainConfig, device: torch.device) -> None:
     dtype, backend = config.precision.compute_dtype, config.kernels.attention
-    if device.type != "cpu" and backend == "eager" and DTYPES[dtype].itemsize != 2:
-        raise ConfigError(REFUSAL.format(dtype=dtype, device=device.type))
+    flash = backend in ("eager", "sdpa")
+    if device.type != "cpu" and flash and DTYPES[dtype].itemsize != 2:
+        raise ConfigError(REFUSAL.format(backend=backend, dtype=dtype, device=device.type))
 
 
 def sharded_on_meta(

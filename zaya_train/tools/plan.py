@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from zaya_train.config.schema import ModelConfig, TrainConfig
+    from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
     from zaya_train.optim.owners import Plan
 
 _GIB, _MIB = 2**30, 2**20
@@ -69,40 +69,38 @@ def show_plan(request: PlanRequest, console: Console) -> None:
 
 
 def _phase_table(request: PlanRequest) -> Table:
-    table = Table(title=f"phases on {request.ranks} ranks", title_justify="left")
-    columns = (
-        "phase",
-        "tokens",
-        "context",
-        "RoPE base",
-        "steps",
-        "rows/step",
-        "replicate",
-        "shard",
-    )
-    for column in (*columns, "context ranks", "expert ranks", "accumulation", "PFLOP/step"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
+    """A column per phase, which eighty characters hold for plans of some phases."""
+    table = Table(title=f"phases on {request.ranks:,} ranks", title_justify="left")
+    table.add_column("")
+    columns = []
     for name, phase in request.config.plan.phases.items():
-        degrees = layout(phase, request.config.parallel, request.ranks)
-        unit = degrees.data * phase.micro_batch_sequences
-        rows = phase.global_batch_tokens // phase.context_tokens
-        # Upper end: every document as long as the context.
-        flops = train_flops_per_token(request.config.model, phase.context_tokens)
-        table.add_row(
-            name,
-            f"{phase_sequences(phase) * phase.context_tokens:,}",
-            f"{phase.context_tokens:,}",
-            f"{phase.rope_base:,.0f}",
-            f"{steps_in(phase, unit):,}",
-            f"{rows:,}",
-            str(degrees.replicate),
-            str(degrees.shard),
-            str(degrees.context),
-            str(degrees.expert),
-            str(rows // unit),
-            f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
-        )
+        table.add_column(name, justify="right")
+        columns.append(_phase_column(request, phase))
+    for item in columns[0]:
+        table.add_row(item, *(column[item] for column in columns))
     return table
+
+
+def _phase_column(request: PlanRequest, phase: PhaseConfig) -> dict[str, str]:
+    """What the table says of a phase."""
+    degrees = layout(phase, request.config.parallel, request.ranks)
+    unit = degrees.data * phase.micro_batch_sequences
+    rows = phase.global_batch_tokens // phase.context_tokens
+    # Upper end: every document as long as the context.
+    flops = train_flops_per_token(request.config.model, phase.context_tokens)
+    return {
+        "tokens, billions": f"{phase_sequences(phase) * phase.context_tokens / 1e9:,.3f}",
+        "context": f"{phase.context_tokens:,}",
+        "RoPE base": f"{phase.rope_base:,.0f}",
+        "steps": f"{steps_in(phase, unit):,}",
+        "rows per step": f"{rows:,}",
+        "micro-batches per step": f"{rows // unit:,}",
+        "replicate": f"{degrees.replicate:,}",
+        "shard": f"{degrees.shard:,}",
+        "context ranks": f"{degrees.context:,}",
+        "expert ranks": f"{degrees.expert:,}",
+        "PFLOP per step, at most": f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
+    }
 
 
 def _traffic_table(request: PlanRequest) -> Table:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 _aten = torch.ops.aten
 
 REFUSAL = (
-    "kernels.attention eager and sdpa: no flash attention in {dtype} on {device}; set "
-    "precision.compute_dtype=bf16, or kernels.attention=reference, which holds a document's whole "
-    "matrix of scores"
+    "kernels.attention={backend}: no flash attention in {dtype} on {device}; set "
+    "precision.compute_dtype=bf16, or kernels.attention=triton, or kernels.attention=reference, "
+    "which holds a document's whole matrix of scores"
 )
 """What is said of numbers that a device's flash kernel does not take."""
 
@@ -33,7 +33,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse
     if q.dtype.itemsize != 2:
-        raise ValueError(REFUSAL.format(dtype=str(q.dtype), device=q.device.type))
+        raise ValueError(REFUSAL.format(backend="eager", dtype=str(q.dtype), device=q.device.type))
     out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return out, lse
 
