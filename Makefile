@@ -31,6 +31,10 @@ smoke: $(READY) ## the whole main job in miniature: data, training, kill, resume
 test: $(READY) ## lint, type check and all tests; the last line counts them
 	@.ci/test
 
+.PHONY: nightly
+nightly: $(READY) ## the long forms: kills at random moments, corruptions; an hour or more
+	@.ci/test -m nightly
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

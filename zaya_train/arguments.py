@@ -215,6 +215,14 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--memory-gb", type=float, help="rehearse, and refuse what does not fit")
     parser.add_argument("--phase", action="append", help="rehearse these phases only")
     parser = add_command(
+        commands, "supervise", handlers["supervise"], "train, watched from outside and restarted"
+    )
+    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of this node")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master", help="host:port where the nodes meet")
+    parser = add_command(
         commands, "doctor", handlers["doctor"], "prove a configuration on local ranks, shrunk"
     )
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
@@ -230,6 +238,38 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--data", help="train on this dataset instead of generated problems")
     parser.add_argument("--tokenizer", default="bytes")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the training runs")
+
+
+def add_checkpoint(commands: Any, handlers: Mapping[str, Handler]) -> None:
+    """`zaya checkpoint ...`."""
+    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints").add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    place = "run directory, its checkpoints, or one of them"
+    parser = add_command(checkpoint, "ls", handlers["checkpoint ls"], "list them, unread")
+    parser.add_argument("path", type=Path, help=place)
+    parser = add_command(
+        checkpoint, "verify", handlers["checkpoint verify"], "read every byte of them"
+    )
+    parser.add_argument("paths", nargs="+", type=Path, help=place)
+    parser = add_command(
+        checkpoint, "diff", handlers["checkpoint diff"], "tensors, position and configuration"
+    )
+    parser.add_argument("first", type=Path, help="a checkpoint, or a run for its newest")
+    parser.add_argument("second", type=Path, help="the same")
+    parser.add_argument("--rows", type=int, default=10, help="most tensors to show")
+
+
+def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
+    """`zaya submit` and `env`."""
+    parser = add_command(commands, "submit", handlers["submit"], "hand a run to Slurm")
+    parser.add_argument(
+        "words", nargs="+", help="as for train, and nodes=, time_limit_minutes=, cluster=, chain="
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write the scripts, submit nothing")
+    parser = add_command(commands, "env", handlers["env"], "environment of the ranks, with reasons")
+    parser.add_argument("cluster", nargs="?", default="mi300x_pollara", help="of configs/cluster")
+    parser.add_argument("--sh", action="store_true", help="as shell lines")
 
 
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:

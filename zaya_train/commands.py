@@ -6,9 +6,12 @@ another. Those that take Hydra overrides find `main.compose` among their options
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.progress import Progress
 
 from zaya_train.arguments import FIELDS
 from zaya_train.config.errors import ConfigError
@@ -160,7 +163,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     console = Console()
     rows = evaluate.read_rows(options.rows)[: options.count]
     request = evaluate.EvalRequest(max_new_tokens=options.max_new_tokens)
-    result = evaluate.exact_match(options.model, rows, request)
+    with Progress(console=console, transient=True) as progress:
+        result = evaluate.exact_match(options.model, rows, request, progress)
     evaluate.print_report(result, console)
     if options.output:
         evaluate.write_report(result, options.output)
@@ -177,6 +181,20 @@ def _plan(options: argparse.Namespace) -> None:
         phases = tuple(options.phase or ())
         request = RehearsalRequest(config, options.ranks, phases, options.memory_gb)
         show_rehearsal(request, Console())
+
+
+def _supervise(options: argparse.Namespace) -> int:
+    from zaya_train.tools.supervise import SuperviseRequest, supervise
+
+    request = SuperviseRequest(
+        config=options.compose(options.overrides),
+        overrides=options.overrides,
+        ranks=options.ranks,
+        nodes=options.nodes,
+        node_rank=options.node_rank,
+        master=options.master,
+    )
+    return supervise(request)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -215,10 +233,50 @@ def _kernels_verify(options: argparse.Namespace) -> int:
         raise ConfigError(f"--arch: {', '.join(sorted(unknown))}; of {', '.join(ARCHITECTURES)}")
     if options.write and chosen != ARCHITECTURES:
         raise ConfigError("--write: the golden file holds every architecture; leave --arch out")
+    request = VerifyRequest(chosen, not options.no_numerics, options.write)
+    return verify(request, _wide_console())
+
+
+def _checkpoint_ls(options: argparse.Namespace) -> int:
+    from zaya_train.tools.checkpoint import show_checkpoints
+
+    return show_checkpoints(options.path, _wide_console())
+
+
+def _checkpoint_verify(options: argparse.Namespace) -> int:
+    from zaya_train.tools.checkpoint import verify_checkpoints
+
+    return verify_checkpoints(options.paths, _wide_console())
+
+
+def _checkpoint_diff(options: argparse.Namespace) -> int:
+    from zaya_train.tools.checkpoint_diff import diff_checkpoints
+
+    return diff_checkpoints(options.first, options.second, options.rows, _wide_console())
+
+
+def _wide_console() -> Console:
+    """Tables for a file or a pipe are not cut to the eighty columns rich takes for granted."""
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    return verify(VerifyRequest(chosen, not options.no_numerics, options.write), console)
+    return console if console.is_terminal else Console(width=200)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from zaya_train.tools.submit import SubmitRequest, submit
+
+    resources, overrides = options.compose_submission(options.words)
+    submit(SubmitRequest(resources, options.compose(overrides), options.dry_run), Console())
+
+
+def _environment(options: argparse.Namespace) -> None:
+    from zaya_train.tools.launch_environment import shell_file, show_environment
+
+    words = [f"cluster={options.cluster}", "nodes=1"]
+    environment = options.compose_submission(words)[0].environment
+    if options.sh:
+        sys.stdout.write(shell_file(environment, options.cluster))
+    else:
+        show_environment(environment, os.environ, Console())
 
 
 HANDLERS = {
@@ -227,8 +285,14 @@ HANDLERS = {
     "generate": _generate,
     "evaluate": _evaluate,
     "plan": _plan,
+    "supervise": _supervise,
     "doctor": _doctor,
     "report": _report,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
+    "checkpoint ls": _checkpoint_ls,
+    "checkpoint verify": _checkpoint_verify,
+    "checkpoint diff": _checkpoint_diff,
+    "submit": _submit,
+    "env": _environment,
 }

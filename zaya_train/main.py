@@ -2,7 +2,9 @@
 
 zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
 zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
-zaya import-hf | export-hf | generate | evaluate | plan | report | smoke
+zaya import-hf | export-hf | generate | evaluate | plan | supervise | report | smoke
+zaya checkpoint ls | verify | diff
+zaya submit recipe=zaya1_8b nodes=128 | env | preflight
 zaya kernels verify
 """
 
@@ -11,9 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,16 +26,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import zaya_train
-from zaya_train.arguments import add_data, add_hub, add_kernels, add_model_use, add_runs
+from zaya_train.arguments import (
+    add_checkpoint,
+    add_cluster,
+    add_data,
+    add_hub,
+    add_kernels,
+    add_model_use,
+    add_runs,
+)
 from zaya_train.commands import DATA_HANDLERS, HANDLERS
 from zaya_train.config.build import build
+from zaya_train.config.cluster import SubmitConfig
 from zaya_train.config.defaults import defaults
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
+from zaya_train.config.frozen import thaw
 from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.runtime.files import named_failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,20 +80,21 @@ def config_dir() -> Path:
 
 
 def _register_defaults() -> None:
-    """Give Hydra the schema's defaults: `schema` below the whole run, `phase/base` below a
-    phase."""
+    """Give Hydra the schemas' defaults: `schema` below the whole run, `phase/base` below a phase,
+    `submit_schema` below a submission."""
     store = ConfigStore.instance()
     store.store(name="schema", node=defaults(TrainConfig))
     store.store(group="phase", name="base", node=defaults(PhaseConfig))
+    store.store(name="submit_schema", node=defaults(SubmitConfig))
 
 
-def _typed(values: DictConfig) -> TrainConfig:
+def _typed(values: DictConfig, cls: type[T]) -> T:
     """Resolved YAML to the typed configuration."""
     try:
         plain = OmegaConf.to_container(values, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    return build(TrainConfig, plain)
+    return build(cls, plain)
 
 
 def _train(overrides: list[str]) -> int:
@@ -87,11 +102,15 @@ def _train(overrides: list[str]) -> int:
     # torch: two seconds of import that the other commands do without.
     from zaya_train.run import train
 
+    if overrides[:1] == ["--frozen"]:
+        if len(overrides) != 2:
+            raise ConfigError("train --frozen FILE: takes one file, and nothing can be overridden")
+        return train(thaw(Path(overrides[1])))
     codes: list[int] = []
 
     def task(values: DictConfig) -> None:
         try:
-            codes.append(train(_for_job(_typed(values))))
+            codes.append(train(_for_job(_typed(values, TrainConfig))))
         except ZayaError as error:
             codes.append(_told(error))
         except OSError as error:
@@ -136,10 +155,39 @@ def _for_job(config: TrainConfig) -> TrainConfig:
 
 def compose(overrides: Sequence[str]) -> TrainConfig:
     """The typed configuration of a list of Hydra overrides, without running anything."""
+    return _compose("train", overrides, TrainConfig)
+
+
+def compose_submission(words: Sequence[str]) -> tuple[SubmitConfig, list[str]]:
+    """How to submit, and the overrides left for the run; keys of the two stand mixed."""
+    ours = {field.name for field in fields(SubmitConfig)} | {"cluster"}
+    # Names of one's own below these: nothing to override need be there.
+    own_names = ("jobs", "environment", "directives")
+    mine: list[str] = []
+    rest: list[str] = []
+    for word in words:
+        key = word.split("=", 1)[0].lstrip("+~").split(".")[0]
+        if key in own_names and word[0] not in "+~":
+            word = f"++{word}"
+        if key in ours and key not in ("jobs", "environment"):
+            word = _quoted(word)
+        (mine if key in ours else rest).append(word)
+    return _compose("submit", mine, SubmitConfig), rest
+
+
+def _quoted(word: str) -> str:
+    """Node lists and mounts are strings, whatever their brackets and commas mean to Hydra."""
+    key, found, value = word.partition("=")
+    if not found or not set(value) & set("[](){},: ") or value[:1] in "'\"":
+        return word
+    return key + "='" + value.replace("'", "\\'") + "'"
+
+
+def _compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     _register_defaults()
     try:
         with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            return _typed(hydra.compose("train", overrides=list(overrides)))
+            return _typed(hydra.compose(name, overrides=list(overrides)), cls)
     except HydraException as error:
         raise ConfigError(_one_line(error)) from error
 
@@ -154,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
     add_data(commands, DATA_HANDLERS)
-    for add in (add_hub, add_model_use, add_runs, add_kernels):
+    for add in (add_hub, add_model_use, add_runs, add_checkpoint, add_cluster, add_kernels):
         add(commands, HANDLERS)
-    parser.set_defaults(compose=compose)
+    parser.set_defaults(compose=compose, compose_submission=compose_submission)
     return parser

@@ -41,8 +41,8 @@ def test_marker_ids_are_fixed(bytes_tokenizer: Tokenizer) -> None:
 def test_markers_in_plain_text_stay_text(bytes_tokenizer: Tokenizer) -> None:
     ids = bytes_tokenizer.encode("<think>a</think><|end|><|pad|>")
     assert min(ids) >= len(MARKERS)
-    (batch,) = bytes_tokenizer.encode_batch(["<|user|>"])
-    assert batch.tolist() == bytes_tokenizer.encode("<|user|>")
+    (batched,) = bytes_tokenizer.encode_batch(["<|user|>"])
+    assert batched.tolist() == bytes_tokenizer.encode("<|user|>")
 
 
 def test_auto_tokenizer_gives_the_same_ids(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def some_steps(grid: Grid) -> Outcome:
         for i, shape in enumerate(grid.shapes)
     ]
     views = [PER_EXPERT if len(shape) == 3 else MATRIX for shape in grid.shapes]
-    muon = Muon(shards, views, muon_config(grid), groups, "eager")
+    muon = Muon(shards, views, [True] * len(shards), muon_config(grid), groups, "eager")
     with Traffic(groups) as sent:
         for step in range(STEPS):
             _give_gradients(shards, grid, mesh, step)
@@ -218,4 +218,4 @@ def replicas_that_differ() -> None:
     mesh = Mesh.build(Layout(2, 1, 1), "cpu")
     groups = Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate"))
     stack = Parameter(torch.zeros(3 + groups.replicate.rank(), 2, 2))
-    Muon([LocalShard.of("p", stack)], [PER_EXPERT], muon_config(Grid()), groups, "eager")
+    Muon([LocalShard.of("p", stack)], [PER_EXPERT], [True], muon_config(Grid()), groups, "eager")

@@ -56,7 +56,7 @@ def ours(parameters: list[Parameter], mesh: Mesh) -> Any:
     views = [PER_EXPERT if p.dim() == 3 else MATRIX for p in parameters]
     config = MuonConfig(learning_rate=RATE, momentum=MOMENTUM, weight_decay=DECAY)
     groups = Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate"))
-    muon = Muon(shards, views, config, groups, "eager")
+    muon = Muon(shards, views, [True] * len(shards), config, groups, "eager")
     return lambda: muon.step(RATE)
 
 

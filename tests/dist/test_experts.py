@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dist.harness import Case, Setup, whole
 from tests.helpers.distributed import run_ranks
-from tests.helpers.traffic import Traffic
+from tests.helpers.traffic import Traffic, of_dtensors
 from zaya_train.model.interfaces import LocalDispatcher
+from zaya_train.parallel.collectives import Crossing
 from zaya_train.parallel.experts import AllToAllDispatcher, divide_experts
 from zaya_train.parallel.fsdp import local_row_start, write_full
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
     from zaya_train.model.interfaces import TokenDispatcher
 
-HIDDEN, EXPERTS = 5, 8
+HIDDEN, EXPERTS, LAYERS = 5, 8, 2
 SKIP = EXPERTS
 CHOICES: dict[str, list[list[int]]] = {
     # Of every rank; ranks beyond the list start over.
@@ -59,9 +65,12 @@ def pass_through(
     `experts` [E_local, D, D] collects its own gradient."""
     tokens = tokens.clone().requires_grad_()
     route = dispatcher.route(choice, EXPERTS)
-    rows = dispatcher.dispatch(tokens, route)
+    rows = dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
     pieces = zip(torch.split(rows, route.counts.tolist()), experts, strict=True)
-    out = dispatcher.combine(torch.cat([piece @ matrix for piece, matrix in pieces]), route)
+    done = torch.cat([piece @ matrix for piece, matrix in pieces])
+    pending = dispatcher.start_combine(done, route)
+    skipped = (choice == SKIP).unsqueeze(-1)
+    out = dispatcher.finish_combine(pending, torch.where(skipped, 2 * tokens, 0))
     torch.autograd.backward((out * torch.arange(1.0, HIDDEN + 1)).square().sum())
     assert tokens.grad is not None
     return rows.detach(), out.detach(), tokens.grad
@@ -102,6 +111,147 @@ def test_equals_the_local_dispatcher(name: str, ranks: int) -> None:
         assert {n: e for n, e in errors.items() if e > 1e-12} == {}
 
 
+class _Waits(torch.autograd.Function):
+    """Runs a function in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, then: Callable[[], None]) -> Tensor:
+        ctx.then = then
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.then()
+        return grad, None
+
+
+def others_start_when_rank_0_is_between() -> list[str]:
+    """Rank 0 says in the store that it has launched an exchange and not yet awaited it; the others
+    launch theirs only then. A start that waited for them would never end."""
+    group, store, said = world(), _get_default_store(), []
+    rank = group.rank()
+
+    def launched(what: str) -> None:
+        store.set(what, "1")
+        said.append(what)
+
+    def not_before(what: str) -> None:
+        store.wait([what])
+        said.append(what)
+
+    def between(what: str) -> None:
+        if rank == 0:
+            launched(what)
+
+    def before(what: str) -> None:
+        if rank != 0:
+            not_before(what)
+
+    dispatcher = AllToAllDispatcher(group)
+    choice = choice_of("mixed", rank)
+    route = dispatcher.route(choice, EXPERTS)
+    tokens = tokens_of(rank, len(choice)).requires_grad_()
+    before("dispatch")
+    pending = dispatcher.start_dispatch(tokens, route)
+    between("dispatch")
+    rows = dispatcher.finish_dispatch(pending)
+    before("combine")
+    leaving = dispatcher.start_combine(rows, route)
+    between("combine")
+    kept = torch.where((choice == SKIP).unsqueeze(-1), tokens, 0)
+    base = _Waits.apply(kept, partial(between, "gradients"))  # type: ignore[no-untyped-call]
+    out = dispatcher.finish_combine(leaving, base)
+    out = _Waits.apply(out, partial(before, "gradients"))  # type: ignore[no-untyped-call]
+    torch.autograd.backward(out.sum())
+    assert tokens.grad is not None and torch.equal(tokens.grad, torch.ones_like(tokens))
+    return said
+
+
+def test_work_between_start_and_finish_runs_while_rows_travel() -> None:
+    for said in run_ranks(others_start_when_rank_0_is_between, 2, timeout=60):
+        assert said == ["dispatch", "combine", "gradients"]
+
+
+def host_reads() -> tuple[list[str], list[str]]:
+    """Ways by which the host reads a tensor, while a route is made and everywhere else."""
+    dispatcher, rank = AllToAllDispatcher(world()), world().rank()
+    choice = choice_of("mixed", rank)
+    tokens = tokens_of(rank, len(choice)).requires_grad_()
+    reads: list[str] = []
+    for name in ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def noted(*arguments: Any, _original: Any = original, _name: str = name) -> Any:
+            reads.append(_name)
+            return _original(*arguments)
+
+        setattr(torch.Tensor, name, noted)
+    route = dispatcher.route(choice, EXPERTS)
+    of_route = list(reads)
+    rows = dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
+    leaving = dispatcher.start_combine(rows, route)
+    out = dispatcher.finish_combine(leaving, torch.zeros_like(tokens))
+    torch.autograd.backward(out.sum())
+    return of_route, reads[len(of_route) :]
+
+
+def test_the_host_reads_the_split_sizes_and_nothing_else() -> None:
+    assert run_ranks(host_reads, 2) == [(["tolist"], [])] * 2
+
+
+class Order(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What runs while each exchange of rows is under way."""
+
+    def __init__(self, monkey: pytest.MonkeyPatch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flights: list[list[str]] = []
+        self.open = False
+        begin, wait = Crossing.begin, Crossing.wait
+
+        def begun(crossing: Crossing, *arguments: Any) -> Tensor:
+            out = begin(crossing, *arguments)
+            self.flights.append([])
+            self.open = True
+            return out
+
+        def waited(crossing: Crossing) -> Tensor:
+            self.open = False
+            return wait(crossing)
+
+        monkey.setattr(Crossing, "begin", begun)
+        monkey.setattr(Crossing, "wait", waited)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if of_dtensors(types):
+            return NotImplemented
+        if self.open:
+            self.flights[-1].append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def work_of_a_layer_under_way() -> list[list[str]]:
+    """Operations within each exchange's flight."""
+    setup = Setup.of(Case(shard=2, expert=2))
+    batch = setup.batches(0)[0]
+    with pytest.MonkeyPatch.context() as monkey, Order(monkey) as order:
+        out = setup.model(batch.tokens, batch.labels, batch.layout)
+        torch.autograd.backward(out.loss)
+    flights: list[list[str]] = order.flights
+    return flights
+
+
+def test_a_layer_works_while_rows_travel() -> None:
+    """Per layer: there and back, then the gradients of back and of there."""
+    for flights in run_ranks(work_of_a_layer_under_way, 2):
+        there, back, gradients, home = flights[0], flights[1], flights[-2], flights[-1]
+        assert len(flights) == 4 * LAYERS
+        # The order of arrival; what skipped tokens put out; its gradient.
+        assert "sort" in there or "argsort" in there
+        assert "where" in back and "where" in gradients
+        # Nothing else of a layer waits for neither tokens nor their gradients.
+        assert home == []
+
+
 def bytes_sent(name: str) -> tuple[int, int]:
     """(rows' bytes this rank hands to the all-to-all, forward; host waits besides)."""
     group = world()
@@ -109,7 +259,8 @@ def bytes_sent(name: str) -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(group)
     route = dispatcher.route(choice, EXPERTS)
     with Traffic() as traffic:
-        dispatcher.dispatch(tokens_of(group.rank(), len(choice)), route)
+        tokens = tokens_of(group.rank(), len(choice))
+        dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
     return traffic.sent_bytes("all_to_all"), int((choice != SKIP).sum()) * HIDDEN * 8
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.dist.harness import relative
+from tests.dist.harness import Case, Setup, relative
 from tests.dist.muon_ranks import (
     EVEN,
     EXPERTS,
@@ -18,6 +19,10 @@ from tests.dist.muon_ranks import (
     run_grids,
 )
 from tests.helpers.distributed import RankError, run_ranks
+from zaya_train.tools.plan import muon_plan
+
+if TYPE_CHECKING:
+    from zaya_train.optim.owners import Plan
 
 TOLERANCE = 1e-6  # fp32, relative to each tensor's norm
 
@@ -110,3 +115,28 @@ def test_replicas_with_different_matrices_are_refused() -> None:
     rule = r"replica 0 holds 3 matrices of p on shard rank 0 and replica 1 holds 4"
     with pytest.raises(RankError, match=rule):
         run_ranks(replicas_that_differ, 2)
+
+
+def plans_of(case: Case) -> tuple[Plan, Plan]:
+    """What a run's ranks agree on, and what `zaya plan` says beforehand."""
+    setup = Setup.of(case)
+    shapes = {name: tuple(p.shape) for name, p in setup.model.named_parameters()}
+    said = muon_plan(shapes, case.replicate, case.shard * case.context, case.expert)
+    return setup.optimizer.muon.plan, said
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shard=4, experts=6),
+        # Two, two, one and one; FSDP alone would deal two, two, two and none.
+        Case(shard=4, expert=2, experts=6),
+        Case(replicate=2, shard=2, expert=2, experts=6),
+        # One expert for two ranks, one of which holds nothing of it.
+        Case(shard=2, context=2, expert=2, experts=2),
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_plan_that_is_printed_is_the_plan_that_runs(case: Case) -> None:
+    for real, said in run_ranks(plans_of, case.world, case):
+        assert said == real

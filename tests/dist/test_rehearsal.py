@@ -14,7 +14,7 @@ from zaya_train.parallel.apply import parallelize
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.tools import rehearsal
-from zaya_train.tools.rehearsal_meter import Meter
+from zaya_train.tools.rehearsal_meter import Meter, Peak
 from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
 from zaya_train.train.step import Rates, train_step
 
@@ -31,6 +31,11 @@ class RealMeter(Meter):  # type: ignore[no-untyped-call]
         pass
 
 
+STEPS = 6
+"""gloo's threads may hold a finished collective's tensors a moment longer, so that a stage's peak
+is now and then too high, never too low: the least of some steps is the step's own."""
+
+
 def figures(peaks: Any, flows: Any) -> Figures:
     fullest = max(peaks.values(), key=lambda peak: peak.bytes)
     return (
@@ -41,7 +46,7 @@ def figures(peaks: Any, flows: Any) -> Figures:
 
 
 def real(config: TrainConfig, name: str, ranks: int) -> Figures:
-    """`rehearsal._step` with numbers: a real step of a real model under the same meter."""
+    """`rehearsal._step` with numbers: real steps of a real model under the same meter."""
     warnings.simplefilter("ignore")
     phase = config.plan.phases[name]
     mesh = Mesh.build(layout(phase, config.parallel, ranks), "cpu")
@@ -54,12 +59,16 @@ def real(config: TrainConfig, name: str, ranks: int) -> Figures:
         rehearsal._give_routing(model, batch, 1.0)
         with meter.labelled(STATE):
             optimizer = rehearsal._optimizer(config, model, mesh)
-        meter.flows.clear()
-        meter.peaks.clear()
         rates = Rates(muon=0.1, adamw=0.1, clip_norm=0.0)
-        batches = [batch] * count
-        train_step(model, optimizer, batches, rates, Reduction.of(mesh, config.parallel))
-    return figures(meter.peaks, meter.flows)
+        least: dict[str, Peak] = {}
+        for _ in range(STEPS):
+            meter.flows.clear()
+            meter.peaks.clear()
+            batches = [batch] * count
+            train_step(model, optimizer, batches, rates, Reduction.of(mesh, config.parallel))
+            for stage, peak in meter.peaks.items():
+                least[stage] = min(peak, least.get(stage, peak), key=lambda peak: peak.bytes)
+    return figures(least, meter.flows)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests.faults.states import differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import StorageError
+from zaya_train.config.schema import CheckpointConfig
 from zaya_train.train import storage
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows
@@ -103,11 +104,12 @@ def test_every_rank_fails_and_older_ones_stay(
     assert _names(tmp_path) == ["step-00000002", "step-00000003"]
 
 
-def _save_through_refusals(run_dir: Path, retry_seconds: float) -> tuple[list[str], list[str]]:
+def _save_through_refusals(run_dir: Path, asynchronous: bool) -> tuple[list[str], list[str]]:
     """Two refusals, a success, two refusals, a required save, which is refused for good."""
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
     metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
-    saver = Saver(store, metrics, run_dir, retry_seconds)
+    config = CheckpointConfig(retry_seconds=0.0, asynchronous=asynchronous)
+    saver = Saver(store, metrics, run_dir, config)
     mesh = make_mesh()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = []
@@ -126,6 +128,8 @@ def _save_through_refusals(run_dir: Path, retry_seconds: float) -> tuple[list[st
             resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
         try:
             saver.save(shard(plain_state(step), mesh), record(step), required)
+            while store.under_way:
+                saver.report()
             told.append("")
         except StorageError as error:
             told.append(str(error))
@@ -136,10 +140,11 @@ def _save_through_refusals(run_dir: Path, retry_seconds: float) -> tuple[list[st
     return told, _names(run_dir / "checkpoints")
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_third_refusal_in_a_row_and_a_refused_required_save_end_the_run(
-    tmp_path: Path,
+    tmp_path: Path, asynchronous: bool
 ) -> None:
-    (told, kept), other = run_ranks(_save_through_refusals, 2, tmp_path, 0.0)
+    (told, kept), other = run_ranks(_save_through_refusals, 2, tmp_path, asynchronous)
     assert other == (told, kept)
     assert [bool(text) for text in told] == [step in (5, 9) for step in range(1, 10)]
     assert "step 5: 4 saves in a row failed" in told[4] and "rank 1: " in told[4]
@@ -165,7 +170,8 @@ def _required_save_of_a_disk_that_recovers(run_dir: Path) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zaya_train.train.saving.time.sleep", recover)
-        Saver(store, metrics, run_dir, 0.0).save(state, record(1), required=True)
+        config = CheckpointConfig(retry_seconds=0.0)
+        Saver(store, metrics, run_dir, config).save(state, record(1), required=True)
     return _names(run_dir / "checkpoints")
 
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -146,12 +146,15 @@ def _rank_main(
             world_size=meeting.world_size,
             timeout=timedelta(seconds=meeting.timeout_seconds),
         )
-        message = pickle.dumps(("done", fn(*args)))
-        dist.destroy_process_group()
+        message, done = pickle.dumps(("done", fn(*args))), True
     except BaseException:  # the parent re-raises it; CheckpointException is no Exception
-        message = pickle.dumps(("failed", traceback.format_exc()))
+        message, done = pickle.dumps(("failed", traceback.format_exc())), False
     sender.send_bytes(message)
     sender.close()
+    if done:
+        # A rank that ended while slower peers still connect to it would look like a lost one.
+        with suppress(RuntimeError, ValueError):
+            dist.barrier()
     # Peers of a failed rank wait for it; what is left of it must not wait for them in turn.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zaya_train.config.schema import TrainConfig
-    from zaya_train.model.interfaces import Route
+    from zaya_train.model.interfaces import Pending, Route
 
 SHORT = Context(("short",), 32, 1e4, 1)
 LONG = Context(("long",), 64, 1e5, 2)
@@ -95,14 +95,14 @@ def test_a_failed_check_gives_exit_code_1_and_a_name(
 def test_a_dispatcher_that_drops_a_row(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = AllToAllDispatcher.combine
+    inner = AllToAllDispatcher.start_combine
 
-    def drop(self: AllToAllDispatcher, rows: Tensor, route: Route) -> Tensor:
+    def drop(self: AllToAllDispatcher, rows: Tensor, route: Route) -> Pending:
         keep = torch.ones(rows.shape[0], 1)
         keep[:1] = 0
         return inner(self, rows * keep, route)
 
-    monkeypatch.setattr(AllToAllDispatcher, "combine", drop)
+    monkeypatch.setattr(AllToAllDispatcher, "start_combine", drop)
     assert "gradients" in sick(config, SHORT, Trial("", shard=2, expert=2, micro_rows=1))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from transformers import ZayaConfig, ZayaForCausalLM
 
@@ -275,6 +276,22 @@ def test_a_reply_cut_by_its_budget_is_unfinished_and_wrong(ending_dir: Path) -> 
     request = EvalRequest(max_new_tokens=2)
     report = exact_match(ending_dir, [row | {"answer": row["answer"][:2]} for row in rows], request)
     assert (report.correct, report.unfinished) == (0, len(rows))
+
+
+def test_the_bar_moves_with_every_step_and_ends_full(endless_dir: Path) -> None:
+    rows = list(generate(SynthRequest(count=6, split="heldout", families=("add", "sort"))))
+    moves: list[float] = []
+    with Progress(disable=True) as progress:
+        update = progress.update
+
+        def seen(task: Any, *, completed: float) -> None:
+            moves.append(completed)
+            update(task, completed=completed)
+
+        progress.update = seen  # type: ignore[method-assign, assignment]
+        exact_match(endless_dir, rows, EvalRequest(max_new_tokens=12, batch_size=2), progress)
+        (task,) = progress.tasks
+    assert task.finished and moves == sorted(moves) and len(set(moves)) == task.total
 
 
 def test_an_untrained_model_scores_nothing_on_real_problems(endless_dir: Path) -> None:

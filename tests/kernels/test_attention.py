@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from zaya_kernels import products
 from zaya_kernels.attention import blocks
 from zaya_kernels.attention import segments as planning
-from zaya_kernels.attention.behind import flash, flash_backward
+from zaya_kernels.attention.flash import flash, flash_backward, flash_causal
 from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import (
     AttentionPlan,
@@ -115,14 +116,16 @@ def test_local_chunks_against_the_gathered_row(
 
 
 class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Elements of the largest tensor any operation returns."""
+    """Elements of the largest tensor any operation returns, and what ran."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
         tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         self.elements = max([self.elements, *(x.numel() for x in tensors)])
         return out
@@ -153,10 +156,47 @@ def test_behind_calls_the_kernels_of_a_gpu_rightly() -> None:
         k = torch.empty(1, 2, 100, 64, dtype=torch.bfloat16, device="cuda")
         out, lse = flash(q, k, k, False)
         grads = flash_backward(q, (q, k, k), out, lse, False)
-        with pytest.raises(ValueError, match=r"no flash attention in torch\.float32 on cuda"):
-            flash(q.float(), k.float(), k.float(), False)
     assert (out.shape, out.dtype, lse.shape) == (q.shape, q.dtype, (1, 4, 40))
     assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+
+
+RULE = (
+    r"kernels\.attention=eager: no flash attention in torch\.float32 on cuda; set "
+    r"precision\.compute_dtype=bf16, or kernels\.attention=triton, or kernels\.attention=refer"
+)
+
+
+def test_a_gpu_gets_flash_attention_or_an_error_that_names_the_choice() -> None:
+    """Documents of 1,000 tokens in bf16: nothing as large as a document's scores, and no choice of
+    torch's; in fp32, where torch would take the form that holds them, an error."""
+    plan = packed([[1000, 24]], 1024).attention
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        places = {
+            name: torch.empty(getattr(plan, name).shape, dtype=torch.int64, device="cuda")
+            for name in ("taken", "inverse", "own_keys")
+        }
+        plan = replace(plan, **places)  # type: ignore[arg-type]
+        q = torch.empty(1, 1024, 4, 64, dtype=torch.bfloat16, device="cuda")
+        k = torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16, device="cuda")
+        with LargestTensor() as largest:
+            out = attention(q, k, k, plan, "eager")
+        with pytest.raises(ValueError, match=RULE):
+            attention(q.float(), k.float(), k.float(), plan, "eager")
+    assert out.shape == q.shape
+    assert largest.names.count("_scaled_dot_product_flash_attention") == 2
+    assert largest.elements < 1000 * 1000
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2)], ids=str)
+def test_the_form_for_gpus_on_a_cpu(heads: tuple[int, int]) -> None:
+    inputs = inputs_of(2, 13, 13, heads)
+    mask = sees([[13], [13]], 13)
+
+    def causal(_: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [flash_causal(*(x[n].transpose(1, 2) for n in "qkv")).transpose(1, 2)]
+
+    expected = run_pass(lambda _, x: dense(x, mask), "dense", inputs)
+    assert_close(run_pass(causal, "flash", inputs), expected, 1e-10)
 
 
 def test_pairs_of_keys_and_queries() -> None:

@@ -154,6 +154,9 @@ def test_report_is_one_page(folder: Path) -> None:
         (["data", "inspect", "nowhere"], 2),
         (["data", "prepare", "--input", "nowhere.jsonl", "--output", "out"], 2),
         (["report", "nowhere"], 2),
+        (["checkpoint", "ls", "nowhere"], 3),
+        (["checkpoint", "verify", "nowhere"], 3),
+        (["checkpoint", "diff", "nowhere", "nowhere"], 3),
     ],
 )
 def test_what_is_not_there_is_told_in_one_line(

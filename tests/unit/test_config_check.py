@@ -70,6 +70,11 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         2,
         ["kernels.cca=triton", "model.rope_fraction 0.25", "8 channels", "multiple of 16"],
     ),
+    (
+        {"kernels.attention": "triton", "model.head_dim": 256},
+        2,
+        ["kernels.attention=triton", "model.head_dim 256", "16, 32, 64 or 128"],
+    ),
     ({"model.num_query_heads": 3}, 2, ["model.num_query_heads", "3", "num_kv_heads 2"]),
     (
         {"model.num_kv_heads": 1, "model.head_dim": 7, "model.rope_fraction": 1.0},

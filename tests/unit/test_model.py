@@ -12,6 +12,7 @@ from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import KernelsConfig
 from zaya_train.model import SequenceLayout, ZayaModel
 from zaya_train.model.interfaces import LocalDispatcher, Surroundings, WholeRows
+from zaya_train.model.recompute import RoutingTape
 from zaya_train.model.rope import rotary_tables
 
 from ..helpers.models import (
@@ -199,16 +200,34 @@ def test_dispatch_and_combine(name: str) -> None:
     tokens = torch.randn(len(choice), 5, dtype=torch.float64, requires_grad=True)
     dispatcher = LocalDispatcher()
     route = dispatcher.route(choice, 4)
-    rows = dispatcher.dispatch(tokens, route)
+    rows = dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
     expected = [token for e in range(4) for token in tokens[choice == e]]
     assert route.counts.tolist() == [int((choice == e).sum()) for e in range(4)]
     assert torch.equal(rows, torch.stack(expected) if expected else tokens[:0])
-    out = dispatcher.combine(rows * 3, route)
-    kept = (choice < 4).unsqueeze(-1)
-    assert torch.equal(out, torch.where(kept, tokens * 3, 0.0))
+    sent = (choice < 4).unsqueeze(-1)
+    pending = dispatcher.start_combine(rows * 3, route)
+    out = dispatcher.finish_combine(pending, torch.where(sent, 0.0, tokens * 7))
+    factor = torch.where(sent, 3.0, 7.0).double().expand_as(tokens)
+    assert torch.equal(out, tokens * factor)
     torch.autograd.backward(out.sum())
     assert tokens.grad is not None
-    assert torch.equal(tokens.grad, (3.0 * kept).double().expand_as(tokens))
+    assert torch.equal(tokens.grad, factor)
+
+
+@pytest.mark.parametrize("skip_output", ["identity", "zero"])
+def test_a_skipped_token_puts_out_itself_or_nothing(
+    skip_output: Literal["identity", "zero"],
+) -> None:
+    config = replace(TINY, skip_output=skip_output)
+    model = random_model(config)
+    moe = blocks(model)[0].moe
+    x, valid = torch.randn(2, 6, config.hidden_size), torch.ones(2, 6, dtype=torch.bool)
+    norm = blocks(model)[0].moe_norm
+    skip = torch.full((2, 6), config.num_experts)
+    tape = RoutingTape(skip, torch.zeros(config.num_experts + 1))
+    out, routing = moe(x, None, valid, norm, tape)
+    expected = norm(x) * routing.probability.unsqueeze(-1) if skip_output == "identity" else 0 * x
+    torch.testing.assert_close(out, expected)
 
 
 def test_unknown_back_ends_are_named() -> None:

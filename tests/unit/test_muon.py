@@ -34,7 +34,7 @@ def muon_of(
 ) -> Muon:
     """Three dimensions are a stack of matrices."""
     views = [PER_EXPERT if shard.parameter.dim() == 3 else MATRIX for shard in shards]
-    return Muon(shards, views, config, groups, backend)
+    return Muon(shards, views, [True] * len(shards), config, groups, backend)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -136,6 +136,16 @@ def test_muon_without_a_gradient_only_decays(alone: Groups) -> None:
         torch.testing.assert_close(shard.local, value * (1 - 0.1 * 0.5))
 
 
+def test_only_what_is_to_decay_does(alone: Groups) -> None:
+    shards = shards_of([randn(4, 6), randn(2, 4, 6, seed=1), randn(6, 4, seed=2)])
+    before = [shard.local.clone() for shard in shards]
+    views = [MATRIX, PER_EXPERT, MATRIX]
+    muon = Muon(shards, views, [False, True, False], muon_config(weight_decay=0.5), alone, "eager")
+    muon.step(0.1)
+    for shard, value, factor in zip(shards, before, (1.0, 1 - 0.1 * 0.5, 1.0), strict=True):
+        torch.testing.assert_close(shard.local, value * factor)
+
+
 def test_bf16_momentum_is_rounded_once_a_step_and_follows_fp32(alone: Groups) -> None:
     values = [randn(24, 40, seed=1), randn(3, 16, 24, seed=2)]
     wide, narrow = shards_of(values), shards_of(values)
@@ -177,4 +187,4 @@ def test_rounds_change_nothing(alone: Groups, monkeypatch: pytest.MonkeyPatch) -
 def test_a_view_that_does_not_fit_is_refused_by_name(alone: Groups) -> None:
     shards = shards_of([randn(4, 6)])
     with pytest.raises(ValueError, match=r"parameter p0 of shape \[4, 6\].*per expert.*3 dim"):
-        Muon(shards, [PER_EXPERT], muon_config(), alone, "eager")
+        Muon(shards, [PER_EXPERT], [True], muon_config(), alone, "eager")

@@ -16,6 +16,7 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.schema import AdamWConfig, BalancingConfig
 from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
+from zaya_train.optim import table as optimizer_table
 from zaya_train.optim.adamw import AdamW
 from zaya_train.optim.balancing import BalancingController
 from zaya_train.optim.optimizer import Optimizer
@@ -247,7 +248,13 @@ def test_a_step_moves_every_parameter_and_every_bias(alone: Groups) -> None:
         assert float(bias[0]) < 0 < float(bias[1])
 
 
-def test_decay_reaches_exactly_what_the_table_says(alone: Groups) -> None:
+@pytest.mark.parametrize("spared", ["nothing", "router", "experts"])
+def test_decay_reaches_exactly_what_the_table_says(
+    spared: str, alone: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = [replace(r, decays=r.decays and r.what != spared) for r in RULES]
+    assert (rules != list(RULES)) is (spared != "nothing")
+    monkeypatch.setattr(optimizer_table, "RULES", rules)
     model, optimizer = model_and_optimizer(alone)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer.step(0.1, 0.1, torch.ones(2, 4))

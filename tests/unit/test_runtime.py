@@ -261,6 +261,7 @@ def test_seeds_repeat_and_differ_between_ranks() -> None:
 
 def test_later_signals_change_nothing_but_a_second_interrupt_does() -> None:
     with StopFlag() as flag:
+        flag.arm()
         assert flag.received is None
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -268,8 +269,19 @@ def test_later_signals_change_nothing_but_a_second_interrupt_does() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     with StopFlag() as flag:
+        flag.arm()
         os.kill(os.getpid(), signal.SIGINT)
         assert flag.received == signal.SIGINT
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_before_there_is_anything_to_save_asks_for_a_requeue(number: int) -> None:
+    child = os.fork()
+    if not child:
+        with StopFlag():
+            os.kill(os.getpid(), number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
 
 
 def test_handlers_are_given_back() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -164,44 +163,6 @@ def torch_pin(dependencies: list[str]) -> str:
     return pin
 
 
-def launch_with_stand_ins(
-    tmp_path: Path, code: int
-) -> tuple[subprocess.CompletedProcess[str], str]:
-    """Run the batch script where srun starts two tasks that exit with `code`."""
-    root = tmp_path / "checkout"
-    shutil.copytree(REPOSITORY / "launch", root / "launch")
-    seen = tmp_path / "seen"
-    ranks = "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE"
-    note = f'echo "{ranks} $MASTER_ADDR:$MASTER_PORT $*" >> {seen}'
-    executable(root / ".venv" / "bin" / "python", f"{note}; exit {code}")
-    tools = only(tmp_path / "bin", "bash", "head", "date", "cat")
-    executable(
-        tools / "srun",
-        "while [[ $1 == --* ]]; do shift; done\n"
-        "worst=0\n"
-        "for task in 0 1; do\n"
-        '  SLURM_PROCID=$task SLURM_LOCALID=$task "$@"; code=$?\n'
-        "  ((code > worst)) && worst=$code\n"
-        "done\n"
-        "exit $worst",
-    )
-    executable(tools / "scontrol", f'[ "$1" = requeue ] && echo "requeue $2" >> {seen}; echo node7')
-    slurm = {"SLURM_SUBMIT_DIR": str(root), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NTASKS": "2"}
-    slurm |= {"SLURM_JOB_ID": "40123", "SLURM_NTASKS_PER_NODE": "2"}
-    script = ["bash", "launch/slurm/train.sbatch", "recipe=smoke_cpu", "run.name=two words"]
-    done = shell(script, tools, root, **slurm)
-    return done, seen.read_text()
-
-
-@pytest.mark.parametrize("code", [0, 3, 75])
-def test_the_batch_script_requeues_on_75_alone(tmp_path: Path, code: int) -> None:
-    done, seen = launch_with_stand_ins(tmp_path, code)
-    assert done.returncode == code, done.stderr
-    call = "node7:20123 -m zaya_train train recipe=smoke_cpu run.name=two words"
-    assert seen.splitlines()[:2] == [f"0/2 0/2 {call}", f"1/2 1/2 {call}"]
-    assert ("requeue 40123" in seen) == (code == 75)
-
-
 def test_torchrun_launcher_hands_its_arguments_on(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "launch", tmp_path / "launch")
     executable(tmp_path / ".venv" / "bin" / "python", 'printf "%s|" "$@"')
@@ -214,31 +175,3 @@ def test_torchrun_launcher_hands_its_arguments_on(tmp_path: Path) -> None:
     assert "--nnodes|4|--rdzv-backend|c10d|--rdzv-endpoint|node0:29400|" in several.stdout
     lost = shell([script], path, tmp_path, NNODES="4")
     assert lost.returncode != 0 and "RDZV_ENDPOINT=host:port must name" in lost.stderr
-
-
-def test_shell_scripts_pass_shellcheck() -> None:
-    shellcheck = shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("needs shellcheck")
-    scripts = [*(REPOSITORY / "launch").rglob("*.sh"), *(REPOSITORY / "launch").rglob("*.sbatch")]
-    scripts += [REPOSITORY / ".ci" / name for name in ("run", "setup", "test")]
-    assert len(scripts) >= 6
-    done = subprocess.run(
-        [shellcheck, *map(str, scripts)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-
-
-def test_every_environment_variable_has_a_reason() -> None:
-    lines = (REPOSITORY / "launch/env/mi300x.sh").read_text().splitlines()
-    exports = [number for number, line in enumerate(lines) if line.startswith("export ")]
-    assert len(exports) >= 5
-    for number in exports:
-        assert lines[number - 1].startswith("# "), lines[number]
-        name = lines[number].split()[1].split("=")[0]
-        # Overridable: the default applies only where the site has set nothing.
-        assert re.fullmatch(rf'export {name}="\$\{{{name}:-\w+\}}"', lines[number])

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from zaya_train.config.schema import (
+        GuardConfig,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
         PhaseConfig,
+        SupervisorConfig,
         TrainConfig,
     )
 
@@ -37,16 +39,26 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     yield from _settings(config)
     if config.kernels.cca == "triton":
         yield from _triton_cca(config.model)
+    if config.kernels.attention == "triton" and config.model.head_dim not in (16, 32, 64, 128):
+        yield (
+            f"kernels.attention=triton: model.head_dim {config.model.head_dim} must be 16, 32, 64 "
+            "or 128"
+        )
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"
+    only = config.run.only_phase
+    if only is not None and only not in config.plan.phases:
+        yield f"run.only_phase: {only} is not one of {', '.join(config.plan.phases)}"
     previous: tuple[str, PhaseConfig] | None = None
     for name, phase in config.plan.phases.items():
         key = f"plan.phases.{name}"
         yield from _phase(key, phase)
         yield from _phase_fits_model(key, phase, config.model)
-        yield from _phase_fits_ranks(key, phase, config, world)
+        if only in (None, name):
+            yield from _phase_fits_ranks(key, phase, config, world)
         yield from _mixture(key, phase, config)
+        yield from _gate(key, phase, config)
         if previous and phase.context_tokens < previous[1].context_tokens:
             yield (
                 f"{key}.context_tokens: {phase.context_tokens} is shorter than the "
@@ -152,11 +164,18 @@ def _settings(config: TrainConfig) -> Iterator[str]:
             f"checkpoint.keep_last: {config.checkpoint.keep_last}; at least 2, so that one good "
             "checkpoint remains while the next is being written"
         )
+    every, kept = config.checkpoint.every_steps, config.checkpoint.keep_every_steps
+    if every > 0 and kept > 0 and kept % every:
+        yield (
+            f"checkpoint.keep_every_steps: {kept} is no multiple of checkpoint.every_steps="
+            f"{every}, so most of these steps have no checkpoint to keep"
+        )
     yield from _positive("logging", config.logging, ("every_steps",))
     for key, number in (
         ("logging.eval_every_steps", config.logging.eval_every_steps),
         ("run.seed", config.run.seed),
         ("checkpoint.retry_seconds", config.checkpoint.retry_seconds),
+        ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),
         ("runtime.threads", config.runtime.threads),
     ):
         yield from _not_negative(key, number)
@@ -167,6 +186,34 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     yield from _positive("data", config.data, ("prefetch_batches",))
     runtime = config.runtime
     yield from _positive("runtime", runtime, ("init_timeout_seconds", "step_timeout_seconds"))
+    yield from _guard(config.guard)
+    yield from _supervisor(config.supervisor)
+    start = config.checkpoint
+    if start.initial_weights and start.branch_from:
+        yield (
+            f"checkpoint.branch_from: {start.branch_from} brings its weights; set it or "
+            f"checkpoint.initial_weights ({start.initial_weights}), not both"
+        )
+
+
+def _guard(guard: GuardConfig) -> Iterator[str]:
+    yield from _not_negative("guard.sigma", guard.sigma)
+    yield from _positive("guard", guard, ("most_skipped",))
+    yield from _not_negative("guard.most_roll_backs", guard.most_roll_backs)
+    if guard.window_steps < 4:
+        yield f"guard.window_steps: {guard.window_steps}; at least 4, to have a deviation"
+
+
+def _supervisor(supervisor: SupervisorConfig) -> Iterator[str]:
+    yield from _positive(
+        "supervisor",
+        supervisor,
+        ("hang_seconds", "slow_seconds", "stop_seconds", "same_step_failures", "status_seconds"),
+    )
+    for key in ("backoff_seconds", "most_backoff_seconds"):
+        yield from _not_negative(f"supervisor.{key}", getattr(supervisor, key))
+    if not 1 < supervisor.straggler_factor < math.inf:
+        yield f"supervisor.straggler_factor: {supervisor.straggler_factor} must be above 1"
 
 
 def _parallel(parallel: ParallelConfig, model: ModelConfig, world: int) -> Iterator[str]:
@@ -289,3 +336,24 @@ def _mixture(key: str, phase: PhaseConfig, config: TrainConfig) -> Iterator[str]
             known = ", ".join(config.data.sources) or "none"
             yield f"{key}.mixture.{name}: no such source in data.sources (known: {known})"
         yield from _not_negative(f"{key}.mixture.{name}", weight)
+
+
+def _gate(key: str, phase: PhaseConfig, config: TrainConfig) -> Iterator[str]:
+    gate = phase.exit_gate
+    for name, loss in gate.validation_loss.items():
+        if name not in config.data.validation:
+            known = ", ".join(config.data.validation) or "none"
+            yield (
+                f"{key}.exit_gate.validation_loss.{name}: no such corpus in data.validation "
+                f"(known: {known})"
+            )
+        if not 0 < loss < math.inf:
+            yield f"{key}.exit_gate.validation_loss.{name}: {loss} must be positive and finite"
+    if gate.validation_loss and not config.logging.eval_every_steps:
+        yield (
+            f"{key}.exit_gate.validation_loss: needs evaluations, and logging.eval_every_steps is 0"
+        )
+    for limit in ("most_skip_rate", "least_load_entropy"):
+        value = getattr(gate, limit)
+        if value is not None and not 0 <= value <= 1:
+            yield f"{key}.exit_gate.{limit}: {value} must lie in [0, 1]"

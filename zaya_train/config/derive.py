@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zaya_train.config.build import to_dict
+from zaya_train.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from zaya_train.config.schema import ParallelConfig, PhaseConfig, TrainConfig
 
@@ -99,6 +100,14 @@ def layout_notes(config: TrainConfig, world: int) -> list[str]:
                 "this launch"
             )
     return notes
+
+
+def launched_ranks(environment: Mapping[str, str]) -> int:
+    """Ranks of this launch by its variables, 1 without them. ConfigError for no number."""
+    value = environment.get("WORLD_SIZE", "1")
+    if not value.isdecimal():
+        raise ConfigError(f"launch environment: WORLD_SIZE={value!r} is not an integer")
+    return int(value)
 
 
 def sequences_per_step(phase: PhaseConfig) -> int:

@@ -15,6 +15,8 @@ from typing import Literal
 KernelName = Literal["eager", "reference"]
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
+AttentionName = Literal["eager", "sdpa", "reference", "triton"]
+"""eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
 RecomputeKind = Literal["none", "selective", "full"]
 ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
@@ -88,6 +90,18 @@ class BatchRampConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """What a phase must have reached before the run leaves it; None asks for nothing."""
+
+    validation_loss: dict[str, float] = field(default_factory=dict)
+    """Name in data.validation -> highest loss at the end of the phase."""
+    most_skip_rate: float | None = None
+    """Highest share of tokens that chose the skip class in the phase's last step, 0 to 1."""
+    least_load_entropy: float | None = None
+    """Lowest H(p) / ln E over the experts, mean over layers, in the phase's last step, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PhaseConfig:
     """One row of the plan (report, tables II and III)."""
 
@@ -111,6 +125,8 @@ class PhaseConfig:
     """Multiplies both optimizers' peak learning rates in this phase."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     batch_ramp: BatchRampConfig | None = None
+    exit_gate: GateConfig = field(default_factory=GateConfig)
+    """Checked before anything behind this phase begins; a run that misses it stops with code 5."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +274,7 @@ class KernelsConfig:
     """Back end per operation, by name; a name that cannot run here is an error."""
 
     cca: TritonKernelName = "eager"
-    attention: KernelName = "eager"
+    attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
     grouped_mlp: KernelName = "eager"
     linear_cross_entropy: KernelName = "eager"
@@ -271,10 +287,62 @@ class CheckpointConfig:
     """Steps between checkpoints; a phase's end is always saved."""
     keep_last: int = 3
     """Newest verified checkpoints kept; at least 2. Phase ends are kept besides."""
+    keep_every_steps: int = 0
+    """Checkpoints of multiples of this many steps are kept besides, for good; 0: none."""
+    asynchronous: bool = True
+    """Copy the state to host memory at the step boundary and write it while training goes on; costs
+    host memory for one more copy of the rank's state. Saves at a phase's end and at a stop are
+    always waited for."""
     retry_seconds: float = 10.0
     """Wait before a failed save that may not be skipped (end of a phase, stop) is tried again."""
     initial_weights: str | None = None
     """Hugging Face `zaya` folder to start from instead of a fresh initialisation."""
+    branch_from: str | None = None
+    """Checkpoint directory of another run that a run without checkpoints of its own goes on from:
+    weights, optimizer and data position, under this configuration's phases ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """Steps that change nothing: whose gradient is not finite, or far larger than those before."""
+
+    sigma: float = 6.0
+    """A gradient norm beyond mean + sigma x deviation of the window is a spike; 0 lets spikes pass.
+    The deviation counts as at least a twentieth of the mean, or a window of equal norms would call
+    the next digit a spike."""
+    window_steps: int = 128
+    """Norms of the newest applied steps of the phase that are compared with; none is a spike until
+    half as many are there."""
+    most_skipped: int = 5
+    """Steps skipped in a row after which `at_limit` happens. None of them is saved, so they rotate
+    no good checkpoint away."""
+    at_limit: Literal["stop", "roll_back"] = "stop"
+    """stop: exit code 5. roll_back: go on from the newest checkpoint and pass over the rows of the
+    skipped steps when they come again."""
+    most_roll_backs: int = 2
+    """Roll backs in one phase; the next one stops the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorConfig:
+    """`zaya supervise`: when a rank counts as hanging, and when a run is started again."""
+
+    hang_seconds: float = 240.0
+    """Longest a rank may stay in one phase of a step, once its first step is done."""
+    slow_seconds: float = 1800.0
+    """The same for starting up with the first step, and for saving."""
+    stop_seconds: float = 600.0
+    """Longest between a stop signal and the end of all ranks: a step, an evaluation and a save."""
+    same_step_failures: int = 3
+    """Failures in a row, none of them further than the first, that are a crash loop (code 6)."""
+    backoff_seconds: float = 5.0
+    """Wait before the first restart, doubled by every failure without progress."""
+    most_backoff_seconds: float = 300.0
+    straggler_factor: float = 2.0
+    """A rank is slow when its own work, or its waiting for data, takes this many times the median
+    of all ranks'; it is reported, not ended."""
+    status_seconds: float = 5.0
+    """Time between updates of status.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +366,9 @@ class RunConfig:
     """Everything the run writes goes below this directory."""
     seed: int = 0
     """Seeds initialisation and data order."""
+    only_phase: str | None = None
+    """Run this phase of the plan alone, from the end of the one before, and exit 0 at its end: one
+    job of a chain, whose layout needs to suit no other phase. None runs the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,5 +396,7 @@ class TrainConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

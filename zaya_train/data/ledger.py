@@ -106,6 +106,11 @@ class LedgerWriter:
         self._done = phase_rows
         self._write({"kind": "step", **asdict(entry)})
 
+    def rewind(self) -> None:
+        """The run goes back to a checkpoint: its next phase call cuts off what came after."""
+        self.close()
+        self._file = None
+
     def sync(self) -> None:
         """Flush to disk, before the checkpoint that counts on it."""
         if self._file is None:

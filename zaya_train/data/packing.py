@@ -262,7 +262,7 @@ def _by_groups(
     """Rows of falling `lengths`, filled group by group; None where these rows do not hold them.
 
     A group takes the longest document left that fits into any of its rows, again and again, and
-    puts it into the one with the least work of those it fits into.
+    puts it into the one with the least work of those it fits into: an empty one before any other.
     """
     left = lengths[::-1].tolist()
     places = list(range(len(lengths)))[::-1]
@@ -279,8 +279,7 @@ def _by_groups(
             count[row] += 1
             free[row] = free[row] - length if count[row] < max_documents else 0
         first += size
-    # Where the documents end early, some rows of a group hold none.
-    return None if left else np.unique(row_of, return_inverse=True)[1]
+    return None if left else row_of
 
 
 def _first_of_best_pair(lengths: list[int], free: int) -> int:

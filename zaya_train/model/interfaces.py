@@ -55,25 +55,50 @@ class Route:
     """What the dispatcher that made it needs to bring tokens there and back."""
 
 
+@dataclass(frozen=True)
+class Pending:
+    """Rows under way, from a `start_` to its `finish_`, which alone may read them."""
+
+    rows: Tensor
+    route: Route
+    awaited: Any = None
+    """What the dispatcher that started it waits for."""
+
+
 class TokenDispatcher(Protocol):
-    """Brings tokens to experts and results back; dropless."""
+    """Brings tokens to experts and results back; dropless.
+
+    Either way has two steps: `start_` does the local work before the communication and launches it,
+    `finish_` waits for it and does the local work after it. What a caller does between them runs
+    while rows travel; its backward, between the launch and the wait of the gradients' way.
+    """
 
     def route(self, choice: Tensor, num_experts: int) -> Route:
         """choice [T] int64; tokens with choice >= num_experts go to no expert. num_experts counts
         all experts, wherever they are. Waits for the device once, because sizes are shapes."""
         ...
 
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
-        """tokens [T, D] -> rows [R, D] for this rank's experts, sorted by expert."""
+    def start_dispatch(self, tokens: Tensor, route: Route) -> Pending:
+        """tokens [T, D] leave for their experts."""
         ...
 
-    def combine(self, rows: Tensor, route: Route) -> Tensor:
-        """rows [R, D] -> [T, D] in token order, zeros for tokens that went to no expert."""
+    def finish_dispatch(self, pending: Pending) -> Tensor:
+        """-> rows [R, D] for this rank's experts, sorted by expert."""
+        ...
+
+    def start_combine(self, rows: Tensor, route: Route) -> Pending:
+        """rows [R, D], as `finish_dispatch` gave them, leave for where they came from."""
+        ...
+
+    def finish_combine(self, pending: Pending, base: Tensor) -> Tensor:
+        """-> base [T, D] with the rows written over it, in place, in token order; tokens that went
+        to no expert keep their row of `base`. Its other rows must not depend on any input: their
+        gradient is not zeroed."""
         ...
 
     def own_experts(self, stack: Tensor) -> Tensor:
         """A parameter that stacks all experts along dim 0 -> [E_local, ...], those whose rows
-        `dispatch` brings here, as a plain tensor."""
+        are brought here, as a plain tensor."""
         ...
 
 
@@ -105,18 +130,19 @@ class Permute(torch.autograd.Function):
 
 
 class Unpermute(torch.autograd.Function):
-    """The reverse: rows [R, D] to their places in [T, D], zeros elsewhere."""
+    """The reverse: rows [R, D] to their places in base [T, D], in place. The backward hands base's
+    gradient back whole: what stands where rows land must not depend on anything."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, index: Tensor, base: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        full = rows.new_empty if index.numel() == size else rows.new_zeros
-        return full(size, *rows.shape[1:]).index_copy_(0, index, rows)
+        ctx.mark_dirty(base)
+        return base.index_copy_(0, index, rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         (index,) = ctx.saved_tensors
-        return grad.index_select(0, index), None, None
+        return grad.index_select(0, index), None, grad
 
 
 class LocalDispatcher:
@@ -126,17 +152,23 @@ class LocalDispatcher:
         """See TokenDispatcher."""
         order = torch.argsort(choice, stable=True)
         counts = count_classes(choice, num_experts + 1)[:num_experts].cpu()
-        return Route(counts, (order[: int(counts.sum())], choice.shape[0]))
+        return Route(counts, order[: int(counts.sum())])
 
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
+    def start_dispatch(self, tokens: Tensor, route: Route) -> Pending:
         """See TokenDispatcher."""
-        order, _ = route.handle
-        return Permute.apply(tokens, order)
+        return Pending(Permute.apply(tokens, route.handle), route)
 
-    def combine(self, rows: Tensor, route: Route) -> Tensor:
+    def finish_dispatch(self, pending: Pending) -> Tensor:
         """See TokenDispatcher."""
-        order, size = route.handle
-        return Unpermute.apply(rows, order, size)
+        return pending.rows
+
+    def start_combine(self, rows: Tensor, route: Route) -> Pending:
+        """See TokenDispatcher."""
+        return Pending(rows, route)
+
+    def finish_combine(self, pending: Pending, base: Tensor) -> Tensor:
+        """See TokenDispatcher."""
+        return Unpermute.apply(pending.rows, pending.route.handle, base)
 
     def own_experts(self, stack: Tensor) -> Tensor:
         """See TokenDispatcher."""

@@ -61,13 +61,22 @@ class MoE(nn.Module):
         if tape.route is None:
             tape.route = dispatcher.route(choice, self.config.num_experts)
         route = tape.route
-        rows = self.experts(dispatcher.dispatch(tokens, route), route.counts)
-        out = dispatcher.combine(rows, route)
-        if self.config.skip_class and self.config.skip_output == "identity":
-            skipped = (choice == self.config.num_experts).unsqueeze(-1)
-            out = torch.where(skipped, tokens, out)
-        weight = routing.probability.flatten().unsqueeze(-1).to(out.dtype)
+        arrived = dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
+        leaving = dispatcher.start_combine(self.experts(arrived, route.counts), route)
+        # While rows travel.
+        base = self._without_expert(tokens, choice)
+        weight = routing.probability.flatten().unsqueeze(-1).to(base.dtype)
+        out = dispatcher.finish_combine(leaving, base)
         return (out * weight).view_as(x), routing
+
+    def _without_expert(self, tokens: Tensor, choice: Tensor) -> Tensor:
+        """[T, D]: what tokens put out that go to no expert; the other rows wait for theirs."""
+        if not self.config.skip_class:
+            return torch.empty_like(tokens)
+        if self.config.skip_output == "zero":
+            return torch.zeros_like(tokens)
+        skipped = (choice == self.config.num_experts).unsqueeze(-1)
+        return torch.where(skipped, tokens, 0)
 
     def _choose(
         self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape

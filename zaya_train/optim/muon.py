@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 
 class Muon:
-    """Muon over the given shards, `views[i]` being what counts as one matrix of shard i.
+    """Muon over the given shards: `views[i]` is what counts as one matrix of shard i, `decays[i]`
+    says whether weight decay applies to it.
 
     Construction is collective and reads numbers other ranks send, so it is no work for fake or meta
     tensors (steps are, on fake ones). ValueError where a view does not fit its tensor or replicas
@@ -51,6 +52,7 @@ class Muon:
         self,
         shards: Sequence[Shard],
         views: Sequence[MatrixView],
+        decays: Sequence[bool],
         config: MuonConfig,
         groups: Groups,
         backend: str,
@@ -59,6 +61,7 @@ class Muon:
         self.backend = backend
         self.shards = list(shards)
         self.views = list(views)
+        self._decaying = [shard for shard, on in zip(self.shards, decays, strict=True) if on]
         dtype = DTYPES[config.newton_schulz_dtype]
         self.momentum = [shard.state(DTYPES[config.momentum_dtype]) for shard in self.shards]
         counts = _local_counts(self.shards, self.views)
@@ -99,7 +102,7 @@ class Muon:
             else:
                 out.copy_(self._momenta[piece.matrix])
 
-        for shard in self.shards:
+        for shard in self._decaying:
             shard.local.mul_(1 - learning_rate * self.config.weight_decay)
         for part in self._exchange.rounds:
             batches = {

@@ -47,13 +47,15 @@ class Optimizer:
         self.shards = {name: Shard.of(name, p) for name, p in parameters.items()}
         muon = [s for s in self.shards.values() if self.table[s.name].optimizer == "muon"]
         adam = [s for s in self.shards.values() if self.table[s.name].optimizer == "adamw"]
-        decays = [self.table[s.name].decays for s in adam]
-        self.muon = Muon(muon, self._views(muon), config.muon, groups, backend)
-        self.adamw = AdamW(adam, decays, config.adamw)
+        self.muon = Muon(muon, self._views(muon), self._decays(muon), config.muon, groups, backend)
+        self.adamw = AdamW(adam, self._decays(adam), config.adamw)
         self.balancing = BalancingController(list(biases), num_experts, config.balancing)
 
     def _views(self, shards: Iterable[Shard]) -> list[MatrixView]:
         return [view for s in shards if (view := self.table[s.name].view)]
+
+    def _decays(self, shards: Iterable[Shard]) -> list[bool]:
+        return [self.table[s.name].decays for s in shards]
 
     @torch.no_grad()
     def step(self, muon_rate: float, adamw_rate: float, load: Tensor) -> None:

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
+from zaya_kernels.attention.flash import REFUSAL
+from zaya_kernels.dtypes import DTYPES
 
+from zaya_train.config.errors import ConfigError
 from zaya_train.model.init import initialise
 from zaya_train.model.interfaces import (
     ContextExchange,
@@ -33,11 +36,22 @@ def chunking_of(mesh: Mesh, config: TrainConfig) -> Chunking:
 def parallelize(
     config: TrainConfig, model_config: ModelConfig, mesh: Mesh, device: torch.device
 ) -> ZayaModel:
-    """Build on the meta device, shard, allocate the local part, initialise from run.seed."""
+    """Build on the meta device, shard, allocate the local part, initialise from run.seed.
+
+    ConfigError before any of it where attention cannot run on `device` as configured.
+    """
+    _check_attention(config, device)
     model = sharded_on_meta(config, model_config, mesh, device)
     model.to_empty(device=device)
     initialise(model, config.run.seed, write_full)
     return model
+
+
+def _check_attention(config: TrainConfig, device: torch.device) -> None:
+    dtype, backend = config.precision.compute_dtype, config.kernels.attention
+    flash = backend in ("eager", "sdpa")
+    if device.type != "cpu" and flash and DTYPES[dtype].itemsize != 2:
+        raise ConfigError(REFUSAL.format(backend=backend, dtype=dtype, device=device.type))
 
 
 def sharded_on_meta(

@@ -22,9 +22,6 @@ def sum_over(value: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 class _GatherDim0(torch.autograd.Function):
-    """All-gather along dim 0; the backward sums every rank's gradient and keeps this rank's
-    part."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
@@ -35,37 +32,86 @@ class _GatherDim0(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty(ctx.rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
-        return out, None
+        parts = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(parts, grad.contiguous(), group=ctx.group)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        summed = parts.view(-1, ctx.rows, *grad.shape[1:]).sum(dim=0, dtype=wide)
+        return summed.to(grad.dtype), None
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """x [n, ...] on every rank -> [ranks * n, ...] in rank order; differentiable."""
+    """x [n, ...] on every rank -> [ranks * n, ...] in rank order; differentiable.
+
+    The backward gives every rank what all ranks' gradients of its rows add up to. They travel as
+    they are, by an all-to-all, and are added in fp32 or higher and in rank order: a reduce-scatter
+    of bf16 would round after every rank, and one of fp32 would send twice the bytes for the same
+    sum.
+    """
     return _GatherDim0.apply(x, group)
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, sends: list[int], receives: list[int], group: ProcessGroup
-    ) -> Tensor:
-        ctx.sends, ctx.receives, ctx.group = sends, receives, group
+class Crossing:
+    """One all-to-all of rows with uneven splits: `sends[r]` to rank r, `receives[r]` from it, both
+    in rank order; the backward sends gradients the same way back.
+
+    Launch and wait are calls, and autograd nodes, of their own. Work put between the two calls runs
+    meanwhile; so does its backward, since autograd runs nodes in the reverse order of their making.
+    """
+
+    def __init__(self, sends: list[int], receives: list[int], group: ProcessGroup) -> None:
+        self.sends, self.receives, self.group = sends, receives, group
+        self._under_way: tuple[dist.Work, Tensor] | None = None
+
+    def launch(self, x: Tensor) -> Tensor:
+        """x [sum of sends, ...] -> [sum of receives, ...], not to be read before `land`."""
+        return _Launch.apply(x, self)
+
+    def land(self, rows: Tensor) -> Tensor:
+        """What `launch` returned, arrived. Once per launch."""
+        return _Land.apply(rows, self)
+
+    def begin(self, x: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        """Start an exchange and return its future output."""
         out = x.new_empty(sum(receives), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receives, sends, group=group)
+        work = dist.all_to_all_single(
+            out, x.contiguous(), receives, sends, group=self.group, async_op=True
+        )
+        self._under_way = work, out
         return out
 
+    def wait(self) -> Tensor:
+        """What `begin` returned, its rows arrived: for the host on a CPU, the stream on a GPU."""
+        assert self._under_way is not None
+        work, out = self._under_way
+        self._under_way = None
+        work.wait()
+        return out
+
+
+class _Launch(torch.autograd.Function):
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        out = grad.new_empty(sum(ctx.sends), *grad.shape[1:])
-        dist.all_to_all_single(out, grad.contiguous(), ctx.sends, ctx.receives, group=ctx.group)
-        return out, None, None, None
+    def forward(ctx: Any, x: Tensor, crossing: Crossing) -> Tensor:
+        ctx.crossing = crossing
+        return crossing.begin(x, crossing.sends, crossing.receives)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.crossing.wait(), None
 
 
-def exchange_rows(x: Tensor, sends: list[int], receives: list[int], group: ProcessGroup) -> Tensor:
-    """x [sum of sends, ...] -> [sum of receives, ...]: sends[r] rows to rank r, receives[r] from
-    it, both in rank order; differentiable, the backward sends gradients the same way back."""
-    return _ExchangeRows.apply(x, sends, receives, group)
+class _Land(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, crossing: Crossing) -> Tensor:
+        ctx.crossing = crossing
+        crossing.wait()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        crossing: Crossing = ctx.crossing
+        crossing.begin(grad, crossing.receives, crossing.sends)
+        # Autograd wants the shape of `rows`; what travels is met in _Launch.
+        return grad, None
 
 
 def all_to_all(

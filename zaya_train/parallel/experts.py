@@ -11,14 +11,15 @@ Legend: T local tokens, D hidden, E experts, n ranks, R received rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from zaya_train.model.interfaces import Permute, Route, Unpermute, count_classes
-from zaya_train.parallel.collectives import exchange_rows
+from zaya_train.model.interfaces import Pending, Permute, Route, Unpermute, count_classes
+from zaya_train.parallel.collectives import Crossing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,23 +33,25 @@ class Journey:
 
     order: Tensor
     """[sum of sends] int64: local tokens in the order of sending, by expert."""
-    tokens: int
-    """T."""
     sends: list[int]
     """Rows to each rank."""
     receives: list[int]
     """Rows from each rank."""
-    arrival: Tensor
-    """[R] int64: received rows in the order of local experts, then of senders."""
+    arriving: Tensor
+    """[n * E / n] int64: rows from each rank for each local expert."""
+
+    @cached_property
+    def arrival(self) -> Tensor:
+        """[R] int64: received rows in the order of local experts, then of senders."""
+        experts = self.arriving.numel() // len(self.receives)
+        local = torch.arange(experts, device=self.arriving.device).repeat(len(self.receives))
+        total = sum(self.receives)
+        expert = torch.repeat_interleave(local, self.arriving, output_size=total)
+        return torch.argsort(expert, stable=True)
 
 
 class AllToAllDispatcher:
-    """TokenDispatcher of ranks that divide the experts among them.
-
-    Local steps (`leave`, `enter` and their reverses) and communication (`exchange`) are methods of
-    their own, so that a caller with independent work can put it between them; `dispatch` and
-    `combine` chain them.
-    """
+    """TokenDispatcher of ranks that divide the experts among them."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -64,42 +67,35 @@ class AllToAllDispatcher:
         # The only wait for the device: split sizes are arguments of the collective.
         sent, received = torch.stack([counts, arriving]).view(2, ranks, -1).tolist()
         sends, receives = ([sum(rank) for rank in rows] for rows in (sent, received))
-        local = torch.arange(num_experts // ranks, device=choice.device).repeat(ranks)
-        expert = torch.repeat_interleave(local, arriving, output_size=sum(receives))
         return Route(
             torch.tensor(received).sum(dim=0),
-            Journey(
-                order[: sum(sends)],
-                choice.shape[0],
-                sends,
-                receives,
-                torch.argsort(expert, stable=True),
-            ),
+            Journey(order[: sum(sends)], sends, receives, arriving),
         )
 
-    def dispatch(self, tokens: Tensor, route: Route) -> Tensor:
-        """See TokenDispatcher. Collective, as is its backward."""
-        return self.enter(self.exchange(self.leave(tokens, route), route), route)
-
-    def combine(self, rows: Tensor, route: Route) -> Tensor:
+    def start_dispatch(self, tokens: Tensor, route: Route) -> Pending:
         """See TokenDispatcher. Collective, as is its backward."""
         journey: Journey = route.handle
-        back = Unpermute.apply(rows, journey.arrival, rows.shape[0])
-        home = exchange_rows(back, journey.receives, journey.sends, self.group)
-        return Unpermute.apply(home, journey.order, journey.tokens)
+        crossing = Crossing(journey.sends, journey.receives, self.group)
+        pending = Pending(crossing.launch(Permute.apply(tokens, journey.order)), route, crossing)
+        # Sorted while rows travel, for use on their arrival and before their return.
+        _ = journey.arrival
+        return pending
 
-    def leave(self, tokens: Tensor, route: Route) -> Tensor:
-        """tokens [T, D] -> rows in the order of sending. Local."""
-        return Permute.apply(tokens, route.handle.order)
+    def finish_dispatch(self, pending: Pending) -> Tensor:
+        """See TokenDispatcher."""
+        return Permute.apply(pending.awaited.land(pending.rows), pending.route.handle.arrival)
 
-    def exchange(self, rows: Tensor, route: Route) -> Tensor:
-        """Rows in the order of sending -> rows in the order of arrival [R, D]. Communication."""
+    def start_combine(self, rows: Tensor, route: Route) -> Pending:
+        """See TokenDispatcher. Collective, as is its backward."""
         journey: Journey = route.handle
-        return exchange_rows(rows, journey.sends, journey.receives, self.group)
+        crossing = Crossing(journey.receives, journey.sends, self.group)
+        back = Unpermute.apply(rows, journey.arrival, torch.empty_like(rows))
+        return Pending(crossing.launch(back), route, crossing)
 
-    def enter(self, rows: Tensor, route: Route) -> Tensor:
-        """Rows in the order of arrival -> rows sorted by local expert. Local."""
-        return Permute.apply(rows, route.handle.arrival)
+    def finish_combine(self, pending: Pending, base: Tensor) -> Tensor:
+        """See TokenDispatcher."""
+        home = pending.awaited.land(pending.rows)
+        return Unpermute.apply(home, pending.route.handle.order, base)
 
     def own_experts(self, stack: Tensor) -> Tensor:
         """See TokenDispatcher."""

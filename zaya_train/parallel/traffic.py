@@ -134,7 +134,8 @@ class Traffic:
         ):
             size = work.rows * elements * passes
             yield Flow(what, "all_gather", "context", size * self._forwards)
-            yield Flow(f"{what}, gradients", "reduce_scatter", "context", size * ranks)
+            # Added up in fp32 where they arrive; see `collectives.all_gather`.
+            yield Flow(f"{what}, gradients", "all_to_all", "context", size * ranks)
 
     def _experts(self) -> Iterable[Flow]:
         if self.layout.expert == 1:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import PhaseConfig, TrainConfig
 
-_MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens"}
-"""Of the phase under way: how a step is computed, and where the phase ends."""
+_MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens", "exit_gate"}
+"""Of the phase under way: how a step is computed, where the phase ends and what that asks for."""
 
 
 def lineage(config: TrainConfig, phase_index: int, corpora: Mapping[str, str]) -> dict[str, Any]:

@@ -99,6 +99,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def append_json_line(path: Path, values: Any) -> None:
+    """Append one line of JSON to a file that other processes append to as well.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    line = json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode is whole beside other processes' ones.
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode())
+
+
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory beside `target`; on success it takes the place of `target`.

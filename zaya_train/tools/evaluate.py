@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
+    from rich.progress import Progress
 
 Row = dict[str, Any]
 
@@ -76,13 +77,16 @@ class EvalReport:
         return self.correct / self.total if self.total else 0.0
 
 
-def exact_match(model_dir: Path, rows: Sequence[Row], request: EvalRequest) -> EvalReport:
+def exact_match(
+    model_dir: Path, rows: Sequence[Row], request: EvalRequest, progress: Progress | None = None
+) -> EvalReport:
     """Greedy answers compared with `row["answer"]`, white space at the ends ignored.
 
     rows are those of `data.synth`: `messages` ending in the reference reply, `answer`, and
     optionally `id` and `family`. The answer is the text after the last `</think>`. To bound the
     cost, a row decodes at most its reference reply's tokens plus `extra_tokens`, rounded up to the
     largest such budget in its batch; a reply not ended by then counts as unfinished and is wrong.
+    `progress` gets a bar.
 
     Raises DataError for rows without these fields, otherwise as `generate_answers`.
     """
@@ -99,7 +103,8 @@ def exact_match(model_dir: Path, rows: Sequence[Row], request: EvalRequest) -> E
         min(request.max_new_tokens, len(ids) + request.extra_tokens)
         for ids in (sampler.tokenizer(references)["input_ids"] if references else [])
     ]
-    replies = decode(sampler, [row["messages"][:-1] for row in rows], budgets, settings)
+    conversations = [row["messages"][:-1] for row in rows]
+    replies = decode(sampler, conversations, budgets, settings, progress)
     numbered = zip(range(len(rows)), rows, replies, strict=True)
     scored = [_score(number, row, reply) for number, row, reply in numbered]
     return _report(scored, request.num_samples, time.perf_counter() - start)

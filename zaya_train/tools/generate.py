@@ -7,12 +7,19 @@ as everybody else would load it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.text import Text
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from zaya_train.config.errors import CheckpointError, ConfigError, DataError, first_line
 from zaya_train.data.tokenizer import THINK_CLOSE
@@ -22,6 +29,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
+    from rich.progress import Progress
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 Conversation = list[dict[str, str]]
@@ -118,11 +127,13 @@ def decode(
     conversations: Sequence[Conversation],
     budgets: Sequence[int],
     request: GenerateRequest,
+    progress: Progress | None = None,
 ) -> list[Reply]:
     """Continue every conversation with an assistant turn.
 
     budgets: for each conversation the new tokens it may need. They decide what is batched together;
     a batch decodes up to its largest budget, so a row may get more than its own.
+    progress: gets a bar of the decoding steps.
     """
     prompts = [_prompt_ids(sampler, conversation) for conversation in conversations]
     replies: dict[int, Reply] = {}
@@ -131,12 +142,45 @@ def decode(
     with torch.random.fork_rng(enabled=request.temperature > 0), torch.inference_mode():
         if request.temperature > 0:
             torch.manual_seed(request.seed)
-        for size in batch_sizes([budgets[row] for row in order], request.batch_size):
-            rows, order = order[:size], order[size:]
+        batches = _batches(order, batch_sizes([budgets[row] for row in order], request.batch_size))
+        steps = _Steps(progress, sum(budgets[rows[-1]] for rows in batches))
+        for rows in batches:
             settings = _settings(sampler, request, budgets[rows[-1]])
-            decoded = _decode_batch(sampler, [prompts[row] for row in rows], settings)
+            decoded = _decode_batch(sampler, [prompts[row] for row in rows], settings, steps)
             replies |= dict(zip(rows, decoded, strict=True))
+            steps.batch_done(budgets[rows[-1]])
     return [replies[row] for row in range(len(prompts))]
+
+
+def _batches(order: Sequence[int], sizes: Sequence[int]) -> list[Sequence[int]]:
+    ends = list(accumulate(sizes))
+    return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+class _Steps(StoppingCriteria):
+    """Counts decoding steps for a bar; stops nothing."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("decoding", total=total) if progress else None
+        self.before = 0
+        """Budgets of the batches that are done."""
+        self.done = 0
+        """Steps of this batch."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.done += 1
+        self._show()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def batch_done(self, budget_tokens: int) -> None:
+        """All rows of a batch have ended, perhaps before their budget."""
+        self.before, self.done = self.before + budget_tokens, 0
+        self._show()
+
+    def _show(self) -> None:
+        if self.progress is not None and self.task is not None:
+            self.progress.update(self.task, completed=self.before + self.done)
 
 
 def batch_sizes(budgets: Sequence[int], limit: int) -> list[int]:
@@ -239,7 +283,7 @@ def _settings(sampler: Sampler, request: GenerateRequest, budget_tokens: int) ->
 
 
 def _decode_batch(
-    sampler: Sampler, prompts: list[list[int]], settings: GenerationConfig
+    sampler: Sampler, prompts: list[list[int]], settings: GenerationConfig, steps: _Steps
 ) -> list[Reply]:
     padded = sampler.tokenizer.pad(
         {"input_ids": prompts}, padding=True, return_tensors="pt", padding_side="left"
@@ -248,6 +292,7 @@ def _decode_batch(
         input_ids=padded["input_ids"],
         attention_mask=padded["attention_mask"],
         generation_config=settings,
+        stopping_criteria=StoppingCriteriaList([steps]),
     )
     new_tokens = sequences[:, padded["input_ids"].shape[1] :].tolist()
     return [_reply(sampler, row) for row in new_tokens]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from zaya_train.config.schema import ModelConfig, TrainConfig
+    from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
     from zaya_train.optim.owners import Plan
 
 _GIB, _MIB = 2**30, 2**20
@@ -69,40 +69,38 @@ def show_plan(request: PlanRequest, console: Console) -> None:
 
 
 def _phase_table(request: PlanRequest) -> Table:
-    table = Table(title=f"phases on {request.ranks} ranks", title_justify="left")
-    columns = (
-        "phase",
-        "tokens",
-        "context",
-        "RoPE base",
-        "steps",
-        "rows/step",
-        "replicate",
-        "shard",
-    )
-    for column in (*columns, "context ranks", "expert ranks", "accumulation", "PFLOP/step"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
+    """A column per phase, which eighty characters hold for plans of some phases."""
+    table = Table(title=f"phases on {request.ranks:,} ranks", title_justify="left")
+    table.add_column("")
+    columns = []
     for name, phase in request.config.plan.phases.items():
-        degrees = layout(phase, request.config.parallel, request.ranks)
-        unit = degrees.data * phase.micro_batch_sequences
-        rows = phase.global_batch_tokens // phase.context_tokens
-        # Upper end: every document as long as the context.
-        flops = train_flops_per_token(request.config.model, phase.context_tokens)
-        table.add_row(
-            name,
-            f"{phase_sequences(phase) * phase.context_tokens:,}",
-            f"{phase.context_tokens:,}",
-            f"{phase.rope_base:,.0f}",
-            f"{steps_in(phase, unit):,}",
-            f"{rows:,}",
-            str(degrees.replicate),
-            str(degrees.shard),
-            str(degrees.context),
-            str(degrees.expert),
-            str(rows // unit),
-            f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
-        )
+        table.add_column(name, justify="right")
+        columns.append(_phase_column(request, phase))
+    for item in columns[0]:
+        table.add_row(item, *(column[item] for column in columns))
     return table
+
+
+def _phase_column(request: PlanRequest, phase: PhaseConfig) -> dict[str, str]:
+    """What the table says of a phase."""
+    degrees = layout(phase, request.config.parallel, request.ranks)
+    unit = degrees.data * phase.micro_batch_sequences
+    rows = phase.global_batch_tokens // phase.context_tokens
+    # Upper end: every document as long as the context.
+    flops = train_flops_per_token(request.config.model, phase.context_tokens)
+    return {
+        "tokens, billions": f"{phase_sequences(phase) * phase.context_tokens / 1e9:,.3f}",
+        "context": f"{phase.context_tokens:,}",
+        "RoPE base": f"{phase.rope_base:,.0f}",
+        "steps": f"{steps_in(phase, unit):,}",
+        "rows per step": f"{rows:,}",
+        "micro-batches per step": f"{rows // unit:,}",
+        "replicate": f"{degrees.replicate:,}",
+        "shard": f"{degrees.shard:,}",
+        "context ranks": f"{degrees.context:,}",
+        "expert ranks": f"{degrees.expert:,}",
+        "PFLOP per step, at most": f"{flops * phase.global_batch_tokens / 1e15:,.4g}",
+    }
 
 
 def _traffic_table(request: PlanRequest) -> Table:
@@ -182,7 +180,8 @@ def _optimizer_lines(request: PlanRequest) -> list[str]:
     """Which optimizer gets which parameter, and how evenly Muon's work falls on the ranks."""
     shapes = parameter_shapes(request.config.model)
     shards = request.config.parallel.shard or request.ranks
-    made = muon_plan(shapes, request.ranks // shards, shards)
+    own = request.config.parallel.expert_parallel
+    made = muon_plan(shapes, request.ranks // shards, shards, own)
     loads = [load / 1e12 for load in made.loads.values()]
     return [
         "optimizers",
@@ -199,10 +198,23 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def muon_plan(shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int) -> Plan:
-    """Muon's plan where FSDP alone shards: stacks between matrices, in chunks."""
+def muon_plan(
+    shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int, expert: int = 1
+) -> Plan:
+    """Muon's plan where stacks are sharded between matrices, experts over `expert` ranks first."""
     table = assign(shapes)
-    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
-    counts = [row_counts(shape[0], shards) for shape in muon]
+    muon = {name: shape for name, shape in shapes.items() if table[name].optimizer == "muon"}
+    counts = [
+        matrices_held(shape[0], shards, expert if table[name].what == "experts" else 1)
+        for name, shape in muon.items()
+    ]
     held = [[count[column] for count in counts] for column in range(shards)]
-    return plan([place.matrix for place in matrices_of(muon, held)], replicas, shards)
+    places = matrices_of(list(muon.values()), held)
+    return plan([place.matrix for place in places], replicas, shards)
+
+
+def matrices_held(count: int, shards: int, expert: int) -> list[int]:
+    """Of a stack of `count`, by column: divided over `expert` neighbours, then in chunks over the
+    ranks that hold the same part (`parallel.mesh`)."""
+    chunks = row_counts(count // expert, shards // expert)
+    return [chunks[column // expert] for column in range(shards)]

@@ -31,6 +31,8 @@ _PLACES = (
     ("_fully_shard/_fsdp_param.py", "alloc_all_gather_outputs", GATHERED),
     ("_fully_shard/_fsdp_param.py", "init_all_gather_outputs", GATHERED),
     ("_fully_shard/_fsdp_param.py", "init_unsharded_param", GATHERED),
+    # Refills what one rank alone holds whole.
+    ("_fully_shard/_fsdp_param_group.py", "wait_for_unshard", GATHERED),
     ("_fully_shard/_fsdp_param.py", "to_accumulated_grad_if_needed", FULL_GRADIENTS),
     ("_fully_shard/_fsdp_param.py", "accumulate_unsharded_grad_if_needed", FULL_GRADIENTS),
     ("_fully_shard/_fsdp_collectives.py", "foreach_all_gather", BUFFERS),

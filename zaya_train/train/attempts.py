@@ -7,8 +7,12 @@ configs/attempt-0001.json    each attempt's, numbered as in metrics.jsonl
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from zaya_train.config.build import to_dict
+from zaya_train.config.derive import config_hash
 from zaya_train.config.diff import differences
 from zaya_train.config.errors import ConfigError, StorageError
 from zaya_train.runtime.files import write_json
@@ -17,8 +21,59 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from zaya_train.config.schema import TrainConfig
+    from zaya_train.train.metrics import MetricsWriter
+
+log = logging.getLogger(__name__)
+
 CONFIG_FILE = "config.json"
 CONFIG_DIR = "configs"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What this process writes about taking up the run."""
+
+    config: TrainConfig
+    run_dir: Path
+    metrics: MetricsWriter
+    rank: int
+    facts: dict[str, Any]
+    """`world_size` and `device`."""
+
+    def announce(self, step: int, start: Path | None, own: bool) -> None:
+        """Record this attempt, once nothing speaks against it, and what it changed.
+
+        Args:
+            step: done so far.
+            start: the checkpoint it goes on from, if any.
+            own: that is one of this run.
+        """
+        changed = {}
+        if self.rank == 0:
+            values = to_dict(self.config)
+            changed = record_attempt(self.run_dir, self.metrics.attempt, values)
+        for key, (old, new) in changed.items():
+            log.warning(
+                "configuration changed since the attempt before: %s: %s -> %s", key, old, new
+            )
+        self._row(
+            "resume" if own else "start",
+            step,
+            config_changes=changed,
+            **({"branched_from": str(start)} if start and not own else {}),
+        )
+        if start:
+            log.info("%s step %d from %s", "resuming at" if own else "branching at", step, start)
+
+    def rolled_back(self, step: int, rows: tuple[int, int]) -> None:
+        """Rows of the metrics behind `step` no longer count; `rows` will be passed over."""
+        self._row("resume", step, rolled_back=list(rows))
+        log.warning("rolled back to step %d; will pass over rows %d to %d", step, rows[0], rows[1])
+
+    def _row(self, kind: str, step: int, **values: Any) -> None:
+        digest = config_hash(self.config)
+        self.metrics.write(kind, step=step, config_hash=digest, **self.facts, **values)
 
 
 def record_attempt(

@@ -6,31 +6,29 @@ deleted. Whatever kills the writers, a directory with its final name was complet
 `.tmp` an unfinished save, `.trash` a deletion under way (both removed at the next start), `.bad` a
 checkpoint that failed verification and was moved aside for a person to look at.
 
-All methods of `CheckpointStore` are collective over all ranks: every rank calls them in the same
-order, and a failure on one rank is raised on all, with the process group still usable.
+All methods of `CheckpointStore` are collective over all ranks unless they say otherwise: every rank
+calls them in the same order, and a failure on one rank is raised on all, with the process group
+still usable. A save may run in the background (`start`, `finish`): a thread writes host copies and
+speaks to its peers in the store's own group, which nothing else uses meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from zaya_train.config.errors import (
-    CheckpointError,
-    ConfigError,
-    NumericsError,
-    StorageError,
-)
+from zaya_train.config.errors import CheckpointError, ConfigError, StorageError
 from zaya_train.train import dcp, storage
 from zaya_train.train import manifest as manifests
+from zaya_train.train.agreement import agreed_entries
 from zaya_train.train.manifest import CheckpointRecord, FileEntry, Manifest, TensorEntry
 from zaya_train.train.peers import Peers
 from zaya_train.train.restore import (
@@ -43,12 +41,25 @@ from zaya_train.train.restore import (
     inspect,
     verify,
 )
+from zaya_train.train.staging import HostCopies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from torch import Tensor
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was written and verified."""
+
+    path: Path
+    size_bytes: int
+    seconds: float
+    """From the first byte to the deletion of what retention gave up."""
 
 
 class CheckpointStore:
@@ -60,6 +71,7 @@ class CheckpointStore:
 
     Args:
         keep_last: newest checkpoints to keep, at least 2; those saved with `keep` stay besides.
+        keep_every_steps: checkpoints of multiples of this stay besides as well; 0 for none.
         timeout_seconds: longest wait for a peer, which may be writing or hashing a large file.
         lock_wait_seconds: how long a predecessor that is still dying may hold the lock.
 
@@ -73,6 +85,7 @@ class CheckpointStore:
         root: Path,
         keep_last: int,
         *,
+        keep_every_steps: int = 0,
         timeout_seconds: float = 3600.0,
         lock_wait_seconds: float = 30.0,
     ) -> None:
@@ -80,20 +93,27 @@ class CheckpointStore:
             raise ConfigError(f"checkpoint.keep_last={keep_last}: must be at least 2")
         self.root = root
         self._keep_last = keep_last
+        self._keep_every_steps = keep_every_steps
         self._unusable_steps: set[int] = set()
         self._lock: TextIO | None = None
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._peers = Peers(cast("dist.ProcessGroup", group))
+        self._copies = HostCopies()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[Saved] | None = None
+        self._reserved: Future[None] | None = None
         self._peers.first(lambda: self._open(lock_wait_seconds))
 
     def close(self) -> None:
-        """Give the writer's lock back. Not collective."""
+        """Give the writer's lock back. Not collective, and it waits for no save under way: its
+        peers may be gone (`Saver` waits where they are not)."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
         if self._lock:
             self._lock.close()
             self._lock = None
 
-    def save(self, tensors: Mapping[str, Tensor], record: CheckpointRecord) -> Path:
-        """Write a checkpoint and return its directory.
+    def save(self, tensors: Mapping[str, Tensor], record: CheckpointRecord) -> Saved:
+        """Write a checkpoint and wait until it is verified.
 
         Args:
             tensors: the same keys on every rank; DTensors are written shard by shard. A plain
@@ -110,10 +130,119 @@ class CheckpointStore:
             CheckpointError: ranks disagree about the tensors, the record is not plain JSON, or the
                 step exists with other contents. Older checkpoints are intact in every case.
         """
+        self._require_idle()
+        return self._write(tensors, record, self._agree(tensors, record))
+
+    def start(self, tensors: Mapping[str, Tensor], record: CheckpointRecord) -> None:
+        """Begin a save of the values `tensors` have now; they may change once this returns.
+
+        Blocks for the agreement among ranks and a copy to host memory; the rest, verification and
+        retention included, runs in a thread. To be followed by `finish` before any other call.
+
+        Raises:
+            NumericsError, CheckpointError: as `save`, for what shows before anything is written.
+        """
+        self._require_idle()
+        entries = self._agree(tensors, record)
+        if self._reserved:
+            self._reserved.result()
+        copies = self._copies.take(tensors)
+        self._under_way = self._worker.submit(self._write, copies, record, entries)
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the host buffers of later `start`s in the background, so that the first one does
+        not wait for memory. Not collective."""
+        self._require_idle()
+        self._reserved = self._worker.submit(self._copies.reserve, tensors)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a `start` awaits its `finish`. Not collective."""
+        return self._under_way is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether `finish` would return at once; ranks may see it at different steps."""
+        return self._under_way is not None and self._under_way.done()
+
+    def finish(self) -> Saved:
+        """Wait for the save under way. Not collective: peers have settled the outcome already.
+
+        Raises:
+            StorageError, CheckpointError: as `save`, on every rank.
+        """
+        if self._under_way is None:
+            raise RuntimeError("no save is under way")
+        try:
+            return self._under_way.result()
+        finally:
+            self._under_way = None
+
+    def newest(self) -> Found | None:
+        """The newest checkpoint that verifies; None if nothing was ever saved here.
+
+        Raises:
+            CheckpointError: there are checkpoints and none verifies; names each with its reason.
+        """
+        self._require_idle()
+        found, skipped = find_newest(self.root, self._peers)
+        for step, problems in skipped.items():
+            log.warning("skipping checkpoint %s: %s", storage.step_name(step), brief(problems))
+        self._unusable_steps.update(skipped)
+        return found
+
+    def verify(self, path: Path) -> list[str]:
+        """What is wrong with the checkpoint at `path`, empty if nothing."""
+        self._require_idle()
+        return verify(path, self._peers)
+
+    def load(self, found: Found, tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> None:
+        """Fill `tensors` in place from a verified checkpoint of any mesh and world size.
+
+        Args:
+            tensors: exactly the checkpoint's keys, global shapes and dtypes.
+            model: the model configuration as a dictionary; the checkpoint's must equal it except
+                in the fields MODEL_MAY_CHANGE (config.diff).
+
+        Raises:
+            CheckpointError: the checkpoint is of another model, or cannot be read. Nothing was
+                loaded, unless a file vanished meanwhile.
+        """
+
+        self._require_idle()
+
+        def compare() -> None:
+            check_model(found, model)
+            check_entries(found, entries_of(tensors))
+
+        self._peers.everywhere(compare)
+        dcp.read(tensors, found.path, found.manifest, self._peers.group)
+
+    def _open(self, lock_wait_seconds: float) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = storage.acquire_lock(self.root / storage.LOCK_NAME, lock_wait_seconds)
+        storage.remove_leftovers(self.root)
+
+    def _require_idle(self) -> None:
+        """A save under way owns the store's group; a second user would mix up its messages."""
+        if self._under_way is not None:
+            raise RuntimeError("a save is under way; call finish first")
+
+    def _agree(
+        self, tensors: Mapping[str, Tensor], record: CheckpointRecord
+    ) -> dict[str, TensorEntry]:
+        self._peers.everywhere(lambda: _check_record(record))
+        return agreed_entries(tensors, record.step, self._peers)
+
+    def _write(
+        self,
+        tensors: Mapping[str, Tensor],
+        record: CheckpointRecord,
+        entries: dict[str, TensorEntry],
+    ) -> Saved:
+        begin = time.perf_counter()
         target = self.root / storage.step_name(record.step)
         partial = target.with_name(f"{target.name}.tmp")
-        self._peers.everywhere(lambda: _check_record(record))
-        entries = self._survey(tensors, record.step)
         try:
             self._peers.first(lambda: storage.fresh_directory(partial))
             group = cast("dist.ProcessGroup", self._peers.group)
@@ -132,71 +261,8 @@ class CheckpointStore:
         if published:
             self._confirm(target)
             self._peers.first(lambda: self._retire(record.step))
-        return target
-
-    def newest(self) -> Found | None:
-        """The newest checkpoint that verifies; None if nothing was ever saved here.
-
-        Raises:
-            CheckpointError: there are checkpoints and none verifies; names each with its reason.
-        """
-        found, skipped = find_newest(self.root, self._peers)
-        for step, problems in skipped.items():
-            log.warning("skipping checkpoint %s: %s", storage.step_name(step), brief(problems))
-        self._unusable_steps.update(skipped)
-        return found
-
-    def verify(self, path: Path) -> list[str]:
-        """What is wrong with the checkpoint at `path`, empty if nothing."""
-        return verify(path, self._peers)
-
-    def load(self, found: Found, tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> None:
-        """Fill `tensors` in place from a verified checkpoint of any mesh and world size.
-
-        Args:
-            tensors: exactly the checkpoint's keys, global shapes and dtypes.
-            model: the model configuration as a dictionary; the checkpoint's must equal it except
-                in the fields MODEL_MAY_CHANGE (config.diff).
-
-        Raises:
-            CheckpointError: the checkpoint is of another model, or cannot be read. Nothing was
-                loaded, unless a file vanished meanwhile.
-        """
-
-        def compare() -> None:
-            check_model(found, model)
-            check_entries(found, entries_of(tensors))
-
-        self._peers.everywhere(compare)
-        dcp.read(tensors, found.path, found.manifest, self._peers.group)
-
-    def _open(self, lock_wait_seconds: float) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = storage.acquire_lock(self.root / storage.LOCK_NAME, lock_wait_seconds)
-        storage.remove_leftovers(self.root)
-
-    def _survey(self, tensors: Mapping[str, Tensor], step: int) -> dict[str, TensorEntry]:
-        """Check that ranks agree on step, keys, shapes and plain tensors, and all is finite."""
-        entries = entries_of(tensors)
-        plain = _plain_digests(tensors)
-        signature = sha256(repr((step, sorted(entries.items()))).encode()).hexdigest()
-        plain_signature = sha256(repr(sorted(plain.items())).encode()).hexdigest()
-        reports = self._peers.gather((signature, plain_signature, _not_finite(tensors)))
-        for rank, (theirs, _, _) in enumerate(reports):
-            if theirs != reports[0][0]:
-                raise CheckpointError(
-                    f"rank {rank} saves another step, other keys or other shapes than rank 0"
-                )
-        bad = [(rank, key) for rank, (_, _, keys) in enumerate(reports) for key in keys]
-        if bad:
-            rank, key = bad[0]
-            raise NumericsError(
-                f"tensor {key} on rank {rank} is not finite ({len(bad)} shards in all); "
-                "not saved, so that the checkpoints stay good"
-            )
-        if len({theirs for _, theirs, _ in reports}) > 1:
-            raise CheckpointError(_first_difference(self._peers.gather(plain)))
-        return entries
+        size_bytes = sum(entry.size_bytes for entry in manifest.files)
+        return Saved(target, size_bytes, time.perf_counter() - begin)
 
     def _publish(self, partial: Path, target: Path, files: tuple[FileEntry, ...]) -> bool:
         """Give the finished directory its name; False if an equal checkpoint has it already."""
@@ -220,7 +286,7 @@ class CheckpointStore:
         return True
 
     def _confirm(self, target: Path) -> None:
-        problems = self.verify(target)
+        problems = verify(target, self._peers)
         if problems:
             self._peers.first(lambda: storage.move_aside(target, brief(problems)))
             raise StorageError(
@@ -239,6 +305,8 @@ class CheckpointStore:
             if step <= newest_step and step not in self._unusable_steps
         ]
         for step in candidates[self._keep_last :]:
+            if self._keep_every_steps and step % self._keep_every_steps == 0:
+                continue
             path = self.root / storage.step_name(step)
             try:
                 if manifests.read(path).record.keep:
@@ -246,43 +314,6 @@ class CheckpointStore:
                 storage.delete(path)
             except (OSError, CheckpointError) as error:
                 log.warning("%s: not deleted: %s", path, error)
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Keys whose local shard holds NaN or infinity; one device-to-host copy per device."""
-    flags: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for key, value in tensors.items():
-        shard: Tensor = value.to_local() if isinstance(value, DTensor) else value
-        if shard.is_floating_point() and shard.numel():
-            flags.setdefault(shard.device, []).append((key, shard.detach().isfinite().all()))
-    bad = []
-    for named in flags.values():
-        finite = torch.stack([flag for _, flag in named]).tolist()
-        bad += [key for (key, _), good in zip(named, finite, strict=True) if not good]
-    return sorted(bad)
-
-
-def _plain_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Hashes of the values of the tensors that are no DTensors: buffers and counters, small."""
-    digests = {}
-    for key, value in tensors.items():
-        if not isinstance(value, DTensor):
-            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digests[key] = sha256(bits.numpy().data).hexdigest()
-    return digests
-
-
-def _first_difference(digests: list[dict[str, str]]) -> str:
-    rank, key = next(
-        (rank, key)
-        for rank, theirs in enumerate(digests)
-        for key, digest in sorted(theirs.items())
-        if digest != digests[0][key]
-    )
-    return (
-        f"plain tensor {key} on rank {rank} differs from rank 0's: only one of them would be "
-        "saved; replicas have come apart, or it is per-rank state and needs a key per rank"
-    )
 
 
 def _check_record(record: CheckpointRecord) -> None:

@@ -1,8 +1,9 @@
 """torch's distributed checkpoint (DCP) as this project uses it: hashed writing, checked reading.
 
 Differences from DCP's own file-system storage: every byte is hashed on its way to the disk, so the
-manifest describes what was meant and not what was stored; `.metadata` holds neither path nor random
-identifier, so equal tensors on an equal mesh give equal files; reading unpickles `.metadata` only
+manifest describes what was meant and not what was stored; `.metadata` holds neither path, random
+identifier nor where a tensor lay (pinned copy or parameter), so equal tensors on an equal mesh give
+equal files; reading unpickles `.metadata` only
 after its hash was compared, and only into the handful of classes it is made of.
 """
 
@@ -25,7 +26,12 @@ from torch.distributed.checkpoint.filesystem import (
     FileSystemReader,
     FileSystemWriter,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -198,6 +204,12 @@ class _HashingWriter(FileSystemWriter):
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        for entry in metadata.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.properties = TensorProperties(dtype=entry.properties.dtype)
+        super().finish(metadata, results)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:

@@ -11,7 +11,7 @@ from zaya_train.parallel.fsdp import reshard
 from zaya_train.train.batch import make_batch, without_labels
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.parallel.mesh import Mesh
@@ -25,16 +25,19 @@ def validation_losses(
     mesh: Mesh,
     chunking: Chunking,
     device: torch.device,
+    mark: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss per supervised token of each set of rows; equal on every rank.
 
     Rows are dealt to the data ranks. Every rank makes the same number of forward passes, because a
-    sharded forward pass is collective: the last ones may supervise nothing on some ranks.
+    sharded forward pass is collective: the last ones may supervise nothing on some ranks. `mark` is
+    called before each.
     """
     results = {}
     for name, rows in rows_by_name.items():
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for start in range(0, len(rows), mesh.layout.data):
+            mark()
             index = start + mesh.data_rank
             batch = make_batch(
                 [rows[min(index, len(rows) - 1)]], chunking, mesh.context_rank, device

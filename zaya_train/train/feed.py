@@ -48,18 +48,24 @@ class Feed:
         Rows that are neighbours in attention work make one micro-batch over all ranks, dealt to
         them in turn, so that none waits for another.
         """
-        count = batch_sequences(self.phase, consumed, self.unit)
-        order = self.rows.by_work(consumed, consumed + count)
-        first, ranks = self.mesh.data_rank, self.mesh.layout.data
+        dealt = self.dealt(consumed)[self.mesh.data_rank]
+        size = self.unit // self.mesh.layout.data
         return [
             make_batch(
-                [self.rows.row(index) for index in order[start : start + self.unit][first::ranks]],
+                [self.rows.row(index) for index in dealt[start : start + size]],
                 self.chunking,
                 self.mesh.context_rank,
                 self.device,
             )
-            for start in range(0, count, self.unit)
+            for start in range(0, len(dealt), size)
         ]
+
+    def dealt(self, consumed: int) -> list[list[int]]:
+        """Rows of that step by data rank, in the order in which each takes them."""
+        count = batch_sequences(self.phase, consumed, self.unit)
+        order = self.rows.by_work(consumed, consumed + count)
+        ranks = self.mesh.layout.data
+        return [list(order[first::ranks]) for first in range(ranks)]
 
 
 def step_starts(phase: PhaseConfig, consumed: int, unit: int) -> Iterator[int]:

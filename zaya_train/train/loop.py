@@ -15,26 +15,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zaya_train.config.derive import phase_sequences
 from zaya_train.config.errors import NumericsError
 from zaya_train.phases.plan import batch_sequences, schedule_factor
-from zaya_train.train.step import Rates, StepResult, train_step
+from zaya_train.train.guard import RollBack, Skipped, norm_limit, remember
+from zaya_train.train.step import Rates, StepResult, pass_over, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from zaya_train.config.schema import OptimConfig, PhaseConfig
+    from zaya_train.config.schema import GuardConfig, OptimConfig, PhaseConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.optim.optimizer import Optimizer
     from zaya_train.parallel.fsdp import Reduction
     from zaya_train.train.batch import Batch
+    from zaya_train.train.guard import Guard
     from zaya_train.train.metrics import MetricsWriter
     from zaya_train.train.state import TrainState
 
 log = logging.getLogger(__name__)
-
-_MAX_SKIPPED_IN_A_ROW = 5
-"""Non-finite steps in a row after which the run stops: later checkpoints would rotate the good ones
-away without a step gained."""
 
 
 class BatchSource(Protocol):
@@ -59,6 +57,10 @@ class Hooks:
     stop_signal: Callable[[], int]
     """Signal this rank has received, 0 for none."""
     memory_bytes: Callable[[], int]
+    mark: Callable[[str, int], None]
+    """Told what part of which step begins (runtime.heartbeat)."""
+    step_done: Callable[[float, float], None]
+    """Told the seconds of the step and of its wait for data."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,12 @@ class PhaseRun:
     log_every_steps: int
     eval_every_steps: int
     save_every_steps: int
+    guard: Guard
     hooks: Hooks
 
 
-def rates(run: PhaseRun, phase_tokens: int) -> Rates:
-    """Learning rates of the step that brings the phase to `phase_tokens` consumed tokens."""
+def rates(run: PhaseRun, phase_tokens: int, norm_limit: float = math.inf) -> Rates:
+    """Settings of the step that brings the phase to `phase_tokens` consumed tokens."""
     total = phase_sequences(run.phase) * run.phase.context_tokens
     factor = schedule_factor(run.phase.schedule, phase_tokens, total)
     factor *= run.phase.learning_rate_scale
@@ -90,6 +93,7 @@ def rates(run: PhaseRun, phase_tokens: int) -> Rates:
         muon=run.optim.muon.learning_rate * factor,
         adamw=run.optim.adamw.learning_rate * factor,
         clip_norm=run.optim.clip_norm,
+        norm_limit=norm_limit,
     )
 
 
@@ -97,15 +101,14 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
     """Train to the end of the phase.
 
     Returns the state and whether a stop signal ended it early; then a checkpoint has been saved.
-    NumericsError after several non-finite steps in a row.
+    While steps are being skipped nothing is saved: it would be the weights before them again.
+
+    NumericsError, or RollBack, after `guard.most_skipped` skipped steps in a row.
     """
-    skipped_in_a_row = 0
-    first = True
+    first, owed = True, False
     while state.phase_rows < phase_sequences(run.phase):
         rows = batch_sequences(run.phase, state.phase_rows, run.unit)
         state, result = _one_step(run, batches, state, rows)
-        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-        _check_skips(skipped_in_a_row, state)
         if first:
             run.hooks.first_step_done()
             first = False
@@ -117,8 +120,10 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
             log.warning("stop signal %d: saving at step %d", result.stop_signal, state.step)
             run.hooks.save(state, True)
             return state, True
-        if state.step % run.save_every_steps == 0 and not last:
+        owed = owed or state.step % run.save_every_steps == 0
+        if owed and not state.skipped_in_a_row and not last:
             run.hooks.save(state, False)
+            owed = False
     return state, False
 
 
@@ -126,34 +131,72 @@ def _one_step(
     run: PhaseRun, batches: BatchSource, state: TrainState, rows: int
 ) -> tuple[TrainState, StepResult]:
     start, waited = time.perf_counter(), batches.wait_seconds
+    number = state.step + 1
+    run.hooks.mark("data", number)
     micro_batches = next(batches)
     data_seconds = batches.wait_seconds - waited
     consumed = (state.phase_rows + rows) * run.phase.context_tokens
-    now = rates(run, consumed)
-    result = train_step(
-        run.model, run.optimizer, micro_batches, now, run.reduction, run.hooks.stop_signal()
-    )
-    state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
-    seconds = time.perf_counter() - start
-    if not result.applied:
-        log.warning(
-            "step %d skipped on all ranks: loss %s, gradient norm %s; weights unchanged",
-            state.step,
-            result.loss,
-            result.grad_norm,
+    now = rates(run, consumed, norm_limit(state.norms, run.guard.config))
+    if state.avoids:
+        result = pass_over(run.optimizer, micro_batches, run.hooks.stop_signal())
+    else:
+        result = train_step(
+            run.model,
+            run.optimizer,
+            micro_batches,
+            now,
+            run.reduction,
+            run.hooks.stop_signal(),
+            lambda part: run.hooks.mark(part, number),
         )
+    state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
+    if result.applied:
+        state = remember(state, result.grad_norm, run.guard.config)
+    seconds = time.perf_counter() - start
+    run.hooks.step_done(seconds, data_seconds)
     if state.step % run.log_every_steps == 0:
         timing = (seconds, data_seconds, rows * run.phase.context_tokens / seconds)
         _report(run, state, result, now, timing)
+    if result.finding is not None:
+        _skipped(run, state, result, rows, now.norm_limit)
     return state, result
 
 
-def _check_skips(in_a_row: int, state: TrainState) -> None:
-    if in_a_row >= _MAX_SKIPPED_IN_A_ROW:
-        raise NumericsError(
-            f"step {state.step}: {in_a_row} steps in a row were not finite (limit "
-            f"{_MAX_SKIPPED_IN_A_ROW}); stopped before good checkpoints rotate away"
+def _skipped(run: PhaseRun, state: TrainState, result: StepResult, rows: int, limit: float) -> None:
+    """Record a skipped step; raise where it is one too many in a row."""
+    assert result.finding is not None
+    action = _action(run.guard.config, state)
+    run.guard.record(
+        Skipped(
+            state=state,
+            rows=rows,
+            reason=result.reason,
+            loss=result.loss,
+            norm=result.grad_norm,
+            limit=limit,
+            finding=result.finding,
+            action=action,
         )
+    )
+    if action == "skipped":
+        return
+    in_a_row = state.skipped_in_a_row
+    if action == "rolled back":
+        first = state.streak_first_row
+        raise RollBack(state.phase_index, first, state.phase_rows)
+    raise NumericsError(
+        f"step {state.step}: {in_a_row} steps in a row skipped, the last one for: {result.reason} "
+        f"(guard.most_skipped {run.guard.config.most_skipped}, roll backs in this phase: "
+        f"{len(state.avoided)}); stopped before good checkpoints rotate away; see "
+        f"{run.guard.incidents.path.name}"
+    )
+
+
+def _action(config: GuardConfig, state: TrainState) -> str:
+    if state.skipped_in_a_row < config.most_skipped:
+        return "skipped"
+    may = config.at_limit == "roll_back" and len(state.avoided) < config.most_roll_backs
+    return "rolled back" if may else "stopped"
 
 
 def _report(
@@ -181,6 +224,7 @@ def _report(
         data_seconds=data_seconds,
         tokens_per_second=speed,
         applied=result.applied,
+        **({"reason": result.reason} if result.reason else {}),
         memory_bytes=run.hooks.memory_bytes(),
         **balance,
     )

@@ -127,18 +127,29 @@ def read_bytes(directory: Path) -> bytes:
 
 def file_problem(directory: Path, entry: FileEntry) -> str | None:
     """Why the file on disk is not the one in the manifest, or None."""
+    problem = size_problem(directory, entry)
+    if problem:
+        return problem
+    try:
+        found = file_sha256(directory / entry.name)
+    except OSError as error:
+        return f"{entry.name}: {error.strerror}"
+    if found != entry.sha256:
+        return f"{entry.name}: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}"
+    return None
+
+
+def size_problem(directory: Path, entry: FileEntry) -> str | None:
+    """Why the file on disk cannot be the one in the manifest, without reading it, or None."""
     path = directory / entry.name
     if path.name != entry.name:
         return f"{entry.name}: not a plain file name"
     try:
         size_bytes = path.stat().st_size
-        if size_bytes != entry.size_bytes:
-            return f"{entry.name}: {size_bytes} bytes, the manifest says {entry.size_bytes}"
-        found = file_sha256(path)
     except OSError as error:
         return f"{entry.name}: {error.strerror}"
-    if found != entry.sha256:
-        return f"{entry.name}: sha256 {found[:12]}, the manifest says {entry.sha256[:12]}"
+    if size_bytes != entry.size_bytes:
+        return f"{entry.name}: {size_bytes} bytes, the manifest says {entry.size_bytes}"
     return None
 
 

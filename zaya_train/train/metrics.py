@@ -118,7 +118,7 @@ class MetricsWriter:
         if "load" in values:
             values["load"] = [[round(x, LOAD_DIGITS) for x in layer] for layer in values["load"]]
         row = {"kind": kind, "wall_time": time.time(), "attempt": self.attempt, **values}
-        line = json.dumps(_encode(row), allow_nan=False, separators=(",", ":"))
+        line = json.dumps(encode_floats(row), allow_nan=False, separators=(",", ":"))
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -195,13 +195,14 @@ def _required(kind: str) -> frozenset[str]:
     return ROW_FIELDS[kind]
 
 
-def _encode(value: Any) -> Any:
+def encode_floats(value: Any) -> Any:
+    """Plain data with every number JSON does not have made its string (see above)."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
+        return {key: encode_floats(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
+        return [encode_floats(item) for item in value]
     return value
 
 

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from zaya_train.config.errors import NumericsError
 from zaya_train.parallel.collectives import sum_over
 from zaya_train.train.batch import wrapped_sum
+from zaya_train.train.guard import examine, why_skipped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from zaya_train.optim.shards import Shard
     from zaya_train.parallel.fsdp import Reduction
     from zaya_train.train.batch import Batch
+    from zaya_train.train.guard import Finding
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Rates:
     adamw: float
     clip_norm: float
     """0: no clipping."""
+    norm_limit: float = math.inf
+    """Largest gradient norm of a step that is applied (train.guard)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,14 @@ class StepResult:
     """Largest signal number any rank has received, 0 for none."""
     fingerprint: int = 0
     """Sum of the fingerprints of all ranks' rows modulo 2^64, signed."""
+    reason: str = ""
+    """Why the step was not applied."""
+    finding: Finding | None = None
+    """Where that lies; None for applied steps and rows passed over."""
+
+
+def unmarked(phase: str) -> None:
+    """Nobody watches the phases of the step."""
 
 
 def train_step(
@@ -64,41 +76,86 @@ def train_step(
     rates: Rates,
     reduction: Reduction,
     stop_signal: int = 0,
+    mark: Callable[[str], None] = unmarked,
 ) -> StepResult:
     """Count supervised tokens globally, forward and backward, clip, check finite, update.
 
     `batches` are the rank's micro-batches. The loss is a sum over supervised tokens divided by
     their global count, so neither accumulation nor layout changes its weights. `stop_signal`
-    rides along on the step's own reduction.
+    rides along on the step's own reduction. `mark` is told what begins: forward, backward, exchange
+    (of losses, loads and norms; gradients are exchanged in the backward pass) and optimizer.
 
     What the step does next (skip, scale, update) follows from numbers that are equal on every rank.
     NumericsError on all ranks, with nothing updated, where replicas disagree on the gradient.
     """
-    device = batches[0].tokens.device
-    # int64 sums wrap around, which is what a sum of fingerprints means.
-    own = (sum(b.supervised for b in batches), wrapped_sum(b.fingerprint for b in batches))
-    count, fingerprint = sum_over(torch.tensor(own, dtype=torch.int64, device=device)).unbind()
-    loss, load = _accumulate(model, batches, count.clamp_min(1), reduction)
-    loss, load, heard = _reduce(loss, load, stop_signal)
+    count, fingerprint = _count(batches)
+    own_loss, load = _accumulate(model, batches, count.clamp_min(1), reduction, mark)
+    mark("exchange")
+    loss, load, heard = _reduce(own_loss, load, stop_signal)
     shards = optimizer.shards.values()
     norm = global_norm(shards, reduction.replicas)
-    applied = math.isfinite(norm) and math.isfinite(float(loss))
-    if applied:
+    reason = why_skipped(float(loss), norm, rates.norm_limit)
+    finding = examine(shards, own_loss, reduction.replicas) if reason else None
+    if not reason:
+        mark("optimizer")
         _clip(shards, norm, rates.clip_norm)
         optimizer.step(rates.muon, rates.adamw, load.float())
     model.zero_grad(set_to_none=True)
-    return StepResult(float(loss), norm, int(count), load, applied, heard, int(fingerprint))
+    return StepResult(
+        loss=float(loss),
+        grad_norm=norm,
+        supervised=int(count),
+        load=load,
+        applied=not reason,
+        stop_signal=heard,
+        fingerprint=int(fingerprint),
+        reason=reason,
+        finding=finding,
+    )
+
+
+def pass_over(optimizer: Optimizer, batches: Sequence[Batch], stop_signal: int = 0) -> StepResult:
+    """A step over rows that a roll back decided to avoid: counted, and nothing else."""
+    count, fingerprint = _count(batches)
+    load = torch.zeros_like(optimizer.balancing.first, dtype=torch.float64)
+    loss = load.new_full((), math.nan)
+    _, load, heard = _reduce(loss, load, stop_signal)
+    return StepResult(
+        loss=math.nan,
+        grad_norm=math.nan,
+        supervised=int(count),
+        load=load,
+        applied=False,
+        stop_signal=heard,
+        fingerprint=int(fingerprint),
+        reason="rows passed over",
+    )
+
+
+def _count(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    """Supervised tokens and fingerprint of all ranks' rows."""
+    # int64 sums wrap around, which is what a sum of fingerprints means.
+    own = (sum(b.supervised for b in batches), wrapped_sum(b.fingerprint for b in batches))
+    counts = torch.tensor(own, dtype=torch.int64, device=batches[0].tokens.device)
+    count, fingerprint = sum_over(counts).unbind()
+    return count, fingerprint
 
 
 def _accumulate(
-    model: ZayaModel, batches: Sequence[Batch], count: Tensor, reduction: Reduction
+    model: ZayaModel,
+    batches: Sequence[Batch],
+    count: Tensor,
+    reduction: Reduction,
+    mark: Callable[[str], None],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of all micro-batches, reduced after the last; this rank's loss and load."""
     losses, loads = [], []
     for i, batch in enumerate(batches):
         reduction.prepare(model, last=i == len(batches) - 1)
+        mark("forward")
         out = model(batch.tokens, batch.labels, batch.layout)
         loss = out.loss / count
+        mark("backward")
         loss.backward()
         losses.append(loss.detach())
         loads.append(out.load)

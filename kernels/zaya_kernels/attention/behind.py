@@ -16,44 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from zaya_kernels.attention.flash import flash, flash_backward
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-_aten = torch.ops.aten
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """q [1, H, Q, d], k and v [1, K, L, d] -> output [1, H, Q, d], log of sums [1, H, Q]."""
-    if q.device.type == "cpu":
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-        return out, lse
-    if q.dtype.itemsize != 2:
-        raise ValueError(
-            f"no flash attention in {q.dtype} on {q.device.type}: context parallelism there needs "
-            "precision.compute_dtype bf16"
-        )
-    out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    return out, lse
-
-
-def flash_backward(
-    grad: Tensor, tensors: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, shapes as in `flash`."""
-    q, k, v = tensors
-    if q.device.type == "cpu":
-        backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
-        to_q, to_k, to_v = backward(grad, q, k, v, out, lse, 0.0, causal)
-        return to_q, to_k, to_v
-    # What dropout would need.
-    seed = torch.zeros(2, dtype=torch.int64, device=q.device)
-    offset = torch.zeros((), dtype=torch.int64, device=q.device)
-    sizes = (q.shape[2], k.shape[2])
-    backward = _aten._scaled_dot_product_flash_attention_backward
-    to_q, to_k, to_v = backward(
-        grad, q, k, v, out, lse, None, None, *sizes, 0.0, causal, seed, offset
-    )
-    return to_q, to_k, to_v
 
 
 def _batched(x: Tensor) -> Tensor:

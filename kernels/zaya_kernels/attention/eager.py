@@ -1,5 +1,5 @@
 """Packed attention on padded groups of documents, each group through `blocks` where the CPU gains
-by it, else through torch's scaled_dot_product_attention.
+by it, else through torch's flash attention.
 
 Documents of similar length form one batch padded on the right: causality alone keeps real queries
 from padded keys, so no mask is needed and the flash path runs. Segments whose queries start inside
@@ -15,11 +15,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zaya_kernels.attention.behind import behind
 from zaya_kernels.attention.blocks import causal, worthwhile
+from zaya_kernels.attention.flash import flash_causal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from zaya_kernels.attention.segments import AttentionPlan
+
+    Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _TakeOnce(torch.autograd.Function):
@@ -76,17 +81,37 @@ class _Parts(torch.autograd.Function):
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [N, L, H, d], k and v [N, L, K, d] -> [N, L, H, d]."""
-    if worthwhile(q, k):
-        return causal(q, k, v)
+    on_cpu = q.device.type == "cpu"
+    return causal(q, k, v) if on_cpu and worthwhile(q, k) else _sdpa(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Shapes as in `_causal`."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.device.type == "cpu":
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        out = flash_causal(q, k, v)
     return out.transpose(1, 2)
 
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """See `zaya_kernels.attention.op.attention`."""
+    return _grouped((q, k, v), plan, _causal)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """See `zaya_kernels.attention.op.attention`; torch's own attention for every group."""
+    return _grouped((q, k, v), plan, _sdpa)
+
+
+def _grouped(
+    inputs: tuple[Tensor, Tensor, Tensor], plan: AttentionPlan, causal_core: Core
+) -> Tensor:
+    """`causal_core` over the plan's padded groups of documents."""
+    q, k, v = inputs
     if plan.whole_rows:
-        return _causal(q, k, v)
+        return causal_core(q, k, v)
     groups, behinds = plan.groups.tolist(), plan.behind.tolist()
     sizes = [count * length for count, length in groups] + [row[1] for row in behinds]
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
@@ -100,13 +125,13 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Ten
         _TakeOnce.apply(x, plan.taken, plan.inverse).split(sizes)
         for x in (q.flatten(0, 1), keys, values)
     ]
-    inputs = list(zip(*pieces, strict=True))
+    parts = list(zip(*pieces, strict=True))
     outputs = [
-        _causal(*(x.unflatten(0, shape) for x in taken)).flatten(0, 1)
-        for shape, taken in zip(groups, inputs[: len(groups)], strict=True)
+        causal_core(*(x.unflatten(0, shape) for x in taken)).flatten(0, 1)
+        for shape, taken in zip(groups, parts[: len(groups)], strict=True)
     ]
     outputs += [
         behind(query, (key, value), before)
-        for (query, key, value), before in zip(inputs[len(groups) :], earlier, strict=True)
+        for (query, key, value), before in zip(parts[len(groups) :], earlier, strict=True)
     ]
     return _Return.apply(torch.cat(outputs), plan.inverse).view_as(q)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from zaya_kernels.attention.eager import attention_eager
+from zaya_kernels.attention.eager import attention_eager, attention_sdpa
 from zaya_kernels.attention.reference import attention_reference
 from zaya_kernels.backends import pick
 
@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
     from zaya_kernels.attention.segments import AttentionPlan
 
-BACKENDS = {"eager": attention_eager, "reference": attention_reference}
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    from zaya_kernels.attention.triton import attention_triton
+
+    return attention_triton(q, k, v, plan)
+
+
+BACKENDS = {
+    "eager": attention_eager,
+    "sdpa": attention_sdpa,
+    "reference": attention_reference,
+    "triton": _triton,
+}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, backend: str) -> Tensor:

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_kernels.attention.tiles import plan_tiles
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from zaya_kernels.attention.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class AttentionPlan:
     """[B * S] int64: each local token's place among the keys, when those are gathered."""
     whole_rows: bool
     """Every row is one document and keys are local: no gathering needed."""
+    tiles: Tiles
+    """The same work as the Triton kernels take it."""
 
 
 def _bucket(length: int) -> int:
@@ -83,7 +89,9 @@ def plan_attention(
     """Group segments of similar length and number their outputs.
 
     `num_queries` is B * S; the segments must cover every query exactly once (ValueError otherwise).
+    Segments without queries are left out.
     """
+    segments = [s for s in segments if s.query_count]
     buckets: dict[int, list[Segment]] = defaultdict(list)
     behind = [s for s in segments if s.query_count < s.key_count]
     for segment in segments:
@@ -110,14 +118,16 @@ def plan_attention(
             f"attention segments cover {covered} queries of {num_queries}; each must be met once"
         )
     sizes = [(len(members), length) for length, members in sorted(buckets.items())]
+    table = _table(segments)
     return AttentionPlan(
-        segments=_table(segments),
+        segments=table,
         groups=torch.tensor(sizes, dtype=torch.int64).view(-1, 2),
         behind=_table(behind),
         taken=torch.cat(taken).to(device),
         inverse=inverse.to(device),
         own_keys=own_keys.to(device),
         whole_rows=whole_rows,
+        tiles=plan_tiles(table, device),
     )
 
 

@@ -1,8 +1,8 @@
 """What a compiled kernel uses, read from its gfx942 or gfx950 assembly.
 
 Counts are of one wave's instructions in the hot loop: of the innermost loops the one with the most
-matrix instructions (of vector instructions where there are none), or the whole kernel where it has
-no loop.
+matrix instructions (of those, the fewest vector instructions; the most where no loop has matrix
+instructions), or the whole kernel where it has no loop.
 """
 
 from __future__ import annotations
@@ -139,11 +139,18 @@ def loops(text: str) -> list[list[str]]:
 
 
 def hot_loop(text: str) -> list[str]:
-    """Instructions of the loop that the kernel spends its time in, or of the whole kernel."""
+    """Instructions of the loop that the kernel spends its time in, or of the whole kernel.
+
+    Of two loops with the same products the one with a mask is at an edge, so the other counts.
+    """
     found = [instructions(loop) for loop in loops(text)]
     if not found:
         return instructions(text.splitlines())
-    return max(found, key=lambda loop: (_number(loop, r"v_mfma"), _number(loop, r"v_")))
+    most = max(_number(loop, r"v_mfma") for loop in found)
+    if most == 0:
+        return max(found, key=lambda loop: _number(loop, r"v_"))
+    equal = [loop for loop in found if _number(loop, r"v_mfma") == most]
+    return min(equal, key=lambda loop: _number(loop, r"v_"))
 
 
 def _number(lines: list[str], pattern: str) -> int:

@@ -38,20 +38,25 @@ class Budget:
     why: str = ""
 
 
+def _both(number: int) -> dict[str, int]:
+    """The same allowance on gfx942 and gfx950."""
+    return dict.fromkeys(LDS_BYTES, number)
+
+
 BUDGETS = {
     "norm_residual_forward": Budget(
-        waves=6, narrow_lds_reads={"gfx942": 2, "gfx950": 2}, why="LDS: the row's sum across waves"
+        waves=6, narrow_lds_reads=_both(2), why="LDS: the row's sum across waves"
     ),
     "norm_residual_backward": Budget(
         waves=3,
         narrow_loads=1,
-        narrow_lds_reads={"gfx942": 2, "gfx950": 2},
+        narrow_lds_reads=_both(2),
         why="waves: four column sums in registers; load: one number per row; LDS: the row's sum",
     ),
     "cca_forward": Budget(
         waves=2,
         matrix=True,
-        narrow_lds_reads={"gfx942": 6, "gfx950": 6},
+        narrow_lds_reads=_both(6),
         scalar_spills=80,
         stack_bytes=160,
         why="LDS: row norms and positions; scalars: buffer descriptors, only with halos; stack: "
@@ -74,6 +79,22 @@ BUDGETS = {
         stack_bytes=832,
         why="LDS: both operands are summed over tokens, and gradients are computed, not loaded, so "
         "one of them is turned in LDS; loads: means and angles of 32 rows over 512 lanes",
+    ),
+    "attention_forward": Budget(
+        waves=2, matrix=True, narrow_lds_reads=_both(1), why="LDS: the row sums, in fp32 only"
+    ),
+    "attention_backward_queries": Budget(
+        waves=1,
+        matrix=True,
+        stack_bytes=256,
+        why="waves, stack: fp32 only; bf16 has two waves and no stack",
+    ),
+    "attention_backward_keys": Budget(
+        waves=1,
+        matrix=True,
+        scalar_spills=51,
+        why="waves: two gradients and two operands stay in registers, AMD's tuning chose one too; "
+        "scalars: buffer descriptors of both loops",
     ),
 }
 

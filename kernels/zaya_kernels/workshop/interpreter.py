@@ -212,10 +212,10 @@ def _reduce(method: Callable[..., Any]) -> Callable[..., Any]:
     """Sums, minima and scans of a bf16 block."""
 
     @wraps(method)
-    def mended(self: Any, operand: Any, *rest: Any) -> Any:
+    def mended(self: Any, operand: Any, *rest: Any, **named: Any) -> Any:
         first = operand[0] if isinstance(operand, tuple) else operand
         if not _is_bf16(first.handle):
-            return method(self, operand, *rest)
+            return method(self, operand, *rest, **named)
         raise TypeError("a reduction of a bf16 block; convert it to fp32 first")
 
     return mended

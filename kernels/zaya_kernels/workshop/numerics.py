@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from triton.runtime.errors import InterpreterError
 
+from zaya_kernels.attention.op import attention
+from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
@@ -86,7 +88,22 @@ def _cca() -> Case:
     return Case("cca", run, inputs)
 
 
-CASES = (_norm_residual, _cca)
+def _attention() -> Case:
+    """Two chunks of a row of three documents, the middle one in both: keys of two segments, blocks
+    that are seen whole, on the diagonal and cut short."""
+    segments = [Segment(0, 2, 0, 2), Segment(2, 78, 2, 78), Segment(80, 290, 2, 428)]
+    segments.append(Segment(370, 1, 430, 1))
+    plan = plan_attention(segments, 371, torch.device("cpu"), whole_rows=False)
+    inputs = {"q": _random(1, 371, 2, 32, seed=1)}
+    inputs |= {name: _random(1, 440, 1, 32, seed=2 + i) for i, name in enumerate("kv")}
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [attention(x["q"], x["k"], x["v"], plan, backend)]
+
+    return Case("attention", run, inputs)
+
+
+CASES = (_norm_residual, _cca, _attention)
 
 
 def passed(run: Run, backend: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_kernels.attention.op import attention
+from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.launch import Launch, recording
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
@@ -104,12 +106,25 @@ def _cca(
     return forward, leaves
 
 
+def _attention(
+    device: torch.device, head_dim: int, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    heads = (H, K, K)
+    q, k, v = (_tensor(device, B, S, count, head_dim, dtype=dtype) for count in heads)
+    documents = [Segment(b * S, S, b * S, S) for b in range(B)]
+    plan = plan_attention(documents, B * S, device, whole_rows=True)
+    return lambda backend: [attention(q, k, v, plan, backend)], [q, k, v]
+
+
 REGISTRY = (
     Shipped("norm_residual", "fused", _norm_residual),
     Shipped("norm_residual", "residual", _residual),
     Shipped("norm_residual", "norm", _norm),
     Shipped("cca", "whole", lambda device: _cca(device, None)),
     Shipped("cca", "chunks", lambda device: _cca(device, 2)),
+    Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
+    Shipped("attention", "64", lambda device: _attention(device, 64, torch.bfloat16)),
+    Shipped("attention", "fp32", lambda device: _attention(device, 128, torch.float32)),
 )
 
 

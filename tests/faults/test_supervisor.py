@@ -1,0 +1,161 @@
+"""Hung, killed and crashing ranks under a supervisor: named, restarted, and the same weights."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.faults.supervised import Supervised
+from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from zaya_train.config.schema import SupervisorConfig
+from zaya_train.runtime.local_ranks import Launch
+from zaya_train.runtime.supervisor import Supervisor
+from zaya_train.tools.compare import compare_runs
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+STEPS = 30
+CHANGES: dict[str, Any] = {
+    "plan.phases.short.tokens": STEPS * 4 * 64,
+    "plan.phases.short.schedule": {"kind": "constant"},
+    "plan.phases.long.tokens": 2 * 2 * 128,
+    "checkpoint.every_steps": 4,
+    "logging.eval_every_steps": 0,
+    "supervisor.backoff_seconds": 0.1,
+    "supervisor.status_seconds": 0.05,
+    "supervisor.hang_seconds": 8.0,
+}
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpora(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, corpora: Path) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    words = overrides_for(values_for(folder / "run", corpora, CHANGES))
+    launched = Launched(words, folder, ranks=2)
+    assert launched.wait() == [0, 0], launched.output()
+    return folder / "run"
+
+
+def test_a_stopped_rank_is_named_a_killed_one_replaced_and_a_stop_signal_passed_on(
+    corpora: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    words = overrides_for(values_for(run_dir, corpora, CHANGES))
+    with Supervised(words, run_dir, tmp_path / "log", "--ranks", "2") as run:
+        run.signal_rank(1, 1, signal.SIGSTOP)
+        run.signal_rank(0, 2, signal.SIGKILL)
+        run.pid_of(1, 3)
+        run.process.send_signal(signal.SIGUSR1)
+        assert run.wait() == 75, run.output()
+        status, incidents = run.status(), run.incidents()
+    assert (status["state"], status["exit_code"], status["requeue"]) == ("requeue", 75, True)
+    assert [failure["attempt"] for failure in status["failures"]] == [1, 2]
+    assert [record["kind"] for record in incidents] == ["hang", "crash", "crash"]
+    hang = incidents[0]
+    assert hang["named"] == [1]
+    assert "rank 1 hangs in " in hang["reason"] and "stopped by a signal" in hang["reason"]
+    assert "limit 8 s" in hang["reason"]
+    assert "rank 0: killed by SIGKILL" in status["failures"][1]["reason"]
+    # The rank that waited left its stacks; the stopped one could not.
+    stacks = (run_dir / "logs" / "attempt-0001" / "rank-0.stacks").read_text()
+    assert "Current thread" in stacks and "zaya_train" in stacks
+    last = Launched(words, tmp_path / "last", ranks=2)
+    assert last.wait() == [0, 0], last.output()
+    comparison = compare_runs(run_dir, unbroken)
+    assert comparison.equal, comparison.text()
+
+
+@pytest.mark.nightly
+def test_ranks_whose_supervisor_dies_save_and_end(
+    corpora: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    words = overrides_for(values_for(run_dir, corpora, CHANGES))
+    with Supervised(words, run_dir, tmp_path / "log", "--ranks", "2") as run:
+        pids = [run.pid_of(rank, 1) for rank in (0, 1)]
+    while any(map(_alive, pids)):
+        time.sleep(0.01)
+    assert "stop signal 15: saving at step" in (run_dir / "logs" / "rank-0.log").read_text()
+    last = Launched(words, tmp_path / "last", ranks=2)
+    assert last.wait() == [0, 0], last.output()
+    comparison = compare_runs(run_dir, unbroken)
+    assert comparison.equal, comparison.text()
+
+
+def supervise(folder: Path, body: str, ranks: int = 1, **settings: float) -> tuple[int, Any]:
+    """A supervisor over ranks that run `body`, with the status it leaves."""
+    values: dict[str, Any] = {"backoff_seconds": 0.01, "status_seconds": 0.01, **settings}
+    script = folder / "rank.py"
+    script.write_text(f"import os, signal, sys, time\nrank = int(os.environ['RANK'])\n{body}\n")
+    launch = Launch((sys.executable, str(script)), folder / "run", ranks)
+    supervisor = Supervisor(launch, SupervisorConfig(**values))
+    code = supervisor.run()
+    return code, supervisor
+
+
+def test_the_same_failure_again_and_again_is_a_crash_loop(tmp_path: Path) -> None:
+    code, _ = supervise(tmp_path, "print('no such device'); sys.exit(1)", same_step_failures=3)
+    assert code == 6
+    logs = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert logs == ["attempt-0001", "attempt-0002", "attempt-0003"]
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 5, 75])
+def test_an_exit_code_that_says_something_is_passed_on_at_once(code: int, tmp_path: Path) -> None:
+    assert supervise(tmp_path, f"sys.exit({code})")[0] == code
+    assert len(list((tmp_path / "run" / "logs").iterdir())) == 1
+
+
+def test_the_reason_is_the_signal_and_not_what_it_led_to(tmp_path: Path) -> None:
+    body = "time.sleep(0.3 * (1 - rank))\nif rank: os.kill(os.getpid(), 9)\nsys.exit(1)"
+    code, supervisor = supervise(tmp_path, body, ranks=2, same_step_failures=1)
+    assert code == 6
+    [failure] = supervisor._failures
+    assert failure.reason.startswith("rank 1: killed by SIGKILL")
+
+
+def test_the_last_line_of_the_failing_rank_is_shown(tmp_path: Path) -> None:
+    body = "if rank: print('rank 1: ValueError: no luck', flush=True)\nsys.exit(rank)"
+    _, supervisor = supervise(tmp_path, body, ranks=2, same_step_failures=1)
+    [failure] = supervisor._failures
+    assert failure.reason == "rank 1: exit code 1: rank 1: ValueError: no luck"
+
+
+def test_a_rank_without_a_word_is_overdue_and_what_it_started_dies_with_it(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    body = (
+        "pid = os.fork()\n"
+        f"if pid: open({str(child)!r}, 'w').write(str(pid))\n"
+        "while True: time.sleep(1)"
+    )
+    code, supervisor = supervise(tmp_path, body, same_step_failures=1, slow_seconds=2.0)
+    assert code == 6
+    [failure] = supervisor._failures
+    assert "rank 0 hangs before its first word" in failure.reason and "limit 2 s" in failure.reason
+    while _alive(int(child.read_text())):
+        time.sleep(0.01)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_attempts_are_counted_over_supervisors(tmp_path: Path) -> None:
+    for _ in range(2):
+        supervise(tmp_path, "sys.exit(0)")
+    names = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert names == ["attempt-0001", "attempt-0002"]

@@ -1,0 +1,66 @@
+"""What must hold before a run goes on from a checkpoint, its own or another run's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from zaya_train.config.build import to_dict
+from zaya_train.config.diff import model_differences
+from zaya_train.config.errors import CheckpointError, ConfigError, NumericsError
+from zaya_train.phases.gates import missed
+from zaya_train.phases.lineage import changes, lengthened
+from zaya_train.train.restore import Found, brief, inspect
+from zaya_train.train.state import TrainState
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from zaya_train.config.schema import TrainConfig
+    from zaya_train.train.peers import Peers
+
+
+def branch_point(path: Path, peers: Peers) -> Found:
+    """The checkpoint in directory `path`, verified; collective.
+
+    Raises:
+        CheckpointError: it is none, or does not verify.
+    """
+    manifest, problems = inspect(path, peers)
+    if manifest is None or problems:
+        raise CheckpointError(f"checkpoint.branch_from: {path}: {brief(problems)}")
+    return Found(path, manifest)
+
+
+def check_entry(found: Found, config: TrainConfig, corpora: Mapping[str, str]) -> None:
+    """Raise where `config` cannot go on from the checkpoint.
+
+    corpora: content hash of each source by name.
+
+    Raises:
+        ConfigError: model, phases or corpora behind the checkpoint are not the configuration's.
+        NumericsError: the phase that ended there missed its exit gate.
+    """
+    state = TrainState.from_dict(found.record.train_state)
+    different = changes(found.record.lineage, config, corpora)
+    ours = to_dict(config.model)
+    different += [f"model.{line}" for line in model_differences(found.record.model, ours)]
+    different += lengthened(state.past_rows, config.plan.phases)
+    if different:
+        raise ConfigError(
+            f"{found.path}: was trained under another plan or on other data, so the run cannot "
+            f"continue it: {'; '.join(different)}; restore these or choose another run.dir"
+        )
+    _check_gate(found, state, config)
+
+
+def _check_gate(found: Found, state: TrainState, config: TrainConfig) -> None:
+    if state.phase_rows or not state.phase_index:
+        return
+    name, phase = list(config.plan.phases.items())[state.phase_index - 1]
+    lines = missed(phase.exit_gate, state.measured)
+    if lines:
+        raise NumericsError(
+            f"{found.path}: phase {name} ended without meeting plan.phases.{name}.exit_gate: "
+            f"{'; '.join(lines)}; change the gate, or branch from an earlier checkpoint"
+        )
