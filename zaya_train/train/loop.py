@@ -97,7 +97,7 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
     """Train to the end of the phase.
 
     Returns the state and whether a stop signal ended it early; then a checkpoint has been saved.
-    NumericsError after several non-finite steps in a row.
+    NumericsError, naming the step, after several non-finite ones in a row or where replicas differ.
     """
     skipped_in_a_row = 0
     first = True
@@ -130,9 +130,12 @@ def _one_step(
     data_seconds = batches.wait_seconds - waited
     consumed = (state.phase_rows + rows) * run.phase.context_tokens
     now = rates(run, consumed)
-    result = train_step(
-        run.model, run.optimizer, micro_batches, now, run.reduction, run.hooks.stop_signal()
-    )
+    try:
+        result = train_step(
+            run.model, run.optimizer, micro_batches, now, run.reduction, run.hooks.stop_signal()
+        )
+    except NumericsError as error:
+        raise NumericsError(f"step {state.step + 1}: {error}") from error
     state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
     seconds = time.perf_counter() - start
     if not result.applied:
