@@ -158,7 +158,7 @@ class DataConfig:
     """Held-out corpora by name; losses are logged under these names."""
     validation_sequences: int = 16
     """Rows of each validation corpus scored at every evaluation."""
-    max_documents_per_row: int = 256
+    max_documents_per_row: int = 1024
     """Cap on documents packed into one row."""
     balance_rows: int = 8
     """Rows of a source that come one after the other with about equal attention work: what the data
@@ -167,7 +167,7 @@ class DataConfig:
     plan_dir: str | None = None
     """Where packing plans are kept; None: `plans` inside every corpus."""
     prefetch_batches: int = 2
-    """Batches prepared ahead of the step by a background thread."""
+    """Batches prepared ahead of the step by a background thread; 0: none, the step waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
