@@ -44,6 +44,12 @@ def test_hopeless_budget_says_rejected(corpora: CorpusFactory) -> None:
     assert "rejected, answers_exceed_budget (11 tokens without reasoning, budget 5)" in output
 
 
+@pytest.mark.parametrize("budget", [0, -5])
+def test_a_budget_below_one_token_is_refused(corpora: CorpusFactory, budget: int) -> None:
+    with pytest.raises(DataError, match=f"budget: {budget} tokens, at least 1 expected"):
+        shown(corpora.chat("c", [problem("abc")]), 0, budget)
+
+
 @pytest.mark.parametrize("index", [-1, 1])
 def test_missing_document_is_named(corpora: CorpusFactory, index: int) -> None:
     with pytest.raises(DataError, match=f"document {index} of 1"):
@@ -51,5 +57,7 @@ def test_missing_document_is_named(corpora: CorpusFactory, index: int) -> None:
 
 
 def test_no_corpus_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not a corpus directory"):
+    with pytest.raises(
+        DataError, match="not a corpus directory: manifest.json .* `zaya data prepare` makes"
+    ):
         shown(tmp_path, 0)

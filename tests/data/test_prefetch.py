@@ -42,7 +42,8 @@ def test_at_most_depth_batches_are_made_ahead() -> None:
         assert len(made) == 4
 
 
-def test_error_is_raised_in_its_turn_and_ends_the_thread() -> None:
+@pytest.mark.parametrize("depth", [0, 5])
+def test_error_is_raised_in_its_turn_and_ends_the_thread(depth: int) -> None:
     before = alive()
 
     def make(index: int) -> int:
@@ -50,7 +51,7 @@ def test_error_is_raised_in_its_turn_and_ends_the_thread() -> None:
             raise ValueError("batch 2 is bad")
         return index
 
-    batches = prefetch(make, range(10), 5)
+    batches = prefetch(make, range(10), depth)
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(ValueError, match="batch 2 is bad"):
         next(batches)
@@ -90,9 +91,20 @@ def test_dropping_the_iterator_ends_the_thread() -> None:
     assert wait_until_gone(before)
 
 
-def test_waiting_is_measured() -> None:
+def test_without_depth_nothing_is_made_ahead_and_no_thread_runs() -> None:
+    before, made = alive(), list[int]()
+    with prefetch(lambda index: made.append(index), range(5), 0) as batches:
+        assert alive() == before
+        next(batches)
+        assert made == [0]
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_waiting_is_measured(depth: int) -> None:
     release = threading.Event()
-    batches = prefetch(lambda index: release.wait(0.05), range(2), 1)
+    batches = prefetch(lambda index: release.wait(0.05), range(2), depth)
     assert batches.wait_seconds == 0.0
     next(batches)
     assert batches.wait_seconds > 0.0

@@ -137,7 +137,8 @@ def test_most_prompts_are_short(mixed: list[Row]) -> None:
 @pytest.mark.parametrize(
     ("request_", "match"),
     [
-        (SynthRequest(count=-1), "count must be 0 or more, got -1"),
+        (SynthRequest(count=-1), "count must be 1 or more, got -1"),
+        (SynthRequest(count=0), "count must be 1 or more, got 0"),
         (SynthRequest(count=1, split="test"), "split must be one of train, heldout, got 'test'"),  # type: ignore[arg-type]
         (SynthRequest(count=1, families=("sum", "poem")), r"unknown families \['poem'\]"),
         (SynthRequest(count=1, families=()), "no families named"),

@@ -47,11 +47,7 @@ def test_every_step_stands_in_it_once(alone: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "resumed_ranks", "prefetch"),
-    [
-        (1, 2, 2),
-        (2, 1, 1),
-        pytest.param(4, 4, 2, marks=pytest.mark.slow),
-    ],
+    [(1, 2, 2), (2, 1, 0), pytest.param(4, 2, 2, marks=pytest.mark.slow)],
 )
 def test_ranks_prefetching_and_a_kill_at_the_seventh_step_change_no_byte(
     alone: Path, corpora: Path, tmp_path: Path, ranks: int, resumed_ranks: int, prefetch: int
@@ -63,16 +59,19 @@ def test_ranks_prefetching_and_a_kill_at_the_seventh_step_change_no_byte(
     assert (run_dir / LEDGER_FILE).read_bytes() == (alone / LEDGER_FILE).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("first", range(1, 8))
 def test_a_kill_at_every_seventh_step_changes_no_byte(
-    alone: Path, corpora: Path, tmp_path: Path, ranks: int
+    alone: Path, corpora: Path, tmp_path: Path, ranks: int, prefetch: int, first: int
 ) -> None:
+    """Killed after steps first, first + 7, ...: over all `first`, after every step there is."""
     run_dir = tmp_path / "run"
-    for number, step in enumerate(range(3, LAST_STEP, 7)):
-        run = Launched(words(run_dir, corpora), tmp_path / str(number), ranks)
+    for number, step in enumerate(range(first, LAST_STEP, 7)):
+        run = Launched(words(run_dir, corpora, prefetch), tmp_path / str(number), ranks)
         run.at_step(run_dir, step).kill()
-    run = Launched(words(run_dir, corpora), tmp_path / "last", ranks)
+    run = Launched(words(run_dir, corpora, prefetch), tmp_path / "last", ranks)
     assert run.wait() == [0] * ranks, run.output()
     assert (run_dir / LEDGER_FILE).read_bytes() == (alone / LEDGER_FILE).read_bytes()
 

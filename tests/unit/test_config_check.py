@@ -169,7 +169,7 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"logging.every_steps": 0}, 2, ["logging.every_steps", "0"]),
     ({"logging.eval_every_steps": -1}, 2, ["logging.eval_every_steps", "-1"]),
     ({"data.validation_sequences": 0}, 2, ["data.validation_sequences", "0"]),
-    ({"data.prefetch_batches": 0}, 2, ["data.prefetch_batches", "0"]),
+    ({"data.prefetch_batches": -1}, 2, ["data.prefetch_batches", "-1"]),
     ({"data.max_documents_per_row": 0}, 2, ["data.max_documents_per_row", "0"]),
     ({"runtime.init_timeout_seconds": 0.0}, 2, ["runtime.init_timeout_seconds", "0.0"]),
     ({"runtime.threads": -1}, 2, ["runtime.threads", "-1"]),

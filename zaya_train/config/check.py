@@ -183,7 +183,7 @@ def _settings(config: TrainConfig) -> Iterator[str]:
         if not text:
             yield f"{key}: must not be empty"
     yield from _positive("data", config.data, ("validation_sequences", "max_documents_per_row"))
-    yield from _positive("data", config.data, ("prefetch_batches",))
+    yield from _not_negative("data.prefetch_batches", config.data.prefetch_batches)
     runtime = config.runtime
     yield from _positive("runtime", runtime, ("init_timeout_seconds", "step_timeout_seconds"))
     yield from _guard(config.guard)

@@ -118,7 +118,8 @@ class PhaseConfig:
     context_parallel: int = 1
     """Ranks that share one row (1, 1, 2, 8 in the report)."""
     mixture: dict[str, float]
-    """Source name -> weight by tokens; the names are keys of data.sources."""
+    """Source name -> weight by tokens; the names are keys of data.sources. Only the ratios count:
+    1 and 3 is 0.25 and 0.75."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens of conversations that are targets: the assistant's, reasoning included, or all."""
     learning_rate_scale: float = 1.0
@@ -158,7 +159,7 @@ class DataConfig:
     """Held-out corpora by name; losses are logged under these names."""
     validation_sequences: int = 16
     """Rows of each validation corpus scored at every evaluation."""
-    max_documents_per_row: int = 256
+    max_documents_per_row: int = 1024
     """Cap on documents packed into one row."""
     balance_rows: int = 8
     """Rows of a source that come one after the other with about equal attention work: what the data
@@ -167,7 +168,7 @@ class DataConfig:
     plan_dir: str | None = None
     """Where packing plans are kept; None: `plans` inside every corpus."""
     prefetch_batches: int = 2
-    """Batches prepared ahead of the step by a background thread."""
+    """Batches prepared ahead of the step by a background thread; 0: none, the step waits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,7 +201,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path}: not a corpus directory: {MANIFEST} is missing") from None
+        raise DataError(
+            f"{path}: not a corpus directory: {MANIFEST} is missing; `zaya data prepare` makes "
+            "corpora, `make smoke` those of recipe=smoke_cpu"
+        ) from None
     except NotADirectoryError:
         raise DataError(f"{path}: not a directory") from None
     except ValueError as error:

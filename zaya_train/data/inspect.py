@@ -51,8 +51,10 @@ def inspect_corpus(
         verify: what to check first, as `Corpus.open` does; `hashes` reads every byte.
 
     Raises:
-        DataError: no readable corpus, or no such document.
+        DataError: no readable corpus, no such document, a budget below one token.
     """
+    if budget is not None and budget < 1:
+        raise DataError(f"budget: {budget} tokens, at least 1 expected")
     corpus = Corpus.open(path, verify)
     if not 0 <= index < len(corpus):
         raise DataError(f"{path}: document {index} of {len(corpus)}: counted from 0")

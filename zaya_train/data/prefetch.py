@@ -27,16 +27,22 @@ class _Finished:
 class Prefetcher(Generic[T]):
     """Iterator over `make_batch(index)`; use as a context manager or call `close`.
 
-    The thread ends when the indices do, when `make_batch` raises (the error is raised again here,
-    in its turn), when `close` is called, and when the iterator is dropped.
+    With a depth of 0 there is no thread and the consumer waits for every batch. The thread ends
+    when the indices do, when `make_batch` raises (the error is raised again here, in its turn),
+    when `close` is called, and when the iterator is dropped.
     """
 
     def __init__(self, make_batch: Callable[[int], T], indices: Iterable[int], depth: int) -> None:
         self.wait_seconds = 0.0
         """Time the consumer has spent waiting for batches so far."""
         self._batches: queue.Queue[T | _Failure | _Finished] = queue.Queue()
-        self._slots = threading.Semaphore(max(depth, 1))
+        self._slots = threading.Semaphore(depth)
         self._stop = threading.Event()
+        self._over = False
+        self._thread: threading.Thread | None = None
+        self._inline: Iterator[T] = map(make_batch, indices)
+        if not depth:
+            return
         self._thread = threading.Thread(
             target=_produce,
             args=(make_batch, indices, self._batches, self._slots, self._stop),
@@ -44,7 +50,6 @@ class Prefetcher(Generic[T]):
             daemon=True,
         )
         self._finalizer = weakref.finalize(self, _end, self._stop, self._slots)
-        self._over = False
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
@@ -54,8 +59,13 @@ class Prefetcher(Generic[T]):
         if self._over:
             raise StopIteration
         start = time.perf_counter()
-        batch = self._batches.get()
-        self.wait_seconds += time.perf_counter() - start
+        try:
+            batch = self._batches.get() if self._thread else next(self._inline)
+        except BaseException:
+            self._over = True
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - start
         if isinstance(batch, _Failure):
             self.close()
             raise batch.error
@@ -74,12 +84,13 @@ class Prefetcher(Generic[T]):
     def close(self) -> None:
         """Stop the thread and wait for the batch it is making."""
         self._over = True
-        self._finalizer()
-        self._thread.join()
+        if self._thread is not None:
+            self._finalizer()
+            self._thread.join()
 
 
 def prefetch(make_batch: Callable[[int], T], indices: Iterable[int], depth: int) -> Prefetcher[T]:
-    """Iterate over `make_batch(index)` with up to `depth` (at least 1) batches made ahead."""
+    """Iterate over `make_batch(index)` with up to `depth` batches made ahead; 0: in this thread."""
     return Prefetcher(make_batch, indices, depth)
 
 

@@ -55,7 +55,7 @@ def split_of(prompt: str) -> Split:
 def generate(request: SynthRequest) -> Iterator[dict[str, Any]]:
     """Rows `{"id", "family", "messages", "answer"}`; row i depends on (seed, split, families, i).
 
-    Raises DataError for a negative count, an unknown split or an unknown family, before the first
+    Raises DataError for a count below 1, an unknown split or an unknown family, before the first
     row.
     """
     chosen = _chosen_families(request)
@@ -79,8 +79,8 @@ def write_jsonl(request: SynthRequest, path: Path | str) -> int:
 
 
 def _chosen_families(request: SynthRequest) -> list[Family]:
-    if request.count < 0:
-        raise DataError(f"synth: count must be 0 or more, got {request.count}")
+    if request.count < 1:
+        raise DataError(f"synth: count must be 1 or more, got {request.count}")
     if request.split not in SPLITS:
         raise DataError(f"synth: split must be one of {', '.join(SPLITS)}, got {request.split!r}")
     names = tuple(FAMILIES) if request.families is None else request.families
