@@ -48,7 +48,7 @@ BAD: tuple[tuple[str, tuple[str, ...]], ...] = (
     # Choices.
     ("logging.wandb=on", ("logging.wandb", "disabled, offline, online")),
     ("runtime.device=gpu", ("runtime.device", "auto, cpu, cuda")),
-    ("kernels.attention=flash", ("kernels.attention", "eager, reference")),
+    ("kernels.attention=flash", ("kernels.attention: str 'flash' is not one of eager",)),
     ("optim.muon.newton_schulz_dtype=fp16", ("newton_schulz_dtype", "fp32, bf16")),
     ("guard.at_limit=retry", ("guard.at_limit", "stop, roll_back")),
     (f"{S}.schedule.kind=linaer", (f"{S}.schedule.kind", "wsd, cosine, linear, constant")),
