@@ -279,6 +279,22 @@ def _environment(options: argparse.Namespace) -> None:
         show_environment(environment, os.environ, Console())
 
 
+def _preflight(options: argparse.Namespace) -> int:
+    from zaya_train.tools.preflight import PreflightRequest, preflight
+
+    request = PreflightRequest(
+        directory=options.directory,
+        level=options.level,
+        output=options.output,
+        exclude_file=options.exclude_file,
+        free_gib=options.free_gib,
+        minimums=tuple(options.minimum or ()),
+        timeout_seconds=options.timeout,
+        device=options.device,
+    )
+    return preflight(request, Console())
+
+
 HANDLERS = {
     "import-hf": _import,
     "export-hf": _export,
@@ -295,4 +311,5 @@ HANDLERS = {
     "checkpoint diff": _checkpoint_diff,
     "submit": _submit,
     "env": _environment,
+    "preflight": _preflight,
 }
