@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from zaya_train.config.schema import GuardConfig, OptimConfig, PhaseConfig
+    from zaya_train.config.faults import GuardConfig
+    from zaya_train.config.schema import OptimConfig, PhaseConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.optim.optimizer import Optimizer
     from zaya_train.parallel.fsdp import Reduction
