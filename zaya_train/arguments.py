@@ -207,7 +207,12 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
-    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="[phases] OVERRIDE",
+        help="as for train: recipe=zaya1_8b ...; after the word phases: the chain, edge by edge",
+    )
     parser.add_argument("--ranks", type=int, default=1, help="ranks of the launch: nodes x GPUs")
     parser.add_argument(
         "--rehearse", action="store_true", help="peak memory and traffic of a step, without ranks"

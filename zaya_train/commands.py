@@ -172,9 +172,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from zaya_train.tools.plan import PlanRequest, show_plan
+    from zaya_train.tools.plan_phases import show_phases
 
-    config = options.compose(options.overrides)
-    show_plan(PlanRequest(config, options.ranks), Console())
+    # `zaya plan phases recipe=...`: the first word is no override.
+    chain = options.overrides[0] == "phases"
+    config = options.compose(options.overrides[chain:])
+    show = show_phases if chain else show_plan
+    show(PlanRequest(config, options.ranks), Console())
     if options.rehearse or options.memory_gb is not None:
         from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
 
