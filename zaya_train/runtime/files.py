@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INCIDENTS_FILE = "incidents.jsonl"
+"""In a run directory: what went wrong, a line each, by the guard and the supervisor."""
 _REFUSALS = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,

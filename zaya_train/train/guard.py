@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from zaya_train.parallel.collectives import sum_over
-from zaya_train.runtime.files import append_json_line
+from zaya_train.runtime.files import INCIDENTS_FILE, append_json_line
 from zaya_train.train.metrics import encode_floats
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INCIDENTS_FILE = "incidents.jsonl"
 _LEAST_SPREAD = 0.05
 """Of the mean; see GuardConfig.sigma."""
 _SHOWN = 16
@@ -40,12 +39,13 @@ _SHOWN = 16
 
 
 class RollBack(Exception):
-    """Go on from the newest checkpoint and pass over rows [first, stop) of the phase."""
+    """Go on from the newest checkpoint and pass over `avoided`, ranges [first, stop) of the phase's
+    rows: those of earlier roll backs, which no checkpoint may know yet, and last the new one."""
 
-    def __init__(self, phase_index: int, first: int, stop: int) -> None:
-        super().__init__(f"rows {first} to {stop - 1}")
+    def __init__(self, phase_index: int, avoided: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(f"rows {avoided[-1][0]} to {avoided[-1][1] - 1}")
         self.phase_index = phase_index
-        self.rows = (first, stop)
+        self.avoided = avoided
 
 
 def norm_limit(norms: Sequence[float], config: GuardConfig) -> float:
