@@ -18,7 +18,7 @@ import logging
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -29,7 +29,7 @@ from zaya_train.config.errors import CheckpointError, ConfigError, StorageError
 from zaya_train.train import dcp, storage
 from zaya_train.train import manifest as manifests
 from zaya_train.train.agreement import agreed_entries
-from zaya_train.train.manifest import CheckpointRecord, FileEntry, Manifest, TensorEntry
+from zaya_train.train.manifest import CheckpointRecord, Manifest, TensorEntry
 from zaya_train.train.peers import Peers
 from zaya_train.train.restore import (
     Found,
@@ -38,6 +38,7 @@ from zaya_train.train.restore import (
     check_model,
     entries_of,
     find_newest,
+    holds,
     inspect,
     verify,
 )
@@ -121,8 +122,10 @@ class CheckpointStore:
             record: the same on every rank.
 
         Saving a step that exists already, as happens after a resume from an older one: an equal
-        checkpoint stays as it is; one that does not verify, or that `newest` skipped, is moved
-        aside; one that is sound and different is never overwritten.
+        checkpoint stays as it is; one with the same values, written on whatever mesh, takes over
+        `record`, for example where the phase that it was in the middle of has been shortened to
+        end there; one that does not verify, or that `newest` skipped, is moved aside; one that is
+        sound and different is never overwritten.
 
         Raises:
             NumericsError: a tensor is not finite; nothing was written.
@@ -254,7 +257,7 @@ class CheckpointStore:
                 record=record,
             )
             self._peers.first(lambda: storage.write_manifest(partial, manifest))
-            published = self._publish(partial, target, manifest.files)
+            published = self._publish(partial, target, manifest, tensors)
         except (StorageError, CheckpointError):
             self._peers.first(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise
@@ -264,26 +267,42 @@ class CheckpointStore:
         size_bytes = sum(entry.size_bytes for entry in manifest.files)
         return Saved(target, size_bytes, time.perf_counter() - begin)
 
-    def _publish(self, partial: Path, target: Path, files: tuple[FileEntry, ...]) -> bool:
+    def _publish(
+        self, partial: Path, target: Path, manifest: Manifest, tensors: Mapping[str, Tensor]
+    ) -> bool:
         """Give the finished directory its name; False if an equal checkpoint has it already."""
         if self._peers.first(target.exists):
-            step = int(target.name.removeprefix("step-"))
+            step = manifest.record.step
             existing, problems = inspect(target, self._peers)
             if step in self._unusable_steps and not problems:
                 problems = ["could not be verified when this run started"]
             if existing and not problems:
-                if existing.files != files:
-                    raise CheckpointError(
-                        f"{target}: exists, verifies and holds other values than this run has at "
-                        "that step; move it away if this run shall replace it"
-                    )
-                self._peers.first(lambda: shutil.rmtree(partial))
-                log.info("%s: exists already with the same contents", target)
-                return False
+                return self._take_over(partial, Found(target, existing), manifest, tensors)
             self._peers.first(lambda: storage.move_aside(target, brief(problems)))
             self._unusable_steps.discard(step)
         self._peers.first(lambda: storage.publish(partial, target))
         return True
+
+    def _take_over(
+        self, partial: Path, existing: Found, manifest: Manifest, tensors: Mapping[str, Tensor]
+    ) -> bool:
+        """Give an existing checkpoint of the same values the new record; False if it has it."""
+        target, old = existing.path, existing.manifest
+        same = old.files == manifest.files or holds(existing, tensors, self._peers)
+        if not same:
+            raise CheckpointError(
+                f"{target}: exists, verifies and holds other values than this run has at "
+                "that step; move it away if this run shall replace it"
+            )
+        # Its files stay, and with them the mesh that wrote them.
+        record = replace(manifest.record, mesh=old.record.mesh)
+        updated = replace(old, record=record)
+        changed = manifests.encode(updated) != manifests.encode(old)
+        if changed:
+            self._peers.first(lambda: storage.replace_manifest(partial, target, updated))
+        self._peers.first(lambda: shutil.rmtree(partial))
+        log.info("%s: exists already%s", target, ", given the new record" if changed else "")
+        return changed
 
     def _confirm(self, target: Path) -> None:
         problems = verify(target, self._peers)

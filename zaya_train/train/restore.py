@@ -15,6 +15,7 @@ from zaya_train.train import dcp
 from zaya_train.train import manifest as manifests
 from zaya_train.train.manifest import CheckpointRecord, Manifest, TensorEntry
 from zaya_train.train.peers import Peers
+from zaya_train.train.staging import HostCopies, local_shard
 from zaya_train.train.storage import (
     BAD_NAME,
     STEP_NAME,
@@ -116,6 +117,27 @@ def inspect(path: Path, peers: Peers) -> tuple[Manifest | None, list[str]]:
         problem = manifests.file_problem(path, entry)
         problems += [problem] if problem else []
     return manifest, sorted({line for part in peers.gather(problems) for line in part})
+
+
+def holds(found: Found, tensors: Mapping[str, Tensor], peers: Peers) -> bool:
+    """Whether a verified checkpoint of any mesh holds exactly these values. Collective.
+
+    Takes host memory of the size of this rank's shards while it compares.
+
+    Raises:
+        CheckpointError: on all ranks, if a rank could not read.
+    """
+    if found.manifest.tensors != entries_of(tensors):
+        return False
+    read = HostCopies().take(tensors)
+    for value in read.values():
+        local_shard(value).zero_()
+    dcp.read(read, found.path, found.manifest, peers.group)
+    same = all(
+        torch.equal(local_shard(read[key]), local_shard(value).cpu())
+        for key, value in tensors.items()
+    )
+    return all(peers.gather(same))
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
