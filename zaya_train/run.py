@@ -130,9 +130,12 @@ def train(config: TrainConfig) -> int:
         )
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        saver = stack.enter_context(Saver(store, metrics, run_dir, config.checkpoint))
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
+        incidents = Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0)
+        stack.callback(incidents.close)
+        saver = Saver(store, metrics, run_dir, config.checkpoint, ledger.sync)
+        stack.enter_context(saver)
         facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
         context = Context(
             config=config,
@@ -147,7 +150,7 @@ def train(config: TrainConfig) -> int:
             meshes={},
             ledger=ledger,
             heartbeat=heartbeat,
-            incidents=Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0),
+            incidents=incidents,
             attempt=Attempt(config, run_dir, metrics, ranks.rank, facts),
         )
         _describe(context)
@@ -369,5 +372,4 @@ def _save(
         keep=keep,
     )
     context.heartbeat.mark("save", state.step)
-    context.ledger.sync()
     context.saver.save(built.tensors(), record, required)

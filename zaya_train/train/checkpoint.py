@@ -45,7 +45,7 @@ from zaya_train.train.restore import (
 from zaya_train.train.staging import HostCopies
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -151,6 +151,11 @@ class CheckpointStore:
             self._reserved.result()
         copies = self._copies.take(tensors)
         self._under_way = self._worker.submit(self._write, copies, record, entries)
+
+    def first(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; its failure is raised on all ranks."""
+        self._require_idle()
+        self._peers.first(action)
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the host buffers of later `start`s in the background, so that the first one does
