@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows, rea
 from zaya_train.train.restore import load_full
 from zaya_train.train.saving import Saver
 from zaya_train.train.staging import HostCopies
+from zaya_train.train.storage import LOCK_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -257,6 +260,44 @@ def test_leaving_finishes_the_save_under_way(
     assert run_ranks(_leave, 2, tmp_path, error) == [waits] * 2
     told = [row["kind"] for row in iter_rows(tmp_path / METRICS_FILE)]
     assert told == (["checkpoint"] if waits else [])
+
+
+TAKE_LOCK = """
+import fcntl, sys
+try:
+    fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(1)
+"""
+
+
+def _lock_is_free(store: CheckpointStore) -> bool:
+    """Whether another process could write here."""
+    command = [sys.executable, "-I", "-c", TAKE_LOCK, str(store.root / LOCK_NAME)]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def _interrupted(root: Path) -> list[bool]:
+    store = CheckpointStore(root, keep_last=2)
+    free = []
+    with pytest.MonkeyPatch.context() as patch:
+        gate = Gate(patch)
+        store.start(plain_state(1), record(1))
+        assert gate.entered.wait(60)
+        store.close()
+        free.append(_lock_is_free(store))
+        gate.open()
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join(60)
+        free.append(_lock_is_free(store))
+    return free
+
+
+def test_a_save_under_way_keeps_the_lock_of_a_closed_store(tmp_path: Path) -> None:
+    """As after a second Ctrl-C: a restart would delete the directory being written."""
+    assert run_ranks(_interrupted, 1, tmp_path) == [[False, True]]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
 def _another_state_at_the_same_step(run_dir: Path) -> tuple[bool, str]:

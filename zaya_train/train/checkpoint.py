@@ -107,8 +107,15 @@ class CheckpointStore:
 
     def close(self) -> None:
         """Give the writer's lock back. Not collective, and it waits for no save under way: its
-        peers may be gone (`Saver` waits where they are not)."""
+        peers may be gone (`Saver` waits where they are not). Such a save keeps the lock to its end:
+        the next run would remove what it is writing."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+        if self._under_way:
+            self._under_way.add_done_callback(lambda _: self._unlock())
+        else:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock:
             self._lock.close()
             self._lock = None
