@@ -127,6 +127,7 @@ def train(config: TrainConfig) -> int:
             run_dir / CHECKPOINTS,
             config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
+            device=ranks.device,
         )
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))

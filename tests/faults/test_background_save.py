@@ -361,6 +361,29 @@ def test_host_copies_are_reused_and_follow_the_shapes() -> None:
     assert other["a"].tolist() == [[1, 1, 1]] * 2
 
 
+def _devices_of_the_thread(root: Path, device: str) -> list[tuple[str, torch.device]]:
+    """Where a thread chose which accelerator, in a save of a rank with `device`."""
+    chosen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.accelerator,
+            "set_device_index",
+            lambda choice: chosen.append((threading.current_thread().name, choice)),
+        )
+        store = CheckpointStore(root, keep_last=2, device=torch.device(device))
+        store.start(plain_state(1), record(1))
+        store.finish()
+        store.close()
+    return chosen
+
+
+def test_the_writing_thread_works_on_the_rank_s_own_device(tmp_path: Path) -> None:
+    """Pinned memory and copies made by a thread that chose none would use the first one."""
+    chosen = [("checkpoint_0", torch.device("cuda:3"))]
+    assert run_ranks(_devices_of_the_thread, 1, tmp_path / "cuda", "cuda:3") == [chosen]
+    assert run_ranks(_devices_of_the_thread, 1, tmp_path / "cpu", "cpu") == [[]]
+
+
 def test_no_thread_survives_a_closed_store(tmp_path: Path) -> None:
     def saved_then_closed(root: Path) -> list[str]:
         store = CheckpointStore(root, keep_last=2)

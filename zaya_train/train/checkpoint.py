@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -75,6 +77,7 @@ class CheckpointStore:
         keep_every_steps: checkpoints of multiples of this stay besides as well; 0 for none.
         timeout_seconds: longest wait for a peer, which may be writing or hashing a large file.
         lock_wait_seconds: how long a predecessor that is still dying may hold the lock.
+        device: where the state lies; a thread's own would be the node's first accelerator.
 
     Raises:
         ConfigError: `keep_last` below 2.
@@ -89,6 +92,7 @@ class CheckpointStore:
         keep_every_steps: int = 0,
         timeout_seconds: float = 3600.0,
         lock_wait_seconds: float = 30.0,
+        device: torch.device = CPU,
     ) -> None:
         if keep_last < 2:
             raise ConfigError(f"checkpoint.keep_last={keep_last}: must be at least 2")
@@ -100,7 +104,10 @@ class CheckpointStore:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._peers = Peers(cast("dist.ProcessGroup", group))
         self._copies = HostCopies()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        use = None if device.type == "cpu" else torch.accelerator.set_device_index
+        self._worker = ThreadPoolExecutor(
+            1, "checkpoint", initializer=use, initargs=(device,) if use else ()
+        )
         self._under_way: Future[Saved] | None = None
         self._reserved: Future[None] | None = None
         self._peers.first(lambda: self._open(lock_wait_seconds))
@@ -135,10 +142,11 @@ class CheckpointStore:
         sound and different is never overwritten.
 
         Raises:
-            NumericsError: a tensor is not finite; nothing was written.
+            NumericsError: a tensor is not finite, or a plain one differs over ranks; nothing was
+                written.
             StorageError: a rank could not write, or the files read back are not those written.
-            CheckpointError: ranks disagree about the tensors, the record is not plain JSON, or the
-                step exists with other contents. Older checkpoints are intact in every case.
+            CheckpointError: ranks disagree about keys or shapes, the record is not plain JSON, or
+                the step exists with other values. Older checkpoints are intact in every case.
         """
         self._require_idle()
         return self._write(tensors, record, self._agree(tensors, record))
