@@ -127,14 +127,17 @@ def train(config: TrainConfig) -> int:
             run_dir / CHECKPOINTS,
             config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
+            device=ranks.device,
         )
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        saver = stack.enter_context(Saver(store, metrics, run_dir, config.checkpoint))
-        # Leaving may wait for the save under way: the supervisor must not call that a hang.
-        stack.callback(heartbeat.mark, "save", 0)
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
+        incidents = Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0)
+        stack.callback(incidents.close)
+        stack.enter_context(saver := Saver(store, metrics, run_dir, config.checkpoint, ledger.sync))
+        # Leaving may wait for the save under way: the supervisor must not call that a hang.
+        stack.callback(heartbeat.mark, "save", 0)
         facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
         context = Context(
             config=config,
@@ -149,7 +152,7 @@ def train(config: TrainConfig) -> int:
             meshes={},
             ledger=ledger,
             heartbeat=heartbeat,
-            incidents=Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0),
+            incidents=incidents,
             attempt=Attempt(config, run_dir, metrics, ranks.rank, facts),
         )
         _describe(context)
@@ -394,5 +397,4 @@ def _save(
         keep=keep,
     )
     context.heartbeat.mark("save", state.step)
-    context.ledger.sync()
     context.saver.save(built.tensors(), record, required)
