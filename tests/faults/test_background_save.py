@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -14,13 +15,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.faults.states import MODEL, blank, differing, make_mesh, plain_state, record, shard
+from tests.faults.test_guarded_run import CHANGES, Spoiled, in_steps
 from tests.helpers.distributed import run_ranks
 from tests.integration.runs import Launched, overrides_for, values_for
 from zaya_train.config.errors import CheckpointError, LostRankError, NumericsError
 from zaya_train.config.schema import CheckpointConfig
 from zaya_train.tools.compare import compare_runs
 from zaya_train.train import dcp
-from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.checkpoint import CheckpointStore, Saved
 from zaya_train.train.manifest import MANIFEST_NAME
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows, read_metrics
 from zaya_train.train.restore import load_full
@@ -344,6 +346,42 @@ def test_a_run_that_waits_for_its_saves_is_the_same(
     saves = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "checkpoint"]
     assert [row["step"] for row in saves] == [3, 6, 8, 9, 12, 13]
     assert all(row["blocked_seconds"] >= row["seconds"] for row in saves)
+
+
+def test_a_roll_back_waits_for_the_save_under_way(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Background saves write nothing until somebody waits for them: that of step 3 is under way
+    when the guard asks for the newest checkpoint after step 6."""
+    waited_for = threading.Event()
+    real_write, real_finish = dcp.write, CheckpointStore.finish
+
+    def write(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert waited_for.wait(100)
+            waited_for.clear()
+        return real_write(*arguments)
+
+    def finish(store: CheckpointStore) -> Saved:
+        waited_for.set()
+        return real_finish(store)
+
+    monkeypatch.setattr(dcp, "write", write)
+    monkeypatch.setattr(CheckpointStore, "finish", finish)
+    changes = {
+        **CHANGES,
+        "guard.most_skipped": 2,
+        "guard.at_limit": "roll_back",
+        "checkpoint.every_steps": 3,
+    }
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        Spoiled(patch, in_steps({5: math.nan, 6: math.nan}))
+        words = overrides_for(values_for(run_dir, corpora, changes))
+        launched = Launched(words, tmp_path / "out", ranks=2)
+        assert launched.wait() == [0, 0], launched.output()
+    (resume,) = (row for row in read_metrics(run_dir) if row["kind"] == "resume")
+    assert resume["step"] == 3
 
 
 def test_host_copies_are_reused_and_follow_the_shapes() -> None:
