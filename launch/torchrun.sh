@@ -14,7 +14,7 @@
 #   PYTHON          interpreter (default: .venv of this checkout, else python3)
 #
 # torchrun exits 1 whatever its workers returned, so "requeue me" (75) is lost here; where the exit
-# code matters, use launch/slurm/train.sbatch, which starts the ranks without torchrun.
+# code matters, use `zaya supervise` or Slurm, which start the ranks without torchrun.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -125,6 +125,7 @@ def test_a_skipped_step_moves_nothing(spoiled: Path) -> None:
         assert after[counter] - before[counter] == 1
 
 
+@pytest.mark.nightly
 def test_killed_behind_a_skipped_step_the_run_decides_as_if_it_had_lived(
     spoiled: Path, corpora: Path, tmp_path: Path
 ) -> None:
