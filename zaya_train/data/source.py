@@ -8,7 +8,6 @@ is skipped, within an epoch, whatever phases and mixtures did before.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.corpus import BIN, IDX, OFFSETS, SECTIONS, Corpus
 from zaya_train.data.order import balanced_row, permutation
 from zaya_train.data.plan_store import StoredPlan, plan_key, stored_plan
 from zaya_train.data.row_plan import (
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+
+    from zaya_train.data.corpus import Corpus
 
 PLANS = "plans"
 
@@ -114,7 +114,7 @@ class RowSource:
     def describe(self) -> dict[str, Any]:
         """Everything its rows follow from, as plain JSON values."""
         return {
-            "content": content_key(self.corpus),
+            "content": self.corpus.manifest.content_sha256,
             "plan": self.plan.key,
             "carried": self.carried.key if self.carried is not None else None,
             "drawn_before": self.drawn_before,
@@ -168,13 +168,6 @@ class RowSource:
     def epochs(self, drawn: int) -> float:
         """Passes over the plan of this context that `drawn` draws make."""
         return drawn / len(self.plan)
-
-
-def content_key(corpus: Corpus) -> str:
-    """Identity of a corpus's tokens, documents and sections."""
-    files = corpus.manifest.files
-    hashes = [str(files[name]["sha256"]) for name in (BIN, IDX, SECTIONS, OFFSETS) if name in files]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def open_source(corpus: Corpus, request: SourceRequest) -> RowSource:
@@ -296,7 +289,7 @@ class _Planner:
         seeded = text or past or self.request.max_documents
         key = plan_key(
             {
-                "corpus": content_key(self.corpus),
+                "corpus": self.corpus.manifest.content_sha256,
                 "row_tokens": spec.row_tokens,
                 "max_documents_per_row": spec.max_documents,
                 "loss_on": spec.loss_on,
