@@ -58,6 +58,6 @@ def test_missing_document_is_named(corpora: CorpusFactory, index: int) -> None:
 
 def test_no_corpus_is_named(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="not a corpus directory: manifest.json .* `zaya data prepare` makes"
+        DataError, match=r"not a corpus directory: manifest.json .* `zaya data prepare` makes"
     ):
         shown(tmp_path, 0)
