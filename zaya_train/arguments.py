@@ -207,7 +207,12 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
-    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
+    parser.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="[phases] OVERRIDE",
+        help="as for train: recipe=zaya1_8b ...; after the word phases: the chain, edge by edge",
+    )
     parser.add_argument("--ranks", type=int, default=1, help="ranks of the launch: nodes x GPUs")
     parser.add_argument(
         "--rehearse", action="store_true", help="peak memory and traffic of a step, without ranks"
@@ -261,7 +266,7 @@ def add_checkpoint(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya submit` and `env`."""
+    """`zaya submit`, `env` and `preflight`."""
     parser = add_command(commands, "submit", handlers["submit"], "hand a run to Slurm")
     parser.add_argument(
         "words", nargs="+", help="as for train, and nodes=, time_limit_minutes=, cluster=, chain="
@@ -270,6 +275,23 @@ def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser = add_command(commands, "env", handlers["env"], "environment of the ranks, with reasons")
     parser.add_argument("cluster", nargs="?", default="mi300x_pollara", help="of configs/cluster")
     parser.add_argument("--sh", action="store_true", help="as shell lines")
+    parser = add_command(
+        commands, "preflight", handlers["preflight"], "is every node fit for a run, on every rank"
+    )
+    parser.add_argument("--level", choices=("quick", "full"), default="quick")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("."), help="folder that all nodes see, to write in"
+    )
+    parser.add_argument(
+        "--free-gib", type=float, default=1.0, help="space that checkpoints need in that folder"
+    )
+    parser.add_argument("--output", type=Path, help="JSON report")
+    parser.add_argument("--exclude-file", type=Path, help="names of unfit nodes, for sbatch")
+    parser.add_argument(
+        "--minimum", action="append", metavar="NAME=VALUE", help="a limit of this site"
+    )
+    parser.add_argument("--timeout", type=float, default=300.0, help="longest wait for a rank, s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:

@@ -172,9 +172,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from zaya_train.tools.plan import PlanRequest, show_plan
+    from zaya_train.tools.plan_phases import show_phases
 
-    config = options.compose(options.overrides)
-    show_plan(PlanRequest(config, options.ranks), Console())
+    # `zaya plan phases recipe=...`: the first word is no override.
+    chain = options.overrides[0] == "phases"
+    config = options.compose(options.overrides[chain:])
+    show = show_phases if chain else show_plan
+    show(PlanRequest(config, options.ranks), Console())
     if options.rehearse or options.memory_gb is not None:
         from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
 
@@ -279,6 +283,22 @@ def _environment(options: argparse.Namespace) -> None:
         show_environment(environment, os.environ, Console())
 
 
+def _preflight(options: argparse.Namespace) -> int:
+    from zaya_train.tools.preflight import PreflightRequest, preflight
+
+    request = PreflightRequest(
+        directory=options.directory,
+        level=options.level,
+        output=options.output,
+        exclude_file=options.exclude_file,
+        free_gib=options.free_gib,
+        minimums=tuple(options.minimum or ()),
+        timeout_seconds=options.timeout,
+        device=options.device,
+    )
+    return preflight(request, Console())
+
+
 HANDLERS = {
     "import-hf": _import,
     "export-hf": _export,
@@ -295,4 +315,5 @@ HANDLERS = {
     "checkpoint diff": _checkpoint_diff,
     "submit": _submit,
     "env": _environment,
+    "preflight": _preflight,
 }

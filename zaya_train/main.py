@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,11 +38,14 @@ from zaya_train.arguments import (
 )
 from zaya_train.commands import DATA_HANDLERS, HANDLERS
 from zaya_train.config.build import build
+from zaya_train.config.check import check
 from zaya_train.config.cluster import SubmitConfig
 from zaya_train.config.defaults import defaults
+from zaya_train.config.derive import launched_ranks
 from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaError
 from zaya_train.config.frozen import thaw
 from zaya_train.config.schema import PhaseConfig, TrainConfig
+from zaya_train.config.suggest import unknown_key, unknown_name
 from zaya_train.runtime.files import named_failure
 
 if TYPE_CHECKING:
@@ -99,18 +103,22 @@ def _typed(values: DictConfig, cls: type[T]) -> T:
 
 def _train(overrides: list[str]) -> int:
     """`zaya train`: Hydra parses, `run.train` trains. 2 for whatever Hydra itself refuses."""
-    # torch: two seconds of import that the other commands do without.
-    from zaya_train.run import train
-
     if overrides[:1] == ["--frozen"]:
         if len(overrides) != 2:
             raise ConfigError("train --frozen FILE: takes one file, and nothing can be overridden")
-        return train(thaw(Path(overrides[1])))
+        return _started(thaw(Path(overrides[1])))
     codes: list[int] = []
 
     def task(values: DictConfig) -> None:
         try:
-            codes.append(train(_for_job(_typed(values, TrainConfig))))
+            config = _for_job(_typed(values, TrainConfig))
+            check(config, launched_ranks(os.environ))
+        except ConfigError as error:
+            # All ranks find the same; one of each node says it.
+            codes.append(_told(error) if _speaks() else error.exit_code)
+            return
+        try:
+            codes.append(_started(config))
         except ZayaError as error:
             codes.append(_told(error))
         except OSError as error:
@@ -128,7 +136,11 @@ def _train(overrides: list[str]) -> int:
     )
     try:
         started()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not _is_refusal(error):
+            raise
+        if not _speaks():
+            return EXIT_CONFIG
         raise ConfigError(_one_line(error)) from error
     except SystemExit as stop:
         if stop.code not in (0, None):
@@ -136,9 +148,48 @@ def _train(overrides: list[str]) -> int:
     return max(codes, default=EXIT_OK)
 
 
-def _one_line(error: Exception) -> str:
-    """Hydra's message with its cause, without its list of places searched."""
-    texts = [str(error).split("Config search path:")[0]]
+def _started(config: TrainConfig) -> int:
+    # torch: two seconds of import that a bad configuration does not pay for.
+    from zaya_train.run import train
+
+    return train(config)
+
+
+def _speaks() -> bool:
+    """Whether this process tells what every process of the node finds."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether Hydra or OmegaConf refused the words; a plain ValueError is only where they parse."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return True
+    return str(error).startswith("Config group override must be")
+
+
+def _one_line(error: Exception, root: type = TrainConfig) -> str:
+    """What is wrong with the words, in the project's terms where Hydra's are its own."""
+    text = str(error).split("Config search path:")[0]
+    if found := re.match(r"Could not override '([^']*)'", text):
+        key = found[1]
+        place = re.search(r"full_key: (\S+)", str(error.__cause__ or ""))
+        if place and unknown_key(root, key) == f"{key}: unknown key":
+            parent, _, name = place[1].rpartition(".")
+            return f"{key}: {parent} has no entry {name}; +{key}=... adds one"
+        return unknown_key(root, key)
+    if found := re.search(r"Could not delete from config\. '([^']*)'", text):
+        return unknown_key(root, found[1])
+    if found := re.search(r"Could not find '([^/']*)/([^']*)'", text):
+        options = text.partition("Available options in")[2].partition(":")[2].split()
+        return f"{found[1]}={found[2]}: no such {found[1]}{unknown_name(found[2], options)}"
+    if found := re.match(r"Error parsing override '(.*)'\s+missing EQUAL", text):
+        return f"override {found[1]!r}: expected KEY=VALUE"
+    if found := re.match(r"You must specify '([^']*)'", text):
+        options = text.partition("Available options:")[2].split()
+        return f"{found[1]}: missing; {found[1]}=NAME with one of {', '.join(options)}"
+    texts = [text.split("See https://hydra.cc")[0]]
+    if isinstance(error, OverrideParseException) and error.override not in text:
+        texts.insert(0, f"override {error.override!r}")
     if error.__cause__ and str(error.__cause__) not in texts[0]:
         texts.append(str(error.__cause__))
     return "; ".join(" ".join(text.split()) for text in texts)
@@ -188,8 +239,10 @@ def _compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     try:
         with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
             return _typed(hydra.compose(name, overrides=list(overrides)), cls)
-    except HydraException as error:
-        raise ConfigError(_one_line(error)) from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if not _is_refusal(error):
+            raise
+        raise ConfigError(_one_line(error, cls)) from error
 
 
 def _parser() -> argparse.ArgumentParser:

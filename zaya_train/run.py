@@ -52,7 +52,7 @@ from zaya_train.runtime.signals import StopFlag
 from zaya_train.train.attempts import Attempt
 from zaya_train.train.built import build_phase
 from zaya_train.train.checkpoint import CheckpointStore
-from zaya_train.train.entry import branch_point, check_entry
+from zaya_train.train.entry import branch_point, check_entry, check_paths
 from zaya_train.train.evaluate import validation_losses
 from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.followers import open_followers
@@ -105,6 +105,7 @@ def train(config: TrainConfig) -> int:
     ConfigError and friends are raised before anything is allocated.
     """
     check(config, launched_ranks(os.environ))
+    check_paths(config)
     with ExitStack() as stack:
         flag = stack.enter_context(StopFlag())
         heartbeat = start_heartbeat()

@@ -13,12 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from tests.faults.states import MODEL, blank, differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
+from tests.integration.runs import Launched, overrides_for, values_for
 from zaya_train.config.errors import CheckpointError, LostRankError, NumericsError
 from zaya_train.config.schema import CheckpointConfig
+from zaya_train.tools.compare import compare_runs
 from zaya_train.train import dcp
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.manifest import MANIFEST_NAME
-from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows
+from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows, read_metrics
 from zaya_train.train.restore import load_full
 from zaya_train.train.saving import Saver
 from zaya_train.train.staging import HostCopies
@@ -278,6 +280,29 @@ def test_what_ends_the_run_is_raised_by_all_ranks_at_the_next_save(tmp_path: Pat
         assert "holds other values than this run has at that step" in message
         assert not under_way
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000002"]
+
+
+def test_a_run_that_waits_for_its_saves_is_the_same(
+    corpora: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise; and the loop asks for the outcome of a background save after every step."""
+    real_report = Saver.report
+
+    def report(saver: Saver) -> None:
+        with (tmp_path / "reports").open("a") as stream:
+            stream.write("x")
+        real_report(saver)
+
+    monkeypatch.setattr(Saver, "report", report)
+    words = overrides_for(values_for(tmp_path / "run", corpora))
+    waiting = Launched([*words, "checkpoint.asynchronous=false"], tmp_path / "out", ranks=2)
+    assert waiting.wait() == [0, 0], waiting.output()
+    comparison = compare_runs(tmp_path / "run", unbroken)
+    assert comparison.equal and comparison.steps == 13, comparison.text()
+    assert len((tmp_path / "reports").read_text()) == 13 * 2
+    saves = [row for row in read_metrics(tmp_path / "run") if row["kind"] == "checkpoint"]
+    assert [row["step"] for row in saves] == [3, 6, 8, 9, 12, 13]
+    assert all(row["blocked_seconds"] >= row["seconds"] for row in saves)
 
 
 def test_host_copies_are_reused_and_follow_the_shapes() -> None:

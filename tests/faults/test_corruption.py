@@ -93,12 +93,18 @@ def _swap(directory: Path, rng: random.Random) -> None:
 def _take_stale_file(directory: Path, rng: random.Random) -> None:
     """Any but `.metadata`, which is the same in every step of a run: equal layout, equal bytes."""
     path = rng.choice([p for p in sorted(directory.iterdir()) if p.name != ".metadata"])
-    shutil.copy(directory.with_name("step-00000020") / path.name, path)
+    shutil.copy(_older(directory) / path.name, path)
 
 
 def _take_stale_directory(directory: Path, rng: random.Random) -> None:
     shutil.rmtree(directory)
-    shutil.copytree(directory.with_name("step-00000020"), directory)
+    shutil.copytree(_older(directory), directory)
+
+
+def _older(directory: Path) -> Path:
+    """The newest checkpoint of an earlier step."""
+    siblings = directory.parent.glob("step-????????")
+    return max(path for path in siblings if path.name < directory.name)
 
 
 def _add_shard(directory: Path, rng: random.Random) -> None:

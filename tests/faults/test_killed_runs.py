@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.runs import Launched, last_step, make_corpora, overrides_for, values_for
+from tests.helpers.tiny import RUN
+from tests.integration.runs import Launched, last_step, overrides_for, values_for
 from zaya_train.run import CHECKPOINTS
 from zaya_train.tools.compare import compare_runs
 from zaya_train.train.metrics import METRICS_FILE, is_launch, iter_rows
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RANKS = 2
-EVERY_STEPS = 3
+EVERY_STEPS: int = RUN["checkpoint"]["every_steps"]
 LAST_STEP = 13
 NIGHTLY_TRIALS = 7
 """Of each way: 21 runs, 42 kills."""
@@ -35,21 +36,8 @@ LONGEST_DELAY_SECONDS = 0.3
 """About one step here, so that every part of a step, a save and an evaluation is met."""
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("corpus"))
-
-
 def overrides(run_dir: Path, corpora: Path) -> list[str]:
-    return overrides_for(values_for(run_dir, corpora, {"checkpoint.every_steps": EVERY_STEPS}))
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, corpora: Path) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    launched = Launched(overrides(folder / "run", corpora), folder, ranks=RANKS)
-    assert launched.wait() == [0] * RANKS, launched.output()
-    return folder / "run"
+    return overrides_for(values_for(run_dir, corpora))
 
 
 def one_rank(words: Sequence[str], folder: Path, run_dir: Path, rng: random.Random) -> None:

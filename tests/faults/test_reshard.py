@@ -6,6 +6,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -250,14 +251,39 @@ def test_a_forged_metadata_pickle_runs_no_code(
     assert not (tmp_path / "owned").exists()
 
 
-def _manifest_with(directory: Path, payload: bytes) -> Manifest:
+def test_a_forged_tensor_runs_no_code(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors are read by torch.load, which would unpickle anything; all of them, and whole files,
+    are replaced here by one payload that the forger's manifest and metadata vouch for."""
+    monkeypatch.chdir(tmp_path)
+    directory = tmp_path / "step-00000001"
+    shutil.copytree(saved / directory.name, directory)
+    torch.save(_Forged(), tmp_path / "payload")
+    payload = (tmp_path / "payload").read_bytes()
+    metadata = pickle.loads((directory / METADATA_NAME).read_bytes())
+    for place in metadata.storage_data.values():
+        place.offset, place.length = 0, len(payload)
+    (directory / METADATA_NAME).write_bytes(pickle.dumps(metadata))
+    for path in directory.glob("*.distcp"):
+        path.write_bytes(payload)
+    for path in (*directory.glob("*.distcp"), directory / METADATA_NAME):
+        manifest = _manifest_with(directory, path.read_bytes(), path.name)
+        (directory / "MANIFEST.json").write_bytes(encode(manifest))
+    assert verify(directory) == [], "the forger has made the manifest fit"
+    with pytest.raises(CheckpointError, match="Weights only load failed"):
+        load_full(directory)
+    assert not (tmp_path / "owned").exists()
+
+
+def _manifest_with(directory: Path, payload: bytes, name: str = METADATA_NAME) -> Manifest:
     manifest = read(directory)
     entry = FileEntry(
-        name=METADATA_NAME,
+        name=name,
         size_bytes=len(payload),
         sha256=hashlib.sha256(payload).hexdigest(),
     )
-    files = [entry if old.name == METADATA_NAME else old for old in manifest.files]
+    files = [entry if old.name == name else old for old in manifest.files]
     return replace(manifest, files=tuple(files))
 
 

@@ -39,6 +39,18 @@ def test_the_last_ones_and_phase_ends_stay(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step-00000003", "step-00000005", "step-00000006"]
 
 
+def _save_with_every(root: Path) -> None:
+    store = CheckpointStore(root, keep_last=2, keep_every_steps=4)
+    mesh = make_mesh()
+    for step in range(2, 13, 2):
+        store.save(shard(plain_state(step), mesh), record(step))
+
+
+def test_every_nth_stays_for_good(tmp_path: Path) -> None:
+    run_ranks(_save_with_every, 2, tmp_path)
+    assert _names(tmp_path) == [f"step-{step:08d}" for step in (4, 8, 10, 12)]
+
+
 def test_fewer_than_two_are_not_enough(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_last=1: must be at least 2"):
         CheckpointStore(tmp_path, keep_last=1)

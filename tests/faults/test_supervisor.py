@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.supervised import Supervised
 from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
-from zaya_train.config.schema import SupervisorConfig
+from zaya_train.config.faults import SupervisorConfig
 from zaya_train.runtime.local_ranks import Launch
 from zaya_train.runtime.supervisor import Supervisor
 from zaya_train.tools.compare import compare_runs

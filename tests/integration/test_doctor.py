@@ -192,7 +192,7 @@ def test_a_rank_that_raises_is_named(config: TrainConfig, monkeypatch: pytest.Mo
     def refuse(self: AllToAllDispatcher, *_: Any) -> Tensor:
         raise ValueError("no rows today")
 
-    monkeypatch.setattr(AllToAllDispatcher, "dispatch", refuse)
+    monkeypatch.setattr(AllToAllDispatcher, "start_dispatch", refuse)
     good = Trial("good", shard=2, micro_rows=1)
     bad = Trial("bad", shard=2, expert=2, micro_rows=1)
     verdicts = {v.trial.name: v for v in certify(config, SHORT, [good, bad])}

@@ -62,7 +62,7 @@ def test_bad_value_exits_2_with_one_line_and_writes_nothing(tmp_path: Path) -> N
         (["model.hiden_size=3"], "model.hiden_size"),
         (["model.hidden_size=abc"], "model.hidden_size: expected int, got str 'abc'"),
         (["optim.muon.learning_rate=nan"], "optim.muon.learning_rate: nan must be positive"),
-        (["recipe=nope"], "recipe/nope"),
+        (["recipe=nope"], "recipe=nope: no such recipe"),
         (["model.hidden_size=[1"], "[1"),
         (["model.vocab_size=200"], "model.vocab_size: 200 is smaller than the 264 ids"),
         (["data.sources.problems.path=nowhere"], "nowhere: not a corpus"),

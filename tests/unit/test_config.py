@@ -196,8 +196,8 @@ def test_config_directory_is_the_checkouts() -> None:
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
     [
-        (["recipe=smoke_cpu", "model.hiden_size=3"], ["model.hiden_size", "not in struct"]),
-        (["recipe=nope"], ["recipe/nope", "smoke_cpu"]),
+        (["recipe=smoke_cpu", "model.hiden_size=3"], ["model.hiden_size", "unknown key"]),
+        (["recipe=nope"], ["recipe=nope", "smoke_cpu"]),
         ([], ["recipe"]),
         (["recipe=smoke_cpu", "model.hidden_size=[1"], ["[1"]),
         (["recipe=smoke_cpu", "model.hidden_size=abc"], ["model.hidden_size", "abc"]),

@@ -165,6 +165,8 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"optim.clip_norm": -1.0}, 2, ["optim.clip_norm", "-1.0"]),
     # The rest.
     ({"checkpoint.keep_last": 1}, 2, ["checkpoint.keep_last", "1", "2"]),
+    ({"checkpoint.keep_every_steps": -3}, 2, ["checkpoint.keep_every_steps", "-3"]),
+    ({"checkpoint.keep_every_steps": 7}, 2, ["checkpoint.keep_every_steps", "7", "every_steps=3"]),
     ({"checkpoint.every_steps": 0}, 2, ["checkpoint.every_steps", "0"]),
     ({"logging.every_steps": 0}, 2, ["logging.every_steps", "0"]),
     ({"logging.eval_every_steps": -1}, 2, ["logging.eval_every_steps", "-1"]),

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from zaya_train.config.schema import GuardConfig
+from zaya_train.config.faults import GuardConfig
 from zaya_train.train.guard import norm_limit, remember, why_skipped
 from zaya_train.train.state import TrainState
 

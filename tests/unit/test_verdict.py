@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from zaya_train.config.schema import SupervisorConfig
+from zaya_train.config.faults import SupervisorConfig
 from zaya_train.runtime.beats import Beat, beat_path, read_beat
 from zaya_train.runtime.heartbeat import Heartbeat
 from zaya_train.runtime.verdict import (

@@ -14,13 +14,12 @@ from zaya_train.config.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from zaya_train.config.faults import GuardConfig, SupervisorConfig
     from zaya_train.config.schema import (
-        GuardConfig,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
         PhaseConfig,
-        SupervisorConfig,
         TrainConfig,
     )
 

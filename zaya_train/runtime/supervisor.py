@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-    from zaya_train.config.schema import SupervisorConfig
+    from zaya_train.config.faults import SupervisorConfig
     from zaya_train.runtime.local_ranks import Launch
     from zaya_train.runtime.verdict import Watched
 

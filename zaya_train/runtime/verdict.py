@@ -20,7 +20,7 @@ from zaya_train.runtime.beats import SLOW_PHASES
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from zaya_train.config.schema import SupervisorConfig
+    from zaya_train.config.faults import SupervisorConfig
     from zaya_train.runtime.beats import Beat
 
 _NOTICEABLE_SECONDS = 0.002

@@ -60,12 +60,17 @@ def show_plan(request: PlanRequest, console: Console) -> None:
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
     console.print(_traffic_table(request))
     for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
-        table = Table(title=f"{before_name} -> {name}", title_justify="left")
-        for column in ("item", "fate", "detail"):
-            table.add_column(column)
-        for row in carry_over(before, after):
-            table.add_row(row.item, row.fate, row.detail)
-        console.print(table)
+        console.print(edge_table(f"{before_name} -> {name}", before, after))
+
+
+def edge_table(title: str, before: PhaseConfig, after: PhaseConfig) -> Table:
+    """What is kept, reset or changed between two phases."""
+    table = Table(title=title, title_justify="left")
+    for column in ("item", "fate", "detail"):
+        table.add_column(column)
+    for row in carry_over(before, after):
+        table.add_row(row.item, row.fate, row.detail)
+    return table
 
 
 def _phase_table(request: PlanRequest) -> Table:

@@ -5,8 +5,8 @@ three things stand in for what one process cannot have: torch's fake process gro
 ranks, fake tensors for floating-point numbers (`rehearsal_meter`), and a routing given beforehand,
 written to each layer's tape: tokens fall on the experts evenly.
 
-Not in the figures: what RCCL, hipBLASLt and the allocator's rounding take, and gathers that run
-ahead of their use. `RESERVE` is left free for them.
+Not in the figures: what RCCL, hipBLASLt and the allocator's rounding take. `RESERVE` is left free
+for them.
 """
 
 from __future__ import annotations

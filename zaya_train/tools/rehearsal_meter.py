@@ -4,6 +4,9 @@ Floating-point tensors are fake: they have shapes and no numbers. Integers and f
 positions, routing, indices, sizes) are real, so that everything whose shape depends on them has the
 shape of a real run. A number read from a fake tensor is 1, a flag true: finite, nothing to clip.
 
+Collectives are those of `torch.distributed` (operators of c10d). Any other namespace of operators
+than the known ones is refused, since it may communicate past the count.
+
 Integer collectives give this rank's own numbers for every other rank's, as if all did the same;
 `answers` says what they give where ranks differ.
 """
@@ -41,6 +44,8 @@ _KINDS = {
     "allreduce_": "all_reduce",
     "alltoall_base_": "all_to_all",
 }
+_NAMESPACES = ("aten", "prim", "prims", "c10d", "fsdp", "mkldnn")
+"""Operators that move nothing between ranks, or that are counted."""
 
 
 @dataclass
@@ -85,6 +90,8 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].fake_device
+        if func.namespace not in _NAMESPACES:
+            raise NotImplementedError(f"{func}: {_UNKNOWN.format(', '.join(_NAMESPACES))}")
         tensors = _tensors((args, kwargs.values()))
         if any(type(x) not in _KNOWN for x in tensors):
             # DTensor works on local tensors, which come here in turn.
@@ -183,14 +190,18 @@ class Meter(TorchDispatchMode):
             args[0].copy_(mine.repeat(group.size()).view(args[0].shape))
 
 
+_UNKNOWN = "a rehearsal counts no such operator, it might communicate; known are {}"
 _KNOWN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _READS = (_aten._local_scalar_dense.default, _aten.nonzero.default)
 
 
 def _collective(func: Any, args: Any) -> tuple[str, ProcessGroup]:
     """Kind and group of a c10d operator's call."""
+    kind = _KINDS.get(func._schema.name.split("::")[1])
+    if kind is None:
+        raise NotImplementedError(f"{func}: {_UNKNOWN.format(', '.join(_KINDS))}")
     group = next(a for a in args if isinstance(a, torch.ScriptObject))
-    return _KINDS[func._schema.name.split("::")[1]], ProcessGroup.unbox(group)
+    return kind, ProcessGroup.unbox(group)
 
 
 def _as_meta(values: Any) -> Any:

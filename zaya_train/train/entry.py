@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zaya_train.config.build import to_dict
 from zaya_train.config.diff import model_differences
-from zaya_train.config.errors import CheckpointError, ConfigError, NumericsError
+from zaya_train.config.errors import CheckpointError, ConfigError, NumericsError, StorageError
 from zaya_train.phases.gates import missed
 from zaya_train.phases.lineage import changes, lengthened
+from zaya_train.train.manifest import MANIFEST_NAME
 from zaya_train.train.restore import Found, brief, inspect
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from zaya_train.config.schema import TrainConfig
     from zaya_train.train.peers import Peers
+
+
+def check_paths(config: TrainConfig) -> None:
+    """Raise where a path of the run cannot be what it is meant to be; before any process group.
+
+    Raises:
+        ConfigError: nothing to start from where checkpoint.initial_weights or branch_from points.
+        StorageError: run.dir cannot be made or written.
+    """
+    start = config.checkpoint
+    for key, path, name in (
+        ("initial_weights", start.initial_weights, "config.json"),
+        ("branch_from", start.branch_from, MANIFEST_NAME),
+    ):
+        if path and not Path(path, name).is_file():
+            raise ConfigError(f"checkpoint.{key}: {path} has no {name}")
+    run_dir = Path(config.run.dir)
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not existing.is_dir():
+        raise StorageError(f"{run_dir}: cannot be made (run.dir): {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StorageError(f"{run_dir}: cannot be made (run.dir): no right to write to {existing}")
 
 
 def branch_point(path: Path, peers: Peers) -> Found:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from zaya_train.config.schema import GuardConfig
+    from zaya_train.config.faults import GuardConfig
     from zaya_train.optim.shards import Shard
     from zaya_train.train.state import TrainState
 

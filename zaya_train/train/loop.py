@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from zaya_train.config.schema import GuardConfig, OptimConfig, PhaseConfig
+    from zaya_train.config.faults import GuardConfig
+    from zaya_train.config.schema import OptimConfig, PhaseConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.optim.optimizer import Optimizer
     from zaya_train.parallel.fsdp import Reduction
@@ -103,7 +104,8 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
     Returns the state and whether a stop signal ended it early; then a checkpoint has been saved.
     While steps are being skipped nothing is saved: it would be the weights before them again.
 
-    NumericsError, or RollBack, after `guard.most_skipped` skipped steps in a row.
+    NumericsError naming the step, or RollBack, after `guard.most_skipped` skipped steps in a row;
+    NumericsError where replicas differ.
     """
     first, owed = True, False
     while state.phase_rows < phase_sequences(run.phase):
@@ -137,18 +139,10 @@ def _one_step(
     data_seconds = batches.wait_seconds - waited
     consumed = (state.phase_rows + rows) * run.phase.context_tokens
     now = rates(run, consumed, norm_limit(state.norms, run.guard.config))
-    if state.avoids:
-        result = pass_over(run.optimizer, micro_batches, run.hooks.stop_signal())
-    else:
-        result = train_step(
-            run.model,
-            run.optimizer,
-            micro_batches,
-            now,
-            run.reduction,
-            run.hooks.stop_signal(),
-            lambda part: run.hooks.mark(part, number),
-        )
+    try:
+        result = _take(run, micro_batches, now, state)
+    except NumericsError as error:
+        raise NumericsError(f"step {number}: {error}") from error
     state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
     if result.applied:
         state = remember(state, result.grad_norm, run.guard.config)
@@ -160,6 +154,21 @@ def _one_step(
     if result.finding is not None:
         _skipped(run, state, result, rows, now.norm_limit)
     return state, result
+
+
+def _take(run: PhaseRun, micro_batches: list[Batch], now: Rates, state: TrainState) -> StepResult:
+    """The step after `state`; over rows that a roll back avoids, only their count."""
+    if state.avoids:
+        return pass_over(run.optimizer, micro_batches, run.hooks.stop_signal())
+    return train_step(
+        run.model,
+        run.optimizer,
+        micro_batches,
+        now,
+        run.reduction,
+        run.hooks.stop_signal(),
+        lambda part: run.hooks.mark(part, state.step + 1),
+    )
 
 
 def _skipped(run: PhaseRun, state: TrainState, result: StepResult, rows: int, limit: float) -> None:
