@@ -123,6 +123,13 @@ def _read(path: Path, rows: int) -> None:
             "utilisation_percent": round(100 * report.utilisation, 3),
             "bound_percent": round(100 * report.tokens / (_bound(stream, context) * context), 3),
             "slowest_of_8": round(float((steps.max(axis=1) / steps.mean(axis=1)).mean()), 3),
+            "slowest_of_8_median": round(
+                float(np.median(steps.max(axis=1) / steps.mean(axis=1))), 3
+            ),
+            "slowest_of_8_by_time": round(
+                float(steps.max(axis=1).sum() / steps.mean(axis=1).sum()), 3
+            ),
+            **_least_imbalance(stream),
         }
         console.print(json.dumps(values), markup=False, highlight=False, soft_wrap=True)
 
@@ -141,6 +148,27 @@ def _bound(stream: PhaseStream, row_tokens: int) -> int:
         rows = len(lengths) - alone + shared + max(0, -(-rest // row_tokens))
         best = max(best, rows)
     return best
+
+
+def _least_imbalance(stream: PhaseStream) -> dict[str, float]:
+    """What no packing and no order can do better, for one epoch of whole steps.
+
+    The step that holds the longest document does at least that document's work on its slowest rank,
+    and on average no more than an eighth of the longest documents that eight rows can hold, the
+    last of them cut. All other steps are taken to be even.
+    """
+    falling = np.sort(stream.sources["s"].plan.rows()[0].lengths)[::-1].astype(np.float64)
+    count = int(np.searchsorted(np.cumsum(falling), RANKS * stream.row_tokens)) + 1
+    heaviest, longest = float((falling[:count] ** 2).sum()) / RANKS, float(falling[0] ** 2)
+    steps = max(1, len(stream.sources["s"].plan) // RANKS)
+    mean = float((falling**2).sum()) / RANKS / steps
+    step = max(1.0, longest / heaviest)
+    by_time = max(1.0, (longest + max(0.0, mean * steps - heaviest)) / (mean * steps))
+    return {
+        "least_of_heaviest_step": round(step, 3),
+        "least_mean": round((step + steps - 1) / steps, 3),
+        "least_by_time": round(by_time, 3),
+    }
 
 
 def _work(stream: PhaseStream, index: int) -> int:

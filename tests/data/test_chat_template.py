@@ -209,6 +209,10 @@ BAD = {
         CHATML.replace("<|im_end|>", "STOP"),
         r"must end with a special token of the tokenizer, this one ends with 'STOP\\n'",
     ),
+    "of the day": (
+        "{{ strftime_now('%Y') }}" + CHATML,
+        r"template_refused \('strftime_now' is undefined",
+    ),
     "unknown function": ("{{ nothing_here() }}", r"template_refused \('nothing_here' is undefined"),
 }
 

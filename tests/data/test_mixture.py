@@ -94,3 +94,9 @@ def test_zero_weight_is_never_drawn() -> None:
 def test_bad_weights_are_named(weights: dict[str, float], rule: str) -> None:
     with pytest.raises(DataError, match=rule):
         make_schedule(weights, 0)
+
+
+def test_only_ratios_of_weights_count() -> None:
+    small, large = (make_schedule(w, 0) for w in ({"a": 0.25, "b": 0.75}, {"a": 2, "b": 6}))
+    assert small.names == large.names and small.shares == large.shares
+    assert small.chosen.tolist() == large.chosen.tolist()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DATA = ["data.balance_rows=4"]
 LAST_STEP = 13
+PATIENCE_SECONDS = 1800.0
+"""For a run of a few seconds, on a machine that others have loaded."""
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def words(run_dir: Path, corpora: Path, prefetch: int = 1) -> list[str]:
 def alone(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone")
     run = Launched(words(folder / "run", corpora), folder)
-    assert run.wait() == [0], run.output()
+    assert run.wait(PATIENCE_SECONDS) == [0], run.output()
     return folder / "run"
 
 
@@ -55,11 +57,12 @@ def test_ranks_prefetching_and_a_kill_at_the_seventh_step_change_no_byte(
     run_dir = tmp_path / "run"
     Launched(words(run_dir, corpora, prefetch), tmp_path / "a", ranks).at_step(run_dir, 7).kill()
     run = Launched(words(run_dir, corpora, prefetch), tmp_path / "b", resumed_ranks)
-    assert run.wait() == [0] * resumed_ranks, run.output()
+    assert run.wait(PATIENCE_SECONDS) == [0] * resumed_ranks, run.output()
     assert (run_dir / LEDGER_FILE).read_bytes() == (alone / LEDGER_FILE).read_bytes()
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("first", range(1, 8))
@@ -72,7 +75,7 @@ def test_a_kill_at_every_seventh_step_changes_no_byte(
         run = Launched(words(run_dir, corpora, prefetch), tmp_path / str(number), ranks)
         run.at_step(run_dir, step).kill()
     run = Launched(words(run_dir, corpora, prefetch), tmp_path / "last", ranks)
-    assert run.wait() == [0] * ranks, run.output()
+    assert run.wait(PATIENCE_SECONDS) == [0] * ranks, run.output()
     assert (run_dir / LEDGER_FILE).read_bytes() == (alone / LEDGER_FILE).read_bytes()
 
 
@@ -128,5 +131,5 @@ def test_a_resume_with_other_data_is_refused(corpora: Path, tmp_path: Path) -> N
     Launched(words(run_dir, corpora), tmp_path / "a").at_step(run_dir, 5).kill()
     changed = [*words(run_dir, corpora)[:-2], "data.balance_rows=1", "data.prefetch_batches=1"]
     run = Launched(changed, tmp_path / "b")
-    assert run.wait() == [2], run.output()
+    assert run.wait(PATIENCE_SECONDS) == [2], run.output()
     assert "phase short would go on with other data: sources" in run.output()

@@ -120,8 +120,7 @@ class PhaseConfig:
     context_parallel: int = 1
     """Ranks that share one row (1, 1, 2, 8 in the report)."""
     mixture: dict[str, float]
-    """Source name -> weight by tokens; the names are keys of data.sources. Only the ratios count:
-    1 and 3 is 0.25 and 0.75."""
+    """Name of one of data.sources -> weight by tokens; only the ratios of weights count."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens of conversations that are targets: the assistant's, reasoning included, or all."""
     learning_rate_scale: float = 1.0

@@ -7,23 +7,15 @@ are hashed, so that a change of theirs is noticed.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.corpus import (
-    BIN,
-    CONTINUES,
-    IDX,
-    MANIFEST,
-    TOKENIZER,
-    Corpus,
-    Manifest,
-)
-from zaya_train.data.files import describe_files
+from zaya_train.data.corpus import BIN, IDX, Corpus
+from zaya_train.data.corpus_writer import Contents, write_manifest
 from zaya_train.data.token_index import open_index
 from zaya_train.data.tokenizer import load_tokenizer
-from zaya_train.runtime.files import whole_directory, write_json
+from zaya_train.runtime.files import whole_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,23 +50,15 @@ def adopt(request: AdoptRequest) -> Corpus:
     with whole_directory(request.output) as folder:
         for name, source in sources.items():
             (folder / name).symlink_to(source.resolve())
-        (folder / CONTINUES).write_bytes(tokenizer.continues.tobytes())
-        tokenizer.save(folder / TOKENIZER)
-        manifest = Manifest(
+        contents = Contents(
             kind="text",
-            vocab_size=tokenizer.vocab_size,
-            tokenizer_spec=tokenizer.spec,
-            tokenizer_sha256=tokenizer.sha256,
-            pad_id=tokenizer.pad_id,
-            end_id=tokenizer.end_id,
             documents=len(index),
             tokens=index.tokens,
             supervised_tokens=index.tokens,
             source={"adopted": str(request.prefix)},
             rejects={},
-            files=describe_files(folder),
         )
-        write_json(folder / MANIFEST, asdict(manifest))
+        write_manifest(folder, tokenizer, contents)
         Corpus.open(folder, verify="tokens")
     return Corpus.open(request.output)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, NoReturn
 
@@ -173,8 +172,8 @@ def compile_template(tokenizer: Tokenizer) -> ChatTemplate:
     environment.filters["tojson"] = lambda value, **options: json.dumps(
         value, ensure_ascii=False, indent=options.get("indent")
     )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _today}
-    environment.globals |= dict(source.variables)
+    # No strftime_now, which others give: a corpus must not depend on the day it was made.
+    environment.globals |= {"raise_exception": _refuse, **dict(source.variables)}
     try:
         template = environment.from_string(source.text)
     except TemplateError as error:
@@ -258,7 +257,3 @@ def _mismatch(detail: str) -> Rejected:
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateRefusal(message)
-
-
-def _today(form: str) -> str:
-    return datetime.now(UTC).strftime(form)

@@ -80,6 +80,36 @@ def make_block(samples: Iterable[Sample | Rejected], tokenizer: Tokenizer) -> Bl
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a manifest says of a corpus's documents; fields as there."""
+
+    kind: CorpusKind
+    documents: int
+    tokens: int
+    supervised_tokens: int
+    source: Mapping[str, Any]
+    rejects: Mapping[str, int]
+
+
+def write_manifest(
+    folder: Path, tokenizer: Tokenizer, contents: Contents, own_template: bool = False
+) -> None:
+    """Complete a corpus whose tokens are there: its tokenizer's tables and the manifest."""
+    (folder / CONTINUES).write_bytes(tokenizer.continues.tobytes())
+    tokenizer.save(folder / TOKENIZER, own_template)
+    manifest = Manifest(
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_spec=tokenizer.spec,
+        tokenizer_sha256=tokenizer.sha256,
+        pad_id=tokenizer.pad_id,
+        end_id=tokenizer.end_id,
+        files=describe_files(folder),
+        **vars(contents),
+    )
+    write_json(folder / MANIFEST, asdict(manifest))
+
+
 class CorpusWriter:
     """Appends blocks to a corpus under construction; made by `fill_corpus`."""
 
@@ -121,29 +151,21 @@ class CorpusWriter:
         self._supervised += int(sizes[block.sections["supervised"].astype(bool)].sum())
 
     def finish(self, source: Mapping[str, Any]) -> None:
-        """Write index, offsets, tokenizer and, last, the manifest."""
+        """Write index, offsets and, last, the manifest."""
         self.close()
         lengths = np.concatenate([np.empty(0, np.int64), *self._lengths])
         counts = np.concatenate([[0], *self._section_counts])
         write_index(self._folder / IDX, self._dtype, lengths)
         (self._folder / OFFSETS).write_bytes(np.cumsum(counts).astype("<i8").tobytes())
-        (self._folder / CONTINUES).write_bytes(self._tokenizer.continues.tobytes())
-        self._tokenizer.save(self._folder / TOKENIZER, own_template=self._own_template)
-        manifest = Manifest(
+        contents = Contents(
             kind=self._kind,
-            vocab_size=self._tokenizer.vocab_size,
-            tokenizer_spec=self._tokenizer.spec,
-            tokenizer_sha256=self._tokenizer.sha256,
-            pad_id=self._tokenizer.pad_id,
-            end_id=self._tokenizer.end_id,
             documents=self.documents,
             tokens=int(lengths.sum()),
             supervised_tokens=self._supervised,
             source=dict(source),
             rejects=self.rejects,
-            files=describe_files(self._folder),
         )
-        write_json(self._folder / MANIFEST, asdict(manifest))
+        write_manifest(self._folder, self._tokenizer, contents, self._own_template)
 
     def close(self) -> None:
         """Close the files of a corpus, finished or not; may be called again."""

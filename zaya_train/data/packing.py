@@ -265,8 +265,8 @@ def _by_groups(
 ) -> Indices | None:
     """Rows of falling `lengths`, filled group by group; None where these rows do not hold them.
 
-    A group takes the longest document left that fits into any of its rows, again and again, and
-    puts it into the one with the least work of those it fits into: an empty one before any other.
+    A group gives the longest document left that fits to its row with the least work and some room,
+    again and again. Where only its heaviest row has room, that is filled with the shortest ones.
     """
     left = lengths[::-1].tolist()
     places = list(range(len(lengths)))[::-1]
@@ -274,11 +274,13 @@ def _by_groups(
     first = 0
     for size in sizes:
         free, work, count = [row_tokens] * size, [0] * size, [0] * size
-        while chosen := bisect_right(left, max(free)):
-            length = left.pop(chosen - 1)
-            fitting = [row for row in range(size) if free[row] >= length]
-            row = min(fitting, key=work.__getitem__)
-            row_of[places.pop(chosen - 1)] = first + row
+        while left and left[0] <= max(free):
+            row = min((r for r in range(size) if free[r] >= left[0]), key=work.__getitem__)
+            chosen = bisect_right(left, free[row]) - 1
+            if work[row] == max(work) and min(free) < left[0]:
+                chosen = 0
+            length = left.pop(chosen)
+            row_of[places.pop(chosen)] = first + row
             work[row] += length * length
             count[row] += 1
             free[row] = free[row] - length if count[row] < max_documents else 0
