@@ -169,9 +169,46 @@ def test_torchrun_launcher_hands_its_arguments_on(tmp_path: Path) -> None:
     script = str(tmp_path / "launch" / "torchrun.sh")
     path = os.environ["PATH"]
     one = shell([script, "a=b c"], path, tmp_path, NPROC_PER_NODE="2")
-    begin = "-m|torch.distributed.run|--standalone|--nproc-per-node|2|-m|zaya_train|train|"
-    assert one.stdout == begin + "a=b c|"
-    several = shell([script], path, tmp_path, NNODES="4", RDZV_ENDPOINT="node0:29400")
+    begin = "-m|torch.distributed.run|--standalone|--nproc-per-node|2|--no-python|bash|-c|"
+    assert one.stdout.startswith(begin)
+    assert one.stdout.endswith(f"{tmp_path}/.venv/bin/python|-m|zaya_train|train|a=b c|")
+    several = shell([script, "preflight"], path, tmp_path, NNODES="4", RDZV_ENDPOINT="node0:29400")
     assert "--nnodes|4|--rdzv-backend|c10d|--rdzv-endpoint|node0:29400|" in several.stdout
+    assert several.stdout.endswith("-m|zaya_train|preflight|")
     lost = shell([script], path, tmp_path, NNODES="4")
     assert lost.returncode != 0 and "RDZV_ENDPOINT=host:port must name" in lost.stderr
+
+
+@pytest.mark.parametrize(
+    ("apt", "said"),
+    [
+        ("exit 0", ""),
+        ("echo 'E: no network' >&2; exit 100", "could not be installed, its tests skip: E: no net"),
+    ],
+)
+def test_ci_goes_on_whatever_apt_does(tmp_path: Path, apt: str, said: str) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci" / "run")
+    tools = only(tmp_path / "bin", "bash", "dirname", "mkdir", "tail", "timeout")
+    executable(tools / "id", "echo 0")
+    executable(tools / "apt-get", apt)
+    executable(tools / "make", "echo '7 passed, 0 failed, 0 skipped'")
+    done = shell(["bash", ".ci/run"], tools, tmp_path)
+    assert done.returncode == 0 and said in done.stdout
+    assert done.stdout.splitlines()[-1] == "7 passed, 0 failed, 0 skipped"
+    # A failing run says the count last, and fails.
+    executable(tools / "make", "exit 2")
+    done = shell(["bash", ".ci/run"], tools, tmp_path)
+    assert done.returncode == 2 and done.stdout.splitlines()[-1].startswith("0 passed")
+
+
+def test_ci_without_root_installs_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci" / "run")
+    tools = only(tmp_path / "bin", "bash", "dirname", "mkdir", "tail", "timeout")
+    executable(tools / "id", "echo 1000")
+    executable(tools / "apt-get", "touch called")
+    executable(tools / "make", "exit 0")
+    done = shell(["bash", ".ci/run"], tools, tmp_path)
+    assert done.returncode == 0 and "no root or no apt-get" in done.stdout
+    assert not (tmp_path / "called").exists()
