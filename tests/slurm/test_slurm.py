@@ -173,7 +173,7 @@ def test_a_chain_of_phases_on_different_nodes(
     """A job per phase, the second on other nodes and with another FSDP degree."""
     run = Submitted(cluster, tmp_path / "slurm", corpora, 100)
     words = ["chain=phases", "jobs.long.nodes=3", "jobs.long.shard=1", "time_limit_minutes=10"]
-    with pytest.raises(ConfigError, match=r"plan\.phases\.long\.context_parallel: 2"):
+    with pytest.raises(ConfigError, match=r"plan\.phases\.long\.global_batch_tokens: 256"):
         run.submit(*words)
     jobs = run.submit("chain=phases", "jobs.short.nodes=1", "jobs.short.shard=1")
     cluster.until_state(jobs[-1], "COMPLETED", "FAILED", "CANCELLED")
