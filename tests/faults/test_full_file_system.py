@@ -21,8 +21,8 @@ from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import StorageError
 from zaya_train.config.schema import CheckpointConfig
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry, StepEntry, read_ledger
-from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.runtime.files import INCIDENTS_FILE
+from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.guard import Incidents
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows
 from zaya_train.train.restore import load_full, verify

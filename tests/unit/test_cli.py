@@ -110,7 +110,7 @@ def test_plan_tells_the_host_memory_of_background_saves(
         assert main(["plan", "recipe=zaya1_8b", override, "--ranks", "8"]) == 0
         out = capsys.readouterr().out
         (row,) = (line for line in out.splitlines() if "copies for background saves" in line)
-        gigabytes.append(float(row.replace("│", " ").split()[-1]))
+        gigabytes.append(float(row.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()[-1]))
     # Fp32 weights and momentum of 8.84e9 parameters, and one moment more of the embedding.
     embedding = 262_272 * 2048
     expected = (2 * 8_840_488_784 + embedding) * 4 / 8 / 2**30
