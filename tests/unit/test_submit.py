@@ -388,6 +388,8 @@ def test_a_warning_before_the_ranks_listen_loses_nothing(tmp_path: Path) -> None
     batch = Batch(tmp_path)
     code, output = batch.signalled(signal.SIGUSR1, "env sleep 600 & wait")
     assert (code, batch.orders()) == (75, REQUEUE), output
+    # And it is no crash, of which there may be few.
+    assert not list(tmp_path.rglob("crashes")) and "after a warning" in output
 
 
 def test_an_ended_job_saves_and_is_not_resurrected(tmp_path: Path) -> None:
