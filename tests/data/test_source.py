@@ -216,6 +216,9 @@ def test_mixture_edits_carry_every_cursor(corpora: CorpusFactory) -> None:
     past: list[PastPhase] = []
     for name, phase, rows in phases:
         stream = PhaseStream(data, name, phase, 0, past)
+        if name == "two":
+            draws = [source.request.past.draws for source in stream.sources.values()]
+            assert [draw[0][:2] for draw in draws] == [(128, "all")] * 2
         for index in range(rows):
             source, pieces = stream.pieces(index)
             for document, start, length in zip(*pieces, strict=True):
