@@ -1,16 +1,17 @@
 """One source over the phases of a run: which of its rows each draw takes.
 
-A phase goes on where the phase before stopped. At the same context it draws on from the same plan.
-At another one the rows that are left of the epoch under way are taken apart and planned anew, come
-first, and whole epochs at the new context follow. So no part of a document is seen twice, and none
-is skipped, within an epoch, whatever phases and mixtures did before.
+A phase goes on where the phase before stopped. With the same context, and the loss on the same
+tokens, it draws on from the same plan. Otherwise the rows that are left of the epoch under way are
+taken apart and planned anew, come first, and whole epochs of the new plan follow. So no part of a
+document is seen twice, and none is skipped, within an epoch, whatever phases and mixtures did
+before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -37,20 +38,29 @@ if TYPE_CHECKING:
 PLANS = "plans"
 
 
+class Draws(NamedTuple):
+    """Rows drawn from the plans of one context."""
+
+    row_tokens: int
+    loss_on: str
+    rows: int
+
+
 @dataclass(frozen=True)
 class Past:
-    """Rows drawn from a source by earlier phases, at one context after the other."""
+    """Rows drawn from a source by earlier phases, from the plans of one context after the other."""
 
-    draws: tuple[tuple[int, int], ...] = ()
-    """(row tokens, rows drawn), neighbours of different contexts."""
+    draws: tuple[Draws, ...] = ()
+    """Neighbours differ in context or in what the loss is on."""
 
-    def then(self, row_tokens: int, drawn: int) -> Past:
-        """With `drawn` more rows."""
-        if not drawn:
+    def then(self, row_tokens: int, loss_on: str, rows: int) -> Past:
+        """With `rows` more rows."""
+        if not rows:
             return self
-        if self.draws and self.draws[-1][0] == row_tokens:
-            return Past((*self.draws[:-1], (row_tokens, self.draws[-1][1] + drawn)))
-        return Past((*self.draws, (row_tokens, drawn)))
+        if self.draws and self.draws[-1][:2] == (row_tokens, loss_on):
+            rows += self.draws[-1].rows
+            return Past((*self.draws[:-1], Draws(row_tokens, loss_on, rows)))
+        return Past((*self.draws, Draws(row_tokens, loss_on, rows)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +188,7 @@ def open_source(corpus: Corpus, request: SourceRequest) -> RowSource:
         StorageError: the plan cannot be stored.
     """
     planner = _Planner(corpus, request)
-    plan = planner.full(request.spec.row_tokens)
+    plan = planner.full()
     if not len(plan):
         shortest = int(corpus.lengths.min()) if len(corpus) else 0
         raise DataError(
@@ -221,13 +231,14 @@ class _Planner:
 
     def split(self, past: Past) -> tuple[Past, int]:
         """What was drawn before the present context, and draws already made at it."""
-        if past.draws and past.draws[-1][0] == self.request.spec.row_tokens:
-            return Past(past.draws[:-1]), past.draws[-1][1]
+        spec = self.request.spec
+        if past.draws and past.draws[-1][:2] == (spec.row_tokens, spec.loss_on):
+            return Past(past.draws[:-1]), past.draws[-1].rows
         return past, 0
 
-    def full(self, row_tokens: int) -> StoredPlan:
+    def full(self) -> StoredPlan:
         """Plan of a whole epoch."""
-        spec = replace(self.request.spec, row_tokens=row_tokens)
+        spec = self.request.spec
 
         def make() -> RowPlan:
             chosen = self._chosen()
@@ -235,7 +246,7 @@ class _Planner:
                 return plan_documents(self.corpus, spec, chosen)
             return self._text(self._whole_text(chosen), spec)
 
-        return self._stored(spec, (), lambda: make)
+        return self._stored((), lambda: make)
 
     def carried(self, past: Past) -> StoredPlan:
         """Plan of what `past` left of its epoch; maybe without a row."""
@@ -250,11 +261,12 @@ class _Planner:
                 return plan_documents(self.corpus, self.request.spec, left.documents)
             return self._text(left, self.request.spec)
 
-        return self._stored(self.request.spec, past.draws, prepare)
+        return self._stored(past.draws, prepare)
 
     def _earlier(self, past: Past) -> RowSource:
         """The source as the phase that made the last draws of `past` would go on with it."""
-        spec = replace(self.request.spec, row_tokens=past.draws[-1][0])
+        row_tokens, loss_on, _ = past.draws[-1]
+        spec = replace(self.request.spec, row_tokens=row_tokens, loss_on=loss_on)
         return open_source(self.corpus, replace(self.request, past=past, spec=spec))
 
     def _text(self, pieces: Pieces, spec: PlanSpec) -> RowPlan:
@@ -280,11 +292,9 @@ class _Planner:
         return np.sort(self._document_order()[: self.request.max_documents])
 
     def _stored(
-        self,
-        spec: PlanSpec,
-        past: tuple[tuple[int, int], ...],
-        prepare: Callable[[], Callable[[], RowPlan]],
+        self, past: tuple[Draws, ...], prepare: Callable[[], Callable[[], RowPlan]]
     ) -> StoredPlan:
+        spec = self.request.spec
         text = self.corpus.manifest.kind == "text"
         seeded = text or past or self.request.max_documents
         key = plan_key(
