@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from rich.console import Console
 
 from zaya_train.config.build import to_dict
@@ -29,7 +29,7 @@ from zaya_train.config.derive import (
     layout_notes,
     phase_sequences,
 )
-from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE
+from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, NumericsError
 from zaya_train.data.check import check_corpora
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
 from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
@@ -52,7 +52,7 @@ from zaya_train.runtime.signals import StopFlag
 from zaya_train.train.attempts import Attempt
 from zaya_train.train.built import build_phase
 from zaya_train.train.checkpoint import CheckpointStore
-from zaya_train.train.entry import branch_point, check_entry, check_paths
+from zaya_train.train.entry import check_entry, check_paths, starting_point
 from zaya_train.train.evaluate import validation_losses
 from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.followers import open_followers
@@ -127,12 +127,17 @@ def train(config: TrainConfig) -> int:
             run_dir / CHECKPOINTS,
             config.checkpoint.keep_last,
             keep_every_steps=config.checkpoint.keep_every_steps,
+            device=ranks.device,
         )
         stack.callback(store.close)
         metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
-        saver = stack.enter_context(Saver(store, metrics, run_dir, config.checkpoint))
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
+        incidents = Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0)
+        stack.callback(incidents.close)
+        stack.enter_context(saver := Saver(store, metrics, run_dir, config.checkpoint, ledger.sync))
+        # Leaving may wait for the save under way: the supervisor must not call that a hang.
+        stack.callback(heartbeat.mark, "save", 0)
         facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
         context = Context(
             config=config,
@@ -147,7 +152,7 @@ def train(config: TrainConfig) -> int:
             meshes={},
             ledger=ledger,
             heartbeat=heartbeat,
-            incidents=Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0),
+            incidents=incidents,
             attempt=Attempt(config, run_dir, metrics, ranks.rank, facts),
         )
         _describe(context)
@@ -173,15 +178,18 @@ def _run_plan(context: Context) -> int:
     phases = list(config.plan.phases.items())
     first, back = True, None
     while True:
+        context.heartbeat.mark("save", 0)
         context.saver.settle()
         context.heartbeat.mark("load", 0)
-        found = _starting_point(context)
+        found = starting_point(context.store, config.checkpoint.branch_from, Peers.world())
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:
             check_entry(found, config, context.corpora)
         if back:
             state = _rolled_back(context, state, back)
             back = None
+        # May refuse the run, so before anything is written about this attempt.
+        enough = only_phase_is_done(config, state.phase_index)
         if first:
             own = found is not None and found.path.parent == context.store.root
             context.attempt.announce(state.step, found.path if found else None, own)
@@ -190,7 +198,7 @@ def _run_plan(context: Context) -> int:
             context.metrics.write("done", step=state.step)
             log.info("done after %d steps and %s tokens", state.step, f"{state.tokens:,}")
             return EXIT_OK
-        if only_phase_is_done(config, state.phase_index):
+        if enough:
             return EXIT_OK
         try:
             if _run_phase(context, phases[state.phase_index], found, state):
@@ -201,21 +209,14 @@ def _run_plan(context: Context) -> int:
         gc.collect()
 
 
-def _starting_point(context: Context) -> Found | None:
-    """The run's newest checkpoint, else the one it branches from, if any."""
-    found = context.store.newest()
-    branch = context.config.checkpoint.branch_from
-    if found or not branch:
-        return found
-    world = cast("dist.ProcessGroup", dist.group.WORLD)
-    return branch_point(Path(branch), Peers(world))
-
-
 def _rolled_back(context: Context, state: TrainState, back: RollBack) -> TrainState:
     """The checkpoint's state with the rows to pass over; the record says that steps are undone."""
     context.ledger.rewind()
-    context.attempt.rolled_back(state.step, back.rows)
-    return replace(state, avoided=(*state.avoided, back.rows))
+    context.attempt.rolled_back(state.step, back.avoided[-1])
+    if state.phase_index != back.phase_index:
+        # No checkpoint of the phase is whole: the rows are those of another one.
+        return state
+    return replace(state, avoided=back.avoided)
 
 
 def _run_phase(
@@ -228,43 +229,69 @@ def _run_phase(
     past = past_phases(config.plan.phases, state.past_rows)
     stream = PhaseStream(config.data, name, phase, config.run.seed, past)
     context.ledger.phase(PhaseEntry(name, state.step, stream.describe()), state.phase_rows)
-    built = _build(context, name, phase, degrees)
+    with naming_lost_ranks(degrees, config.runtime.step_timeout_seconds):
+        built = _built(context, (name, phase), degrees, found)
+        if context.ranks.rank == 0:
+            copy_folder_once(stream.tokenizer_path, context.run_dir / TOKENIZER)
+        context.metrics.write("phase", name=name, event="begin", step=state.step)
+        state, stopped, measured = _steps(context, built, stream, state)
+        if stopped:
+            return True
+        drawn = stream.drawn(state.phase_rows)
+        context.metrics.write("phase", name=name, event="end", step=state.step, drawn_rows=drawn)
+        log.info("phase %s drew rows %s", name, ", ".join(f"{s} {n:,}" for s, n in drawn.items()))
+        _save(context, built, state.next_phase(measured), required=True, keep=True)
+        return _asked_to_stop(context, state)
+
+
+def _asked_to_stop(context: Context, state: TrainState) -> bool:
+    """Whether a rank has heard a stop signal since the last step of a phase that others follow."""
+    number = max(Peers.world().gather(int(context.flag.received or 0)))
+    plan = context.config.plan.phases
+    ahead = state.phase_index + 1 < len(plan) and context.config.run.only_phase is None
+    if number and ahead:
+        log.warning("stop signal %d: the phase that follows is left to the next attempt", number)
+    return bool(number and ahead)
+
+
+def _built(
+    context: Context, row: tuple[str, PhaseConfig], degrees: Layout, found: Found | None
+) -> Built:
+    """The phase's model and optimizer with the weights and state it starts from."""
+    config = context.config
+    if degrees not in context.meshes:
+        context.meshes[degrees] = Mesh.build(degrees, context.ranks.device.type)
+    built = build_phase(config, row, context.meshes[degrees], context.ranks.device)
     if found:
         context.store.load(found, built.tensors(), to_dict(built.model_config))
     elif config.checkpoint.initial_weights:
         _load_initial_weights(built, Path(config.checkpoint.initial_weights))
     context.saver.reserve(built.tensors())
-    if context.ranks.rank == 0:
-        copy_folder_once(stream.tokenizer_path, context.run_dir / TOKENIZER)
-    context.metrics.write("phase", name=name, event="begin", step=state.step)
+    return built
+
+
+def _steps(
+    context: Context, built: Built, stream: PhaseStream, state: TrainState
+) -> tuple[TrainState, bool, dict[str, Any]]:
+    """Train the phase: the state, whether a stop signal ended it, and what its gate asks for."""
     feed = _feed(context, built, stream)
     measured: dict[str, Any] = {}
     with ExitStack() as stack:
-        bar = stack.enter_context(_progress(context, name, phase))
+        bar = stack.enter_context(_progress(context, built.name, built.phase))
         run = _phase_run(context, built, _hooks(context, built, bar, measured), feed)
         batches = stack.enter_context(
             prefetch(
                 feed.batches,
-                step_starts(phase, state.phase_rows, feed.unit),
-                config.data.prefetch_batches,
+                step_starts(built.phase, state.phase_rows, feed.unit),
+                context.config.data.prefetch_batches,
             )
         )
-        stack.enter_context(naming_lost_ranks(degrees, config.runtime.step_timeout_seconds))
         state, stopped = run_phase(run, batches, state)
-    if not stopped:
-        drawn = stream.drawn(state.phase_rows)
-        context.metrics.write("phase", name=name, event="end", step=state.step, drawn_rows=drawn)
-        log.info("phase %s drew rows %s", name, ", ".join(f"{s} {n:,}" for s, n in drawn.items()))
-        _save(context, built, state.next_phase(measured), required=True, keep=True)
-    return stopped
-
-
-def _build(context: Context, name: str, phase: PhaseConfig, degrees: Layout) -> Built:
-    config = context.config
-    if degrees not in context.meshes:
-        context.meshes[degrees] = Mesh.build(degrees, context.ranks.device.type)
-    mesh = context.meshes[degrees]
-    return build_phase(config, (name, phase), mesh, context.ranks.device)
+    load = measured.pop("load", None)
+    if load is not None:
+        balance = load_summary(load, built.model_config.num_experts)
+        measured |= {key: balance[key] for key in ("skip_rate", "load_entropy")}
+    return state, stopped, measured
 
 
 def _load_initial_weights(built: Built, folder: Path) -> None:
@@ -301,6 +328,8 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress, measured: dict[st
 
         mark = partial(context.heartbeat.mark, "evaluate", state.step)
         losses = validation_losses(built.model, rows, built.mesh, chunking, device, mark)
+        if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+            raise NumericsError(f"step {state.step}: validation loss of {broken[0]} is not finite")
         measured["validation_loss"] = losses
         context.metrics.write("eval", step=state.step, phase=built.name, losses=losses)
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -310,9 +339,8 @@ def _hooks(context: Context, built: Built, bar: PhaseProgress, measured: dict[st
         context.ledger.step(state.step, state.phase_rows, result.fingerprint)
         bar.update(state.phase_rows * built.phase.context_tokens, result.loss)
         context.saver.report()
-        if state.phase_rows >= phase_sequences(built.phase):
-            balance = load_summary(result.load, built.model_config.num_experts)
-            measured.update({key: balance[key] for key in ("skip_rate", "load_entropy")})
+        if result.applied:
+            measured["load"] = result.load
 
     return Hooks(
         evaluate=evaluate,
@@ -369,5 +397,4 @@ def _save(
         keep=keep,
     )
     context.heartbeat.mark("save", state.step)
-    context.ledger.sync()
     context.saver.save(built.tensors(), record, required)

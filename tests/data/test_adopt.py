@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from rich.console import Console
 
+from tests.helpers.tiny import tiny
 from zaya_train.config.errors import DataError
 from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.data.adopt import AdoptRequest, adopt
+from zaya_train.data.check import check_corpora
 from zaya_train.data.corpus import Corpus
+from zaya_train.data.inspect import inspect_corpus
 from zaya_train.data.stream import PhaseStream
 
 from .builders import data_config, phase_config
@@ -23,6 +29,7 @@ DOCUMENTS = [list(range(10 + n, 40 + 3 * n)) for n in range(20)]
 
 def megatron(folder: Path, documents: list[list[int]], sequences: int = 1) -> Path:
     """A corpus as Megatron's own builder writes it, documents of one or more sequences."""
+    folder.mkdir(exist_ok=True)
     prefix = folder / "corpus"
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for document in documents:
@@ -51,6 +58,27 @@ def test_every_document_is_read_in_place_and_trains_on_every_token(
     rows = [stream.row(index) for index in range(stream.reports["t"].rows)]
     targets = sum(int((row.labels != IGNORE_LABEL).sum()) for row in rows)
     assert targets == sum(map(len, DOCUMENTS)) - len(DOCUMENTS)
+
+
+def test_an_adopted_corpus_stands_in_a_plan_and_is_shown(tmp_path: Path) -> None:
+    corpora = [
+        adopt(request(tmp_path / name, megatron(tmp_path / name, documents)))
+        for name, documents in (("a", DOCUMENTS), ("b", DOCUMENTS[1:]))
+    ]
+    sources = {corpus.path.parent.name: corpus.path for corpus in corpora}
+    config = tiny()
+    phases = {"p": phase_config(64, {"a": 0.5, "b": 0.5})}
+    told = check_corpora(
+        replace(
+            config,
+            plan=replace(config.plan, phases=phases),
+            data=data_config(sources, {"v": sources["a"]}),
+        )
+    )
+    assert told["a"] != told["b"]
+    buffer = io.StringIO()
+    inspect_corpus(sources["a"], 3, 20, Console(file=buffer, width=200))
+    assert told["a"] in buffer.getvalue()
 
 
 def test_ids_beyond_the_vocabulary_are_found_and_nothing_is_left(tmp_path: Path) -> None:

@@ -123,6 +123,42 @@ def test_a_cap_that_binds_costs_few_rows(row_tokens: int, cap: int) -> None:
     assert len(packed) <= -(-int(sizes.sum()) // row_tokens) * 1.005 + 1
 
 
+def checked(lengths: list[int], row_tokens: int, cap: int) -> PackedRows:
+    """Packed without the look ahead, as large sets are, and compared with every promise."""
+    sizes = np.array(lengths, dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_LOOKAHEAD_DOCUMENTS", 0)
+        packed = pack_best_fit(np.arange(len(sizes)), sizes, row_tokens, cap)
+    assert sorted(packed.documents.tolist()) == list(range(len(sizes)))
+    assert np.diff(packed.offsets).max() <= cap
+    assert np.add.reduceat(sizes[packed.documents], packed.offsets[:-1]).max() <= row_tokens
+    return packed
+
+
+def test_short_documents_beside_full_rows_keep_the_cap() -> None:
+    """Rows that the long documents leave are too few for the short ones: 768 came into one."""
+    packed = checked([4096] * 75 + [1000] + [5] * 20_000, 4096, 256)
+    assert len(packed) == 75 + -(-20_001 // 256)
+
+
+@pytest.mark.parametrize("seed", [2, 9, 18, 26])
+def test_shares_too_long_for_the_rows_left_keep_the_capacity(seed: int) -> None:
+    """With these seeds a row of 64 tokens was dealt 66 or 72."""
+    rng = np.random.default_rng(seed)
+    checked(np.concatenate([rng.integers(8, 65, 35), rng.integers(1, 3, 450)]).tolist(), 64, 37)
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 1 << 32), st.integers(0, 40), st.integers(10, 600), st.integers(9, 40))
+def test_long_and_short_documents_keep_cap_and_capacity(
+    seed: int, long: int, short: int, cap: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    lowest, highest = int(rng.integers(6, 64)), int(rng.integers(1, 9))
+    sizes = [rng.integers(lowest, 65, long), rng.integers(1, highest + 1, short)]
+    checked(np.concatenate(sizes).tolist(), 64, cap)
+
+
 @pytest.mark.parametrize("power", [4, 7, 12])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_capacities_around_powers_of_two(power: int, extra: int) -> None:

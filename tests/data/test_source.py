@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import shutil
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -86,6 +88,22 @@ def test_same_context_goes_on_with_the_same_plan(chat: Corpus) -> None:
     assert later.carried is None and later.plan.key == alone.plan.key
     for draw in range(40):
         assert later.row(draw).documents.tolist() == alone.row(draw + 7).documents.tolist()
+
+
+def test_plans_of_the_past_are_made_where_they_are_gone(
+    chat: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process: a lock that is not free at once would never be."""
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda file, how: flock(file, how | fcntl.LOCK_NB))
+    past = Past().then(160, 5).then(320, 3)
+    before = open_source(chat, request(512, past))
+    shutil.rmtree(chat.path / "plans")
+    again = open_source(chat, request(512, past))
+    assert before.carried is not None and again.carried is not None
+    assert len(list((chat.path / "plans").glob("*/plan.json"))) == 5
+    for draw in range(len(before.carried)):
+        assert again.pieces(draw).documents.tolist() == before.pieces(draw).documents.tolist()
 
 
 def test_a_finished_epoch_leaves_nothing(chat: Corpus) -> None:

@@ -178,6 +178,9 @@ class TestLayout:
             for name, part in alone.final.items()
         }
         assert {n: e for n, e in errors.items() if e > TOLERANCE} == {}
+        # Biases follow from counts, which are equal: so are they, to the bit.
+        biases = [name for name in errors if name.endswith("balancing_bias")]
+        assert [errors[name] for name in biases] == [0.0] * 2
 
     def test_every_tokens_logits(
         self, world: int, case: Case, alone: Outcome, outcomes: dict[str, list[Outcome]]

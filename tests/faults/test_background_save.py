@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
@@ -12,18 +15,20 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.faults.states import MODEL, blank, differing, make_mesh, plain_state, record, shard
+from tests.faults.test_guarded_run import CHANGES, Spoiled, in_steps
 from tests.helpers.distributed import run_ranks
 from tests.integration.runs import Launched, overrides_for, values_for
 from zaya_train.config.errors import CheckpointError, LostRankError, NumericsError
 from zaya_train.config.schema import CheckpointConfig
 from zaya_train.tools.compare import compare_runs
 from zaya_train.train import dcp
-from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.checkpoint import CheckpointStore, Saved
 from zaya_train.train.manifest import MANIFEST_NAME
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows, read_metrics
 from zaya_train.train.restore import load_full
 from zaya_train.train.saving import Saver
 from zaya_train.train.staging import HostCopies
+from zaya_train.train.storage import LOCK_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -188,7 +193,7 @@ def test_only_finite_tensors_reach_the_background(tmp_path: Path) -> None:
 def make_saver(run_dir: Path) -> tuple[CheckpointStore, MetricsWriter, Saver]:
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
     metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
-    return store, metrics, Saver(store, metrics, run_dir, CONFIG)
+    return store, metrics, Saver(store, metrics, run_dir, CONFIG, lambda: None)
 
 
 def _wait_at_the_next_save(run_dir: Path) -> tuple[list[str], bool]:
@@ -259,6 +264,44 @@ def test_leaving_finishes_the_save_under_way(
     assert told == (["checkpoint"] if waits else [])
 
 
+TAKE_LOCK = """
+import fcntl, sys
+try:
+    fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    sys.exit(1)
+"""
+
+
+def _lock_is_free(store: CheckpointStore) -> bool:
+    """Whether another process could write here."""
+    command = [sys.executable, "-I", "-c", TAKE_LOCK, str(store.root / LOCK_NAME)]
+    return subprocess.run(command, check=False).returncode == 0
+
+
+def _interrupted(root: Path) -> list[bool]:
+    store = CheckpointStore(root, keep_last=2)
+    free = []
+    with pytest.MonkeyPatch.context() as patch:
+        gate = Gate(patch)
+        store.start(plain_state(1), record(1))
+        assert gate.entered.wait(60)
+        store.close()
+        free.append(_lock_is_free(store))
+        gate.open()
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join(60)
+        free.append(_lock_is_free(store))
+    return free
+
+
+def test_a_save_under_way_keeps_the_lock_of_a_closed_store(tmp_path: Path) -> None:
+    """As after a second Ctrl-C: a restart would delete the directory being written."""
+    assert run_ranks(_interrupted, 1, tmp_path) == [[False, True]]
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
 def _another_state_at_the_same_step(run_dir: Path) -> tuple[bool, str]:
     store, metrics, saver = make_saver(run_dir)
     mesh = make_mesh()
@@ -305,6 +348,42 @@ def test_a_run_that_waits_for_its_saves_is_the_same(
     assert all(row["blocked_seconds"] >= row["seconds"] for row in saves)
 
 
+def test_a_roll_back_waits_for_the_save_under_way(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Background saves write nothing until somebody waits for them: that of step 3 is under way
+    when the guard asks for the newest checkpoint after step 6."""
+    waited_for = threading.Event()
+    real_write, real_finish = dcp.write, CheckpointStore.finish
+
+    def write(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            assert waited_for.wait(100)
+            waited_for.clear()
+        return real_write(*arguments)
+
+    def finish(store: CheckpointStore) -> Saved:
+        waited_for.set()
+        return real_finish(store)
+
+    monkeypatch.setattr(dcp, "write", write)
+    monkeypatch.setattr(CheckpointStore, "finish", finish)
+    changes = {
+        **CHANGES,
+        "guard.most_skipped": 2,
+        "guard.at_limit": "roll_back",
+        "checkpoint.every_steps": 3,
+    }
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        Spoiled(patch, in_steps({5: math.nan, 6: math.nan}))
+        words = overrides_for(values_for(run_dir, corpora, changes))
+        launched = Launched(words, tmp_path / "out", ranks=2)
+        assert launched.wait() == [0, 0], launched.output()
+    (resume,) = (row for row in read_metrics(run_dir) if row["kind"] == "resume")
+    assert resume["step"] == 3
+
+
 def test_host_copies_are_reused_and_follow_the_shapes() -> None:
     copies = HostCopies()
     first = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.int64)}
@@ -318,6 +397,29 @@ def test_host_copies_are_reused_and_follow_the_shapes() -> None:
     other = copies.take({"a": torch.ones(2, 3), "c": torch.zeros(0)})
     assert other.keys() == {"a", "c"}
     assert other["a"].tolist() == [[1, 1, 1]] * 2
+
+
+def _devices_of_the_thread(root: Path, device: str) -> list[tuple[str, torch.device]]:
+    """Where a thread chose which accelerator, in a save of a rank with `device`."""
+    chosen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.accelerator,
+            "set_device_index",
+            lambda choice: chosen.append((threading.current_thread().name, choice)),
+        )
+        store = CheckpointStore(root, keep_last=2, device=torch.device(device))
+        store.start(plain_state(1), record(1))
+        store.finish()
+        store.close()
+    return chosen
+
+
+def test_the_writing_thread_works_on_the_rank_s_own_device(tmp_path: Path) -> None:
+    """Pinned memory and copies made by a thread that chose none would use the first one."""
+    chosen = [("checkpoint_0", torch.device("cuda:3"))]
+    assert run_ranks(_devices_of_the_thread, 1, tmp_path / "cuda", "cuda:3") == [chosen]
+    assert run_ranks(_devices_of_the_thread, 1, tmp_path / "cpu", "cpu") == [[]]
 
 
 def test_no_thread_survives_a_closed_store(tmp_path: Path) -> None:

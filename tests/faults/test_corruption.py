@@ -14,6 +14,7 @@ import pytest
 from tests.faults.states import make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import EXIT_NO_CHECKPOINT, CheckpointError
+from zaya_train.train import manifest as manifests
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.manifest import METADATA_NAME, FileEntry, encode, read
 from zaya_train.train.restore import find_newest, load_full, verify
@@ -187,6 +188,26 @@ def test_ranks_agree_on_what_they_verified_in_parts(root: Path) -> None:
     assert problems == same
     assert len(problems) == 1
     assert problems[0].startswith("__0_0.distcp: sha256 ")
+
+
+def _files_read(root: Path) -> list[str]:
+    """Names of what this rank reads of a checkpoint that all ranks have written and verify."""
+    names: list[str] = []
+    store = CheckpointStore(root, keep_last=2)
+    saved = store.save(shard(plain_state(1), make_mesh()), record(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "file_problem", lambda _, entry: names.append(entry.name))
+        store.verify(saved.path)
+    return names
+
+
+def test_no_rank_verifies_what_it_wrote(tmp_path: Path) -> None:
+    """Its own node would answer from memory, whatever the disk holds."""
+    read_by = run_ranks(_files_read, 4, tmp_path)
+    for rank, names in enumerate(read_by):
+        assert f"__{(rank + 2) % 4}_0.distcp" in names
+    data = [f"__{rank}_0.distcp" for rank in range(4)]
+    assert sorted(name for names in read_by for name in names) == [METADATA_NAME, *data]
 
 
 def test_all_bad_is_exit_3_and_names_each(root: Path) -> None:

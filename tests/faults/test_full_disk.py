@@ -109,7 +109,7 @@ def _save_through_refusals(run_dir: Path, asynchronous: bool) -> tuple[list[str]
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
     metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
     config = CheckpointConfig(retry_seconds=0.0, asynchronous=asynchronous)
-    saver = Saver(store, metrics, run_dir, config)
+    saver = Saver(store, metrics, run_dir, config, lambda: None)
     mesh = make_mesh()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     told = []
@@ -171,13 +171,47 @@ def _required_save_of_a_disk_that_recovers(run_dir: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("zaya_train.train.saving.time.sleep", recover)
         config = CheckpointConfig(retry_seconds=0.0)
-        Saver(store, metrics, run_dir, config).save(state, record(1), required=True)
+        saver = Saver(store, metrics, run_dir, config, lambda: None)
+        saver.save(state, record(1), required=True)
     return _names(run_dir / "checkpoints")
 
 
 def test_a_required_save_is_tried_again(tmp_path: Path) -> None:
     for kept in run_ranks(_required_save_of_a_disk_that_recovers, 2, tmp_path):
         assert kept == ["step-00000001"]
+
+
+def _ledger_refused(run_dir: Path, asynchronous: bool) -> list[str]:
+    """What a checkpoint counts on cannot be flushed on rank 0: no rank saves, none is alone."""
+    store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
+    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    config = CheckpointConfig(retry_seconds=0.0, asynchronous=asynchronous)
+    full = [True]
+
+    def sync() -> None:
+        assert dist.get_rank() == 0
+        if full[0]:
+            raise StorageError("ledger.jsonl: cannot be written")
+
+    saver = Saver(store, metrics, run_dir, config, sync)
+    for step in (1, 2, 3):
+        full[0] = step < 3
+        saver.save(shard(plain_state(step), make_mesh()), record(step), required=False)
+    saver.settle()
+    metrics.close()
+    return _names(run_dir / "checkpoints")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_checkpoint_without_its_ledger(tmp_path: Path, asynchronous: bool) -> None:
+    assert run_ranks(_ledger_refused, 2, tmp_path, asynchronous) == [["step-00000003"]] * 2
+    rows = list(iter_rows(tmp_path / METRICS_FILE))
+    assert [(row["kind"], row["step"]) for row in rows] == [
+        ("save_failed", 1),
+        ("save_failed", 2),
+        ("checkpoint", 3),
+    ]
+    assert rows[0]["reason"] == "ledger.jsonl: cannot be written"
 
 
 def _corrupt_after_publishing(root: Path) -> tuple[str, int]:

@@ -6,8 +6,10 @@ test_full_disk.py still has the kernel refuse writes by RLIMIT_FSIZE.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +20,10 @@ from tests.faults.states import differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import StorageError
 from zaya_train.config.schema import CheckpointConfig
+from zaya_train.data.ledger import LedgerWriter, PhaseEntry, StepEntry, read_ledger
+from zaya_train.runtime.files import INCIDENTS_FILE
 from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.guard import Incidents
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, iter_rows
 from zaya_train.train.restore import load_full, verify
 from zaya_train.train.saving import Saver
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 SIZE_BYTES = 4_000_000
 WIDTH = 8_000
 """About 0.8 MB of state: four checkpoints of it fill the file system."""
+ROWS = 100
+"""Ledger rows between saves: more than fits into what is left of the last block."""
 
 
 def mount(*arguments: str) -> None:
@@ -70,7 +77,7 @@ def _fill_and_free(root: Path, run_dir: Path) -> tuple[list[str], list[str]]:
     """Save, fill the file system, fail, free it, save; what failed and what differs."""
     store = CheckpointStore(root, keep_last=2)
     metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
-    saver = Saver(store, metrics, root, CheckpointConfig(retry_seconds=0.0))
+    saver = Saver(store, metrics, root, CheckpointConfig(retry_seconds=0.0), lambda: None)
     mesh, bad = make_mesh(), []
     filler = root.parent / "filler"
     for step in (1, 2, 3):
@@ -105,6 +112,56 @@ def test_a_full_file_system_costs_one_checkpoint(small: Path, tmp_path: Path) ->
         ("checkpoint", 3),
     ]
     assert "No space left on device" in rows[1]["reason"]
+
+
+def _fill(path: Path) -> None:
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def _all_records_on_it(run_dir: Path) -> list[str]:
+    """Records of rank 0 and checkpoints on one file system, which is full during step 2."""
+    main = dist.get_rank() == 0
+    metrics = MetricsWriter(run_dir, [], enabled=main)
+    ledger, incidents = LedgerWriter(run_dir, main), Incidents(run_dir, 1, main)
+    store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
+    config = CheckpointConfig(retry_seconds=0.0)
+    saver = Saver(store, metrics, run_dir, config, ledger.sync)
+    ledger.phase(PhaseEntry("short", 0, {}), 0)
+    mesh, filler = make_mesh(), run_dir / "filler"
+    for step in (1, 2, 3):
+        if main and step == 2:
+            _fill(filler)
+        elif main:
+            filler.unlink(missing_ok=True)
+        dist.barrier()
+        for row in range(ROWS):
+            ledger.step(step * ROWS + row, (step - 1) * ROWS + row + 1, row)
+        metrics.write("done", step=step, note="x" * 5000)
+        incidents.write(kind="test", step=step, note="x" * 5000)
+        saver.save(shard(plain_state(step), mesh), record(step), required=False)
+        if store.under_way:
+            steps_while_saving(store)
+        saver.report()
+    metrics.close()
+    ledger.close()
+    incidents.close()
+    return sorted(path.name for path in store.root.glob("step-*"))
+
+
+def test_a_full_file_system_costs_no_line_of_the_records(small: Path) -> None:
+    run_dir = small / "run"
+    names = ["step-00000001", "step-00000003"]
+    assert run_ranks(_all_records_on_it, 2, run_dir) == [names] * 2
+    rows = list(iter_rows(run_dir / METRICS_FILE))
+    assert [row["step"] for row in rows if row["kind"] == "done"] == [1, 2, 3]
+    saves = [(row["kind"], row["step"]) for row in rows if row["kind"] != "done"]
+    assert saves == [("checkpoint", 1), ("save_failed", 2), ("checkpoint", 3)]
+    entries = [entry for entry in read_ledger(run_dir) if isinstance(entry, StepEntry)]
+    assert [entry.first for entry in entries] == list(range(3 * ROWS))
+    lines = (run_dir / INCIDENTS_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
 def _read_only_meanwhile(root: Path) -> tuple[str, str, int]:

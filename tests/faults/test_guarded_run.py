@@ -125,6 +125,7 @@ def test_a_skipped_step_moves_nothing(spoiled: Path) -> None:
         assert after[counter] - before[counter] == 1
 
 
+@pytest.mark.nightly
 def test_killed_behind_a_skipped_step_the_run_decides_as_if_it_had_lived(
     spoiled: Path, corpora: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +164,27 @@ def test_too_many_in_a_row_stop_the_run_with_good_checkpoints(
     saved = sorted(path.name for path in (run_dir / CHECKPOINTS).glob("step-*"))
     assert saved == ["step-00000003", "step-00000004"]
     assert [record["action"] for record in incidents(run_dir)] == ["skipped"] * 2 + ["stopped"]
+
+
+def test_a_second_roll_back_from_the_same_checkpoint_remembers_the_first(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    changes = {
+        **CHANGES,
+        "guard.most_skipped": 2,
+        "guard.at_limit": "roll_back",
+        "guard.most_roll_backs": 2,
+        "checkpoint.every_steps": 10,
+    }
+    with monkeypatch.context() as patch:
+        Spoiled(patch, dict.fromkeys(range(5, 99), math.nan))
+        codes, output = run(overrides_for(values_for(run_dir, corpora, changes)), tmp_path / "out")
+    assert codes == [5, 5], output
+    undone = [row["rolled_back"] for row in read_metrics(run_dir) if row["kind"] == "resume"]
+    # From the start again, both times; the third streak finds no roll back left.
+    assert undone == [[8, 16], [0, 8]] or undone == [[8, 16], [16, 24]], undone
+    assert incidents(run_dir)[-1]["action"] == "stopped"
 
 
 def test_rolled_back_rows_are_passed_over_and_the_ledger_still_proves_them(

@@ -63,20 +63,20 @@ def all_ranks_while_saving(
 
 
 def launcher(words: Sequence[str], folder: Path, run_dir: Path, rng: random.Random) -> None:
-    """Its ranks live on as orphans, as torchrun's do; the next launch waits for their lock."""
+    """Half of the time the node goes with it; else its ranks live on as orphans, as torchrun's do,
+    and a launch meanwhile waits for their lock or is refused."""
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_launch, args=(words, folder))
     process.start()
     assert process.pid is not None
-    step = rng.randint(last_step(run_dir), LAST_STEP - 1)
+    step = some_step(run_dir, rng)
     try:
         _wait_for(lambda: last_step(run_dir) >= step or not process.is_alive())
         time.sleep(rng.random() * LONGEST_DELAY_SECONDS)
         process.kill()
         process.join()
-        # Half of the time the node goes with it.
         if rng.random() < 0.5:
-            _kill_session(process.pid)
+            return
         again = Launched(words, folder / "again", ranks=RANKS)
         assert again.wait() in ([0] * RANKS, [4] * RANKS), again.output()
     finally:
@@ -95,12 +95,17 @@ def _kill_session(pid: int) -> None:
 
 def reach(launched: Launched, run_dir: Path, rng: random.Random, delay: bool = True) -> None:
     """Until a random step of what is left, and then a random part of one."""
-    step = rng.randint(last_step(run_dir), LAST_STEP - 1)
+    step = some_step(run_dir, rng)
     _wait_for(
         lambda: last_step(run_dir) >= step or not any(p.is_alive() for p in launched.processes)
     )
     if delay:
         time.sleep(rng.random() * LONGEST_DELAY_SECONDS)
+
+
+def some_step(run_dir: Path, rng: random.Random) -> int:
+    """Of those that are left."""
+    return rng.randint(min(last_step(run_dir), LAST_STEP - 1), LAST_STEP - 1)
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:

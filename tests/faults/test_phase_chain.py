@@ -161,7 +161,8 @@ def test_a_branch_goes_on_bit_for_bit_and_may_change_what_lies_ahead(
     assert [row["loss"] for row in rows if row["kind"] == "step"] == tail
     assert same_weights(same, alone)
     # Once the branch has checkpoints of its own it goes on from these.
-    run(same, corpora, tmp_path / "out-again", ALONE)
+    run(same, corpora, tmp_path / "out-again", {**ALONE, "checkpoint.branch_from": start})
+    assert [row["step"] for row in read_metrics(same) if row["kind"] == "resume"] == [11]
     # Repeated: the phase before once more, then an end of its own.
     again = {
         "pretrain_1": CHAIN["pretrain_1"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,7 +10,9 @@ import torch.distributed as dist
 
 from tests.faults.states import differing, make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
-from zaya_train.config.errors import CheckpointError, ConfigError
+from zaya_train.config.errors import CheckpointError, ConfigError, StorageError
+from zaya_train.train import manifest as manifests
+from zaya_train.train import storage
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.restore import load_full, verify
 
@@ -114,6 +117,54 @@ def test_the_same_step_with_other_values_is_refused(tmp_path: Path) -> None:
         assert "exists, verifies and holds other values than this run has at that step" in message
     assert _names(tmp_path) == ["step-00000001", "step-00000002"]
     assert differing(load_full(tmp_path / "step-00000002"), plain_state(2)) == []
+
+
+def _end_the_phase_there(root: Path, other_mesh: bool) -> tuple[int, bool, dict[str, int], int]:
+    """Save step 2's values again with the record of a phase's end; what `newest` gives then."""
+    store = CheckpointStore(root, keep_last=2)
+    found = store.newest()
+    assert found is not None and found.record.phase_index == 0
+    state = shard(plain_state(2), make_mesh(2 if other_mesh else 1))
+    changes = {"phase_index": 1, "keep": True, "mesh": {"replicate": 2, "shard": 1}}
+    store.save(state, record(2, **changes))
+    again = store.newest()
+    assert again is not None
+    inode = (again.path / "__0_0.distcp").stat().st_ino
+    return again.record.phase_index, again.record.keep, again.record.mesh, inode
+
+
+@pytest.mark.parametrize("other_mesh", [False, True], ids=["same mesh", "other mesh"])
+def test_the_same_step_and_values_with_another_record(tmp_path: Path, other_mesh: bool) -> None:
+    """A run stopped at step 2 whose phase is then shortened to end at step 2."""
+    run_ranks(_save_many, 2, tmp_path, 2, 0)
+    path = tmp_path / "step-00000002"
+    expected = (1, True, {"replicate": 1, "shard": 2}, (path / "__0_0.distcp").stat().st_ino)
+    assert run_ranks(_end_the_phase_there, 2, tmp_path, other_mesh) == [expected] * 2
+    assert _names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert differing(load_full(path), plain_state(2)) == []
+
+
+def _refused_record(root: Path) -> str:
+    store = CheckpointStore(root, keep_last=2)
+
+    def refuse(_: Path) -> None:
+        raise OSError(errno.EIO, "the disk's own words")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "sync_path", refuse)
+        try:
+            store.save(shard(plain_state(2), make_mesh()), record(2, phase_index=1))
+        except StorageError as error:
+            return str(error)
+    return "saved"
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    run_ranks(_save_many, 2, tmp_path, 2, 0)
+    for message in run_ranks(_refused_record, 2, tmp_path):
+        assert "the disk's own words" in message
+    assert verify(tmp_path / "step-00000002") == []
+    assert manifests.read(tmp_path / "step-00000002").record.phase_index == 0
 
 
 def _damage_then_heal(root: Path) -> list[str]:

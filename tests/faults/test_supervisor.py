@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.supervised import Supervised
 from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from zaya_train.config.errors import StorageError
 from zaya_train.config.faults import SupervisorConfig
 from zaya_train.runtime.local_ranks import Launch
 from zaya_train.runtime.supervisor import Supervisor
@@ -117,7 +118,8 @@ def test_an_exit_code_that_says_something_is_passed_on_at_once(code: int, tmp_pa
 
 
 def test_the_reason_is_the_signal_and_not_what_it_led_to(tmp_path: Path) -> None:
-    body = "time.sleep(0.3 * (1 - rank))\nif rank: os.kill(os.getpid(), 9)\nsys.exit(1)"
+    # Both end badly before the supervisor's grace is over, in either order.
+    body = "if rank: os.kill(os.getpid(), 9)\nsys.exit(1)"
     code, supervisor = supervise(tmp_path, body, ranks=2, same_step_failures=1)
     assert code == 6
     [failure] = supervisor._failures
@@ -152,6 +154,41 @@ def _alive(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_of_equal_failures_the_one_that_left_a_word_is_told(tmp_path: Path) -> None:
+    body = "if rank: print('rank 1: no luck', flush=True)\nsys.exit(1)"
+    _, supervisor = supervise(tmp_path, body, ranks=2, same_step_failures=1)
+    [failure] = supervisor._failures
+    assert failure.reason == "rank 1: exit code 1: rank 1: no luck"
+
+
+def test_a_refused_note_ends_no_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path, _: Any) -> None:
+        raise StorageError(f"{path}: not written: No space left on device")
+
+    monkeypatch.setattr("zaya_train.runtime.supervisor.write_json", refuse)
+    monkeypatch.setattr("zaya_train.runtime.supervisor.append_json_line", refuse)
+    done = tmp_path / "done"
+    code, _ = supervise(tmp_path, f"open({str(done)!r}, 'w').close()")
+    assert code == 0 and done.exists()
+    assert "status.json: not written: No space left on device; training goes on" in caplog.text
+    assert supervise(tmp_path, "sys.exit(1)", same_step_failures=2)[0] == 6
+
+
+def test_nodes_that_share_a_run_directory_keep_apart(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text("import sys\nsys.exit(0)\n")
+    for node in (0, 1, 1):
+        launch = Launch(
+            (sys.executable, str(script)), tmp_path / "run", 1, 2, node, ("127.0.0.1", 29999)
+        )
+        assert Supervisor(launch, SupervisorConfig(status_seconds=0.01)).run() == 0
+    names = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert names == ["attempt-0001", "attempt-0001-node1", "attempt-0002-node1"]
+    assert (tmp_path / "run" / "status-node1.json").exists()
 
 
 def test_attempts_are_counted_over_supervisors(tmp_path: Path) -> None:

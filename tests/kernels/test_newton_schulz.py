@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from zaya_kernels.newton_schulz.op import newton_schulz
+from zaya_kernels.newton_schulz import gram
+from zaya_kernels.newton_schulz.op import QUINTIC, newton_schulz
 
 from ..helpers.kernels import error, random
 
@@ -67,6 +68,63 @@ def test_large_fp32_matrices(size: tuple[int, int]) -> None:
     matrices = with_singular_values(*size, low=0.1, seed=1)
     exact = newton_schulz(matrices, 5, torch.float64, "reference")
     assert error(newton_schulz(matrices.float(), 5, torch.float32, "eager"), exact) <= 1e-4
+
+
+def decaying(n: int, m: int, decades: float) -> Tensor:
+    """[1, n, m] with singular values from 1 down to 10^-decades."""
+    u = torch.linalg.qr(random(n, n, seed=1))[0]
+    v = torch.linalg.qr(random(m, m, seed=2))[0]
+    product: Tensor = (u * torch.logspace(-decades, 0, n, dtype=torch.float64)) @ v[:n]
+    return product.unsqueeze(0)
+
+
+@pytest.mark.parametrize("decades", [0.0, 2.0, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gram_form_errs_like_the_plain_one(dtype: torch.dtype, decades: float) -> None:
+    """The plain form is the reference in `dtype`; rounding differs, so there is some slack."""
+    matrices = decaying(270, 300, decades)
+    exact = newton_schulz(matrices, 5, torch.float64, "reference")
+    plain = error(newton_schulz(matrices.float(), 5, dtype, "reference"), exact)
+    found = newton_schulz(matrices.float(), 5, dtype, "eager")
+    assert error(found, exact) <= (2 * plain + 1e-5 if dtype == torch.float32 else 1.5 * plain)
+    assert float(torch.linalg.svdvals(found.double()).max()) <= 1.25
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7])
+def test_the_gram_form_takes_every_step(steps: int) -> None:
+    x = random(1, 256, 260, seed=3)
+    x /= x.norm()
+    exact = newton_schulz(x, steps, torch.float64, "reference")
+    found = gram.newton_schulz_gram(x[0], steps, QUINTIC)
+    assert error(found, exact[0]) <= 1e-9
+
+
+@pytest.mark.parametrize("n", [256, 300, 600])
+def test_symmetric_products_compute_half(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And `operations` counts what `product` is asked for."""
+    counted = []
+
+    def counting(a: Tensor, b: Tensor) -> Tensor:
+        counted.append(a.shape[0] * a.shape[1] * b.shape[1])
+        return a @ b
+
+    monkeypatch.setattr(gram, "product", counting)
+    x = random(n, 2 * n, seed=1).float()
+    gram.newton_schulz_gram(x / x.norm(), 5, QUINTIC)
+    mine, _ = gram.operations(n, 2 * n, 5)
+    assert sum(counted) == mine
+    counted.clear()
+    found = gram.symmetric(x, x.t())
+    assert torch.equal(found, found.t()) and sum(counted) <= 0.78 * n * n * 2 * n
+    assert error(found, x.double() @ x.double().t()) <= 1e-6
+    assert gram.operations(2048, 4096, 5)[0] <= 0.6 * gram.operations(2048, 4096, 5)[1]
+
+
+def test_what_takes_the_gram_form() -> None:
+    assert gram.pays_off(torch.zeros(1, 256, 256))
+    assert not gram.pays_off(torch.zeros(1, 255, 256))
+    assert not gram.pays_off(torch.zeros(1, 256, 256, dtype=torch.float64))
+    assert not gram.pays_off(torch.zeros(1, 256, 256, device="meta"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,10 +14,10 @@ from zaya_train.model.rope import rotary_tables
 
 from ..helpers.kernels import assert_bitwise, assert_close, assert_no_worse, random, run_pass
 from ..helpers.models import packed
-from .test_cca import Shape, call, preceding
+from .test_cca import Shape, call, in_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -108,27 +108,9 @@ def test_chunks_with_halos_equal_the_whole_row(
     shape = replace(USUAL, taps=taps)
     inputs = inputs_of(shape, torch.float32, 72)
     whole = context_of(shape, [[17, 18, 1, 17, 19]], 72)
-    length = 72 // len(starts)
-    order = torch.cat([torch.arange(start, start + length) for start in starts])
-
-    def chunked(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        context = replace(
-            whole,
-            positions=whole.positions[:, order],
-            cos=whole.cos[:, order],
-            sin=whole.sin[:, order],
-            halo_qk=preceding(x["qk"], starts, shape.halo + 1),
-            halo_v=preceding(x["v_delayed"], starts, 1),
-        )
-        local = {
-            key: value[:, order] if key in ("qk", "v_now", "v_delayed") else value
-            for key, value in x.items()
-        }
-        return [out[:, order.argsort()] for out in call(name, local, context)]
-
     exact = {name: value.double() for name, value in inputs.items()}
     expected = run_pass(lambda name, x: call(name, x, whole), "reference", exact)
-    assert_close(run_pass(chunked, "triton", inputs), expected, 4e-6)
+    assert_close(run_pass(in_chunks(shape, whole, starts), "triton", inputs), expected, 4e-6)
 
 
 def test_slices_of_one_product_are_read_in_place() -> None:

@@ -143,9 +143,11 @@ class Cluster:
         text = self.run("scontrol", "show", "job", job, "--oneliner")
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def until(self, there: Callable[[], bool], what: str) -> None:
+    def until(
+        self, there: Callable[[], bool], what: str, patience: float = PATIENCE_SECONDS
+    ) -> None:
         """Wait for a condition; AssertionError with the logs when it does not come."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + patience
         while not there():
             dead = [d.args for d in self._daemons if d.poll() is not None]
             assert not dead and time.monotonic() < deadline, (
@@ -153,9 +155,13 @@ class Cluster:
             )
             time.sleep(0.02)
 
-    def until_state(self, job: str, *states: str) -> None:
-        """Wait until the job is in one of `states` and nothing of it is left running."""
-        self.until(lambda: self.facts(job)["JobState"] in states, f"{states} of job {job}")
+    def until_state(self, job: str, *states: str, patience: float = PATIENCE_SECONDS) -> None:
+        """Wait until the job is in one of `states`."""
+
+        def there() -> bool:
+            return self.facts(job)["JobState"] in states
+
+        self.until(there, f"{states} of job {job}", patience)
 
     def logs(self) -> str:
         """The last lines of every daemon."""

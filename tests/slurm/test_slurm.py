@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from tests.integration.runs import (
     values_for,
 )
 from tests.slurm.cluster import Cluster, why_not
+from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, compose_submission
 from zaya_train.run import CHECKPOINTS
 from zaya_train.tools.compare import compare_runs
@@ -70,7 +72,7 @@ def unbroken(folder: Path, corpora: Path, steps: int) -> Path:
     launched = Launched(
         overrides_for(values_for(folder / "run", corpora, changes(steps))), folder, ranks=2
     )
-    assert launched.wait() == [0, 0], launched.output()
+    assert launched.wait(3000.0) == [0, 0], launched.output()
     return folder / "run"
 
 
@@ -171,8 +173,8 @@ def test_a_chain_of_phases_on_different_nodes(
     """A job per phase, the second on other nodes and with another FSDP degree."""
     run = Submitted(cluster, tmp_path / "slurm", corpora, 100)
     words = ["chain=phases", "jobs.long.nodes=3", "jobs.long.shard=1", "time_limit_minutes=10"]
-    with pytest.raises(Exception, match=r"plan\.phases\.long.*3 ranks|jobs\.long"):
-        run.submit(*words)  # one row of 128 tokens does not divide over three
+    with pytest.raises(ConfigError, match=r"plan\.phases\.long\.global_batch_tokens: 256"):
+        run.submit(*words)
     jobs = run.submit("chain=phases", "jobs.short.nodes=1", "jobs.short.shard=1")
     cluster.until_state(jobs[-1], "COMPLETED", "FAILED", "CANCELLED")
     assert [cluster.facts(job)["JobState"] for job in jobs] == ["COMPLETED"] * 2, run.output()
@@ -182,17 +184,21 @@ def test_a_chain_of_phases_on_different_nodes(
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(5000)
 def test_the_real_time_limit_warns_and_requeues(
     cluster: Cluster, corpora: Path, tmp_path: Path
 ) -> None:
-    """A limit of one minute, the least there is, and a run that takes longer."""
-    steps = 4000
+    """A limit of three minutes, and a run that takes longer on whatever machine this is."""
+    sample = unbroken(tmp_path / "sample", corpora, 50)
+    seconds = [row["step_seconds"] for row in read_metrics(sample) if row["kind"] == "step"]
+    steps = max(1000, int(200 / statistics.median(seconds)))
     run = Submitted(cluster, tmp_path / "slurm", corpora, steps)
-    (job,) = run.submit("time_limit_minutes=1", "lead_seconds=40")
-    cluster.until_state(job, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
+    # The warning may come up to 60 s early (sbatch's manual): 60 to 120 s after the start.
+    (job,) = run.submit("time_limit_minutes=3", "lead_seconds=60")
+    cluster.until_state(job, "COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", patience=3000.0)
     assert cluster.facts(job)["JobState"] == "COMPLETED", run.output()
-    assert int(cluster.facts(job)["Restarts"]) >= 1
-    assert len(run.resumed_at()) == int(cluster.facts(job)["Restarts"])
+    # A start that was warned before its ranks listened has resumed nothing.
+    assert 1 <= len(run.resumed_at()) <= int(cluster.facts(job)["Restarts"])
     comparison = compare_runs(run.run_dir, unbroken(tmp_path / "unbroken", corpora, steps))
     assert comparison.equal, comparison.text()
 
@@ -200,14 +206,14 @@ def test_the_real_time_limit_warns_and_requeues(
 @pytest.mark.nightly
 def test_a_lost_node_and_a_killed_rank(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:
     """Slurm requeues after a lost node by itself; the script does after a crash."""
-    steps = 600
+    steps = 300
     run = Submitted(cluster, tmp_path / "slurm", corpora, steps)
     (job,) = run.submit()
-    run.reaches(60, job)
+    run.reaches(20, job)
     cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     cluster.until(lambda: cluster.facts(job)["Restarts"] == "1", "requeue\n" + run.output())
     lost = last_step(run.run_dir)
-    run.reaches(lost + 60, job)
+    run.reaches(lost + 20, job)
     cluster.run("scancel", "--signal=KILL", job)
     cluster.until(lambda: cluster.facts(job)["Restarts"] == "2", "requeue\n" + run.output())
     cluster.run("scontrol", "update", "NodeName=n2", "State=IDLE")

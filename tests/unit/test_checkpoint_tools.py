@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,11 @@ from tests.faults.states import plain_state, record
 from tests.helpers.distributed import run_ranks
 from zaya_train.main import main
 from zaya_train.tools.checkpoint import checkpoint_at, size_text
-from zaya_train.tools.checkpoint_diff import compare_checkpoints
+from zaya_train.tools.checkpoint_diff import (
+    CheckpointDifference,
+    TensorDifference,
+    compare_checkpoints,
+)
 from zaya_train.train.checkpoint import CheckpointStore
 
 if TYPE_CHECKING:
@@ -175,6 +180,27 @@ def test_every_difference_is_told(root: Path, capsys: pytest.CaptureFixture[str]
     assert result.position.keys() == {"state.tokens"}
     few = said(["diff", str(root / "run"), str(root / "other"), "--rows", "1"], capsys)[1]
     assert "and 4 more: 2 of model, 2 of optim" in few
+
+
+def test_a_damaged_checkpoint_is_not_compared(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = root / "run" / "checkpoints" / "step-00000030"
+    damage(checkpoint / "__0_0.distcp")
+    code, out = said(["diff", str(root / "other"), str(checkpoint)], capsys)
+    assert code == 3
+    assert out.startswith(f"error: {checkpoint}: __0_0.distcp: sha256")
+
+
+def test_what_decides_whether_two_are_equal() -> None:
+    same = CheckpointDifference(1, (), {}, {}, {}, {})
+    assert same.equal
+    tensor = TensorDifference("w", ("float32[1]",) * 2, 1, 0.5)
+    assert not replace(same, tensors=(tensor,)).equal
+    values = {"key": (1, 2)}
+    assert not replace(same, position=values).equal
+    assert not replace(same, past=values).equal
+    assert replace(same, configuration=values, writing=values).equal
 
 
 def _zeros(root: Path) -> None:

@@ -101,6 +101,22 @@ def test_plan_previews_phases_memory_and_edges(capsys: pytest.CaptureFixture[str
     assert "2,040 matrices, 444.5 TFLOP; per rank 0.434 on average, 0.5154 at most" in out
 
 
+def test_plan_tells_the_host_memory_of_background_saves(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gigabytes = []
+    for asynchronous in ("true", "false"):
+        override = f"checkpoint.asynchronous={asynchronous}"
+        assert main(["plan", "recipe=zaya1_8b", override, "--ranks", "8"]) == 0
+        out = capsys.readouterr().out
+        (row,) = (line for line in out.splitlines() if "copies for background saves" in line)
+        gigabytes.append(float(row.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()[-1]))
+    # Fp32 weights and momentum of 8.84e9 parameters, and one moment more of the embedding.
+    embedding = 262_272 * 2048
+    expected = (2 * 8_840_488_784 + embedding) * 4 / 8 / 2**30
+    assert gigabytes == [pytest.approx(expected, abs=0.01), 0.0]
+
+
 def test_plan_names_every_broken_rule(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "recipe=zaya1_8b", "run.seed=-1", "checkpoint.keep_last=1", "--ranks", "24"]
     assert main(words) == 2

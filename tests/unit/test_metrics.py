@@ -209,21 +209,21 @@ def test_missing_and_unwritable_files_are_named(tmp_path: Path) -> None:
 
 
 REFUSED_WRITE = """
-import pathlib, resource, sys
-from zaya_train.config.errors import StorageError
+import logging, pathlib, resource, sys
 from zaya_train.train.metrics import MetricsWriter
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
 metrics = MetricsWriter(pathlib.Path(sys.argv[1]), [], enabled=True)
 metrics.write("done", step=1)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-for act in (lambda: metrics.write("done", step=2), metrics.close):
-    try:
-        act()
-    except StorageError as error:
-        print(error)
+free, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+for step, limit in ((2, 100), (3, 100), (4, free), (5, 400)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    metrics.write("done", step=step, note="x" * 20)
+metrics.close()
+metrics.close()
 """
 
 
-def test_a_refused_write_is_a_storage_error_and_leaves_whole_rows(tmp_path: Path) -> None:
+def test_refused_rows_wait_and_are_written_in_order(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", REFUSED_WRITE, str(tmp_path)],
         capture_output=True,
@@ -231,13 +231,17 @@ def test_a_refused_write_is_a_storage_error_and_leaves_whole_rows(tmp_path: Path
         check=True,
     )
     path = tmp_path / METRICS_FILE
-    assert done.stdout.splitlines() == [
-        f"{path}: cannot append: File too large",
-        f"{path}: cannot close: File too large",
+    *told, lost = done.stdout.splitlines()
+    assert told == [
+        f"{path}: lines wait: File too large",
+        f"{path}: written again, nothing was lost",
+        f"{path}: lines wait: File too large",
     ]
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert lost.startswith(f"{path}: ") and lost.endswith(" bytes lost: File too large")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert path.stat().st_size == 400, "the part of a row that fitted is not there"
     MetricsWriter(tmp_path, [], enabled=True).close()
-    assert path.read_bytes().endswith(b'"step":1}\n')
+    assert path.read_bytes().endswith(b"}\n")
 
 
 def test_curves_are_the_numbers_of_step_and_eval_rows() -> None:

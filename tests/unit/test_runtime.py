@@ -331,6 +331,16 @@ def test_a_resumed_run_continues_its_log(tmp_path: Path) -> None:
     assert text.index("first") < text.index("second")
 
 
+def test_a_log_on_a_full_disk_is_left_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    log_path(tmp_path, 1).parent.mkdir()
+    log_path(tmp_path, 1).symlink_to("/dev/full")
+    with logging_to(tmp_path, 1):
+        logging.getLogger("zaya_train").info("no room for this")
+
+
 def test_an_unwritable_log_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file in the way")
     with pytest.raises(StorageError, match="cannot write the log"), logging_to(tmp_path, 0):

@@ -39,6 +39,7 @@ def test_rows_to_avoid_are_no_part_of_a_streak() -> None:
     for _ in range(3):
         seen.append(state.avoids)
         state = state.after_step(4, 64, 200, not state.avoids)
+        assert state.skipped_in_a_row == 0
     assert seen == [True, True, False]
     assert (state.skipped_in_a_row, state.skipped_steps) == (0, 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.shell import beside_python, executable, only
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = REPOSITORY / ".ci" / "count"
@@ -23,27 +26,12 @@ def shell(
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def executable(path: Path, body: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{shutil.which('bash')}\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
 def checkout(root: Path) -> Path:
     """A copy of what .ci/setup reads, so that no test can touch the real .venv."""
     for name in ("pyproject.toml", "docker/pins.env", ".ci/setup"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, root / name)
     return root
-
-
-def only(directory: Path, *tools: str) -> Path:
-    """A directory for PATH that holds these tools and no other."""
-    directory.mkdir()
-    for tool in tools:
-        (directory / tool).symlink_to(shutil.which(tool) or tool)
-    return directory
 
 
 def write_junit(
@@ -142,20 +130,60 @@ def test_setup_names_an_index_for_rocm_alone_and_pins_torch(
     assert pip[1] == f"-m pip install --editable .[{extras}]"
 
 
+def pins() -> dict[str, str]:
+    lines = (REPOSITORY / "docker/pins.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+
+
+def dockerfiles() -> dict[str, str]:
+    return {p.name: p.read_text() for p in (REPOSITORY / "docker").glob("*.Dockerfile")}
+
+
 def test_images_use_the_pins() -> None:
-    pins = dict(
-        line.split("=", 1)
-        for line in (REPOSITORY / "docker/pins.env").read_text().splitlines()
-        if not line.startswith("#")
-    )
+    assert set(dockerfiles()) == {"cpu.Dockerfile", "rocm.Dockerfile"}
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", "\n".join(dockerfiles().values()), re.M))
+    own = {"EXTRAS"}
+    assert defaults.keys() - own == {name for name in pins() if not name.endswith("TORCH_INDEX")}
+    assert all(defaults[name] == pins()[name] for name in defaults.keys() - own)
     explained = (REPOSITORY / "docker/pins.md").read_text()
-    for image in ("ROCM", "CPU"):
-        dockerfile = (REPOSITORY / f"docker/{image.lower()}.Dockerfile").read_text()
-        assert f"ARG {image}_IMAGE={pins[f'{image}_IMAGE']}\n" in dockerfile
-        assert f"FROM ${{{image}_IMAGE}}\n" in dockerfile
-    assert all(f"`{name}`" in explained for name in pins)
+    assert all(f"`{name}`" in explained for name in pins())
     dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert f"torch {torch_pin(dependencies['dependencies'])} for ROCm" in explained
+
+
+def base_images(dockerfile: str) -> list[str]:
+    """Images that stages start from, earlier stages aside, variables replaced by their defaults."""
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", dockerfile, re.M))
+    stages = re.findall(r"^FROM (\S+)(?: AS (\S+))?$", dockerfile, re.M)
+    names = {name for _, name in stages if name}
+    images = [re.sub(r"\$\{(\w+)\}", lambda m: defaults[m[1]], image) for image, _ in stages]
+    return [image for image in images if image not in names]
+
+
+def floating(image: str) -> bool:
+    """Whether the tag, if there is one, may mean another image tomorrow: it names no version of two
+    parts at least."""
+    return not re.search(r":[^:/]*\d+\.\d+", image)
+
+
+def test_images_start_from_full_versions() -> None:
+    for text in dockerfiles().values():
+        images = base_images(text)
+        assert images and not any(floating(image) for image in images), images
+    for image in ("ubuntu", "ubuntu:latest", "python:3", "rocm/pytorch:latest", "host:80/x"):
+        assert floating(image)
+    stages = "ARG A=x:1.2\nFROM ${A} AS one\nFROM one\nFROM y"
+    assert base_images(stages) == ["x:1.2", "y"]
+
+
+def test_dockerfiles_pass_hadolint(tmp_path: Path) -> None:
+    hadolint = beside_python("hadolint")
+    paths = [str(path) for path in (REPOSITORY / "docker").glob("*.Dockerfile")]
+    done = subprocess.run([hadolint, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "Dockerfile").write_text("FROM debian:latest\nRUN apt-get install git\n")
+    planted = subprocess.run([hadolint, str(tmp_path / "Dockerfile")], capture_output=True)
+    assert planted.returncode != 0
 
 
 def torch_pin(dependencies: list[str]) -> str:
@@ -169,9 +197,46 @@ def test_torchrun_launcher_hands_its_arguments_on(tmp_path: Path) -> None:
     script = str(tmp_path / "launch" / "torchrun.sh")
     path = os.environ["PATH"]
     one = shell([script, "a=b c"], path, tmp_path, NPROC_PER_NODE="2")
-    begin = "-m|torch.distributed.run|--standalone|--nproc-per-node|2|-m|zaya_train|train|"
-    assert one.stdout == begin + "a=b c|"
-    several = shell([script], path, tmp_path, NNODES="4", RDZV_ENDPOINT="node0:29400")
+    begin = "-m|torch.distributed.run|--standalone|--nproc-per-node|2|--no-python|bash|-c|"
+    assert one.stdout.startswith(begin)
+    assert one.stdout.endswith(f"{tmp_path}/.venv/bin/python|-m|zaya_train|train|a=b c|")
+    several = shell([script, "preflight"], path, tmp_path, NNODES="4", RDZV_ENDPOINT="node0:29400")
     assert "--nnodes|4|--rdzv-backend|c10d|--rdzv-endpoint|node0:29400|" in several.stdout
+    assert several.stdout.endswith("-m|zaya_train|preflight|")
     lost = shell([script], path, tmp_path, NNODES="4")
     assert lost.returncode != 0 and "RDZV_ENDPOINT=host:port must name" in lost.stderr
+
+
+@pytest.mark.parametrize(
+    ("apt", "said"),
+    [
+        ("exit 0", ""),
+        ("echo 'E: no network' >&2; exit 100", "could not be installed, its tests skip: E: no net"),
+    ],
+)
+def test_ci_goes_on_whatever_apt_does(tmp_path: Path, apt: str, said: str) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci" / "run")
+    tools = only(tmp_path / "bin", "bash", "dirname", "mkdir", "tail", "timeout")
+    executable(tools / "id", "echo 0")
+    executable(tools / "apt-get", apt)
+    executable(tools / "make", "echo '7 passed, 0 failed, 0 skipped'")
+    done = shell(["bash", ".ci/run"], tools, tmp_path)
+    assert done.returncode == 0 and said in done.stdout
+    assert done.stdout.splitlines()[-1] == "7 passed, 0 failed, 0 skipped"
+    # A failing run says the count last, and fails.
+    executable(tools / "make", "exit 2")
+    done = shell(["bash", ".ci/run"], tools, tmp_path)
+    assert done.returncode == 2 and done.stdout.splitlines()[-1].startswith("0 passed")
+
+
+def test_ci_without_root_installs_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(REPOSITORY / ".ci" / "run", tmp_path / ".ci" / "run")
+    tools = only(tmp_path / "bin", "bash", "dirname", "mkdir", "tail", "timeout")
+    executable(tools / "id", "echo 1000")
+    executable(tools / "apt-get", "touch called")
+    executable(tools / "make", "exit 0")
+    done = shell(["bash", ".ci/run"], tools, tmp_path)
+    assert done.returncode == 0 and "no root or no apt-get" in done.stdout
+    assert not (tmp_path / "called").exists()

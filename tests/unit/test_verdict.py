@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from zaya_train.config.faults import SupervisorConfig
-from zaya_train.runtime.beats import Beat, beat_path, read_beat
+from zaya_train.runtime.beats import UNKNOWN, Beat, beat_path, read_beat
 from zaya_train.runtime.heartbeat import Heartbeat
 from zaya_train.runtime.verdict import (
     Watched,
@@ -39,8 +39,8 @@ def beat(phase: str = "forward", marks: int = 40, steps_done: int = 5, **values:
         steps_done=steps_done,
         seconds=0.0,
         phase=phase,
-        work_seconds=values.get("work", 0.0),
-        data_seconds=values.get("data", 0.0),
+        work_seconds=values.get("work", UNKNOWN),
+        data_seconds=values.get("data", UNKNOWN),
         step_seconds=0.1,
     )
 
@@ -59,7 +59,7 @@ def test_a_word_survives_the_file(tmp_path: Path) -> None:
     word = read_beat(path)
     assert word is not None
     assert (word.pid, word.step, word.marks, word.steps_done) == (os.getpid(), 2, 2, 1)
-    assert (word.phase, word.work_seconds, word.data_seconds) == ("forward", 0.0, 0.0)
+    assert (word.phase, word.work_seconds, word.data_seconds) == ("forward", UNKNOWN, UNKNOWN)
     for waited in [0.5] * 60 + [9.0] * 5:
         heartbeat.step_done(2.0, waited)
     heartbeat.close()

@@ -70,8 +70,10 @@ class Manifest:
 
     @property
     def content_sha256(self) -> str:
-        """Identity of what is trained on: tokens, document boundaries and sections."""
-        parts = (str(self.files[name]["sha256"]) for name in (BIN, IDX, SECTIONS, OFFSETS))
+        """Identity of what is trained on: tokens, document boundaries and sections, which an
+        adopted corpus has none of."""
+        names = (name for name in (BIN, IDX, SECTIONS, OFFSETS) if name in self.files)
+        parts = (str(self.files[name]["sha256"]) for name in names)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 

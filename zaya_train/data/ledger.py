@@ -14,11 +14,11 @@ resumes at step N first cuts off what the lost process wrote after N.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import DataError, StorageError
+from zaya_train.runtime.files import Records
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -65,8 +65,9 @@ class LedgerWriter:
 
     def __init__(self, run_dir: Path, enabled: bool) -> None:
         self._path = run_dir / LEDGER_FILE
+        self._records = Records(self._path)
         self._enabled = enabled
-        self._file: IO[bytes] | None = None
+        self._begun = False
         self._phase: PhaseEntry | None = None
         self._done = 0
 
@@ -82,8 +83,9 @@ class LedgerWriter:
         """
         if not self._enabled:
             return
-        if self._file is None:
-            self._file = self._open(entry.step)
+        if not self._begun:
+            self._open(entry.step)
+            self._begun = True
         known = self._phase
         if known is not None and known.name == entry.name:
             different = _differences(known.stream, entry.stream)
@@ -108,41 +110,33 @@ class LedgerWriter:
 
     def rewind(self) -> None:
         """The run goes back to a checkpoint: its next phase call cuts off what came after."""
-        self.close()
-        self._file = None
+        self._records.drop()
+        self._begun = False
 
     def sync(self) -> None:
-        """Flush to disk, before the checkpoint that counts on it."""
-        if self._file is None:
-            return
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _refused(self._path, error) from error
+        """Flush to disk, before the checkpoint that counts on it.
+
+        Raises:
+            StorageError: the file system refused; entries wait for the next call.
+        """
+        self._records.sync()
 
     def close(self) -> None:
         """Safe to call twice."""
-        if self._file is not None:
-            self._file.close()
+        self._records.close()
 
-    def _open(self, step: int) -> IO[bytes]:
+    def _open(self, step: int) -> None:
+        self._records.open()
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            file = self._path.open("ab")
             self._phase, self._done, size = _stand(self._path, step)
-            file.truncate(size)
         except OSError as error:
-            raise _refused(self._path, error) from error
-        return file
+            raise StorageError(f"{self._path}: cannot be read: {error.strerror}") from error
+        self._records.truncate(size)
 
     def _write(self, values: dict[str, Any]) -> None:
-        if self._file is None:
+        if not self._begun:
             raise ValueError("a ledger begins with a phase")
-        try:
-            self._file.write(json.dumps(values, separators=(",", ":")).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise _refused(self._path, error) from error
+        self._records.append(json.dumps(values, separators=(",", ":")).encode())
 
 
 def read_ledger(run_dir: Path) -> list[Entry]:
@@ -204,7 +198,3 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for key in {**before, **now}
         if before.get(key) != now.get(key)
     ]
-
-
-def _refused(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"{path}: cannot be written: {error.strerror or error}")

@@ -198,7 +198,8 @@ def _spread(lengths: Indices, row_tokens: int, max_documents: int) -> Indices:
     Short are those of which half of `max_documents` do not fill a row. As many rows are opened as
     could hold everything. Documents that leave no room for a share of short ones stand alone at
     first; every other row is given its share of the short ones, and room for its share of the very
-    shortest, which are kept back to close the gaps.
+    shortest, which are kept back to close the gaps. Where these rows are too few for the cap or for
+    the tokens of the shares, best fit it is.
     """
     number = len(lengths)
     rows = max(-(-int(lengths.sum()) // row_tokens), -(-number // max_documents))
@@ -215,6 +216,9 @@ def _spread(lengths: Indices, row_tokens: int, max_documents: int) -> Indices:
     sizes = np.concatenate([lengths[:alone], lengths[short:last]])
     room = np.full(rows, row_tokens - reserve)
     room[:alone] = row_tokens
+    most = int(np.bincount(held).max(initial=0))
+    if most > max_documents or (np.bincount(held, sizes, rows) > room).any():
+        return _fill(_Bins(row_tokens, max_documents), lengths)
     bins = _reopened(held, sizes, room, max_documents)
     middle = _fill(bins, lengths[alone:short])
     held, sizes = np.append(held, middle), np.append(sizes, lengths[alone:short])

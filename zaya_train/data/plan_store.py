@@ -79,11 +79,17 @@ def plan_key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def stored_plan(folder: Path, key: str, make: Callable[[], RowPlan]) -> StoredPlan:
+def stored_plan(folder: Path, key: str, prepare: Callable[[], Callable[[], RowPlan]]) -> StoredPlan:
     """The plan named `key`; made and stored where there is none yet.
 
     Of several processes that ask at once, one makes it and the others wait, where the file system
     has locks; elsewhere each makes the same plan.
+
+    Args:
+        folder: where plans lie.
+        key: from `plan_key`.
+        prepare: opens what the plan is made from, other plans in `folder` for instance, and returns
+            what makes it. It runs before the lock is taken, which a process gets only once.
 
     Raises:
         DataError: a stored plan is damaged.
@@ -91,6 +97,7 @@ def stored_plan(folder: Path, key: str, make: Callable[[], RowPlan]) -> StoredPl
     """
     target = folder / key
     if not (target / PLAN_FILE).is_file():
+        make = prepare()
         with _locked(folder):
             if not (target / PLAN_FILE).is_file():
                 _store(target, key, make())

@@ -8,7 +8,6 @@ is skipped, within an epoch, whatever phases and mixtures did before.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.corpus import BIN, IDX, OFFSETS, SECTIONS, Corpus
 from zaya_train.data.order import balanced_row, permutation
 from zaya_train.data.plan_store import StoredPlan, plan_key, stored_plan
 from zaya_train.data.row_plan import (
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+
+    from zaya_train.data.corpus import Corpus
 
 PLANS = "plans"
 
@@ -114,7 +114,7 @@ class RowSource:
     def describe(self) -> dict[str, Any]:
         """Everything its rows follow from, as plain JSON values."""
         return {
-            "content": content_key(self.corpus),
+            "content": self.corpus.manifest.content_sha256,
             "plan": self.plan.key,
             "carried": self.carried.key if self.carried is not None else None,
             "drawn_before": self.drawn_before,
@@ -168,13 +168,6 @@ class RowSource:
     def epochs(self, drawn: int) -> float:
         """Passes over the plan of this context that `drawn` draws make."""
         return drawn / len(self.plan)
-
-
-def content_key(corpus: Corpus) -> str:
-    """Identity of a corpus's tokens, documents and sections."""
-    files = corpus.manifest.files
-    hashes = [str(files[name]["sha256"]) for name in (BIN, IDX, SECTIONS, OFFSETS) if name in files]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def open_source(corpus: Corpus, request: SourceRequest) -> RowSource:
@@ -242,39 +235,27 @@ class _Planner:
                 return plan_documents(self.corpus, spec, chosen)
             return self._text(self._whole_text(chosen), spec)
 
-        return self._stored(spec, (), make)
+        return self._stored(spec, (), lambda: make)
 
     def carried(self, past: Past) -> StoredPlan:
         """Plan of what `past` left of its epoch; maybe without a row."""
 
-        def make() -> RowPlan:
-            left = self._left(past)
+        def prepare() -> Callable[[], RowPlan]:
+            earlier = self._earlier(past)
+            return lambda: make(earlier)
+
+        def make(earlier: RowSource) -> RowPlan:
+            left = _left(earlier)
             if self.corpus.manifest.kind == "chat":
                 return plan_documents(self.corpus, self.request.spec, left.documents)
             return self._text(left, self.request.spec)
 
-        return self._stored(self.request.spec, past.draws, make)
+        return self._stored(self.request.spec, past.draws, prepare)
 
-    def _left(self, past: Past) -> Pieces:
-        """Pieces of the epoch under way that no draw of `past` took, in the corpus's order."""
-        row_tokens, drawn = past.draws[-1]
-        request = replace(
-            self.request, past=past, spec=replace(self.request.spec, row_tokens=row_tokens)
-        )
-        source = open_source(self.corpus, request)
-        carried = len(source.carried) if source.carried else 0
-        parts: list[Pieces] = []
-        if drawn < carried:
-            ordinals = range(drawn, carried)
-        else:
-            epoch_rows = len(source.plan)
-            done = (drawn - carried) % epoch_rows
-            ordinals = range(drawn, drawn + (epoch_rows - done if done else 0))
-        # Draws are counted from those of the past, which `open_source` has taken into account.
-        parts = [source.pieces(ordinal - drawn) for ordinal in ordinals]
-        if not parts:
-            return Pieces(*(np.empty(0, dtype=np.int64) for _ in Pieces._fields))
-        return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    def _earlier(self, past: Past) -> RowSource:
+        """The source as the phase that made the last draws of `past` would go on with it."""
+        spec = replace(self.request.spec, row_tokens=past.draws[-1][0])
+        return open_source(self.corpus, replace(self.request, past=past, spec=spec))
 
     def _text(self, pieces: Pieces, spec: PlanSpec) -> RowPlan:
         """Plan of text pieces, put back into the order of the documents."""
@@ -299,13 +280,16 @@ class _Planner:
         return np.sort(self._document_order()[: self.request.max_documents])
 
     def _stored(
-        self, spec: PlanSpec, past: tuple[tuple[int, int], ...], make: Callable[[], RowPlan]
+        self,
+        spec: PlanSpec,
+        past: tuple[tuple[int, int], ...],
+        prepare: Callable[[], Callable[[], RowPlan]],
     ) -> StoredPlan:
         text = self.corpus.manifest.kind == "text"
         seeded = text or past or self.request.max_documents
         key = plan_key(
             {
-                "corpus": content_key(self.corpus),
+                "corpus": self.corpus.manifest.content_sha256,
                 "row_tokens": spec.row_tokens,
                 "max_documents_per_row": spec.max_documents,
                 "loss_on": spec.loss_on,
@@ -317,4 +301,17 @@ class _Planner:
             }
         )
         folder = Path(self.request.plan_dir) if self.request.plan_dir else self.corpus.path / PLANS
-        return stored_plan(folder, key, make)
+        return stored_plan(folder, key, prepare)
+
+
+def _left(source: RowSource) -> Pieces:
+    """Pieces of the epoch under way that no draw before the source's first took."""
+    carried = len(source.carried) if source.carried else 0
+    if source.drawn_before < carried:
+        rows = carried - source.drawn_before
+    else:
+        rows = -(source.drawn_before - carried) % len(source.plan)
+    parts = [source.pieces(draw) for draw in range(rows)]
+    if not parts:
+        return Pieces(*(np.empty(0, dtype=np.int64) for _ in Pieces._fields))
+    return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))

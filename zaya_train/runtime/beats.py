@@ -23,6 +23,8 @@ DUMP_SIGNAL = signal.SIGUSR2
 SLOW_PHASES = ("start", "load", "save")
 """Parts that may take long; a step's are data, forward, backward, exchange, optimizer, evaluate."""
 
+UNKNOWN = -1.0
+"""Seconds that were not measured."""
 _RECORD = struct.Struct("<iqqqd16sddd")
 
 
@@ -36,15 +38,15 @@ class Beat:
     marks: int
     """Words so far. All ranks speak at the same places, so a smaller number is behind."""
     steps_done: int
-    """By this process."""
+    """Since the weights were loaded."""
     seconds: float
     """Monotonic time."""
     phase: str
     work_seconds: float
-    """Shortest of the newest times of a fixed piece of work that waits for nobody; 0 while these
-    are too few."""
+    """Shortest of the newest times of a fixed piece of work that waits for nobody; UNKNOWN while
+    these are too few."""
     data_seconds: float
-    """Median wait for data of the newest steps; 0 while these are too few."""
+    """Median wait for data of the newest steps; UNKNOWN while these are too few."""
     step_seconds: float
 
     def packed(self) -> bytes:

@@ -17,7 +17,7 @@ import shutil
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from zaya_train.config.errors import DataError, StorageError, ZayaError, first_line
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INCIDENTS_FILE = "incidents.jsonl"
+"""In a run directory: what went wrong, a line each, by the guard and the supervisor."""
 _REFUSALS = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -111,6 +113,85 @@ def append_json_line(path: Path, values: Any) -> None:
         # One write in append mode is whole beside other processes' ones.
         with path.open("ab", buffering=0) as file:
             file.write(line.encode())
+
+
+class Records:
+    """Appends lines to the file at `path`, in order; it is made by the first.
+
+    What the file system refuses waits in memory and is tried again with the next line. One process
+    of a run writes records: an error there would end it alone, and its peers by its loss, for the
+    sake of a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+        self._waiting = bytearray()
+
+    def append(self, line: bytes) -> None:
+        """Hand `line` to the operating system, or keep it; logs where that changes."""
+        waited = bool(self._waiting)
+        self._waiting += line + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not waited:
+                log.warning("%s: lines wait: %s", self.path, error.strerror)
+        else:
+            if waited:
+                log.info("%s: written again, nothing was lost", self.path)
+
+    def open(self) -> None:
+        """Raises StorageError where the file cannot be opened for append."""
+        try:
+            self._opened()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def sync(self) -> None:
+        """Write what waits and flush all to disk; raises StorageError where that is refused."""
+        try:
+            self._write()
+            if self._file is not None:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def truncate(self, size_bytes: int) -> None:
+        """Cut the file off; raises StorageError where that is refused."""
+        try:
+            self._opened().truncate(size_bytes)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def close(self) -> None:
+        """Try what waits a last time and let the file go; safe to call twice."""
+        try:
+            self._write()
+        except OSError as error:
+            log.error("%s: %d bytes lost: %s", self.path, len(self._waiting), error.strerror)
+        self.drop()
+
+    def drop(self) -> None:
+        """Let the file go without what waits."""
+        self._waiting.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self) -> None:
+        """All that waits; what a full disk still took of a line is not written again."""
+        while self._waiting:
+            del self._waiting[: self._opened().write(self._waiting)]
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        return self._file
+
+    def _refused(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.path}: cannot be written: {error.strerror or error}")
 
 
 @contextmanager

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zaya_train.runtime.beats import DIRECTORY, DUMP_SIGNAL, PARENT, Beat, beat_path, stacks_path
+from zaya_train.runtime.beats import (
+    DIRECTORY,
+    DUMP_SIGNAL,
+    PARENT,
+    UNKNOWN,
+    Beat,
+    beat_path,
+    stacks_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +49,9 @@ class Heartbeat:
     def mark(self, phase: str, step: int) -> None:
         """A part of step number `step` begins."""
         self._phase, self._step = phase, step
+        if phase == "load":
+            # The first step of every phase compiles and warms up.
+            self._steps_done = 0
         self._marks += 1
         self._write()
 
@@ -73,8 +84,10 @@ class Heartbeat:
             phase=self._phase,
             # What interrupts a piece of work is noise; the fastest of several says how slow the
             # device is.
-            work_seconds=min(self._work) if len(self._work) == _PROBES_KEPT else 0.0,
-            data_seconds=statistics.median(self._data) if len(self._data) == _WAITS_KEPT else 0.0,
+            work_seconds=min(self._work) if len(self._work) == _PROBES_KEPT else UNKNOWN,
+            data_seconds=(
+                statistics.median(self._data) if len(self._data) == _WAITS_KEPT else UNKNOWN
+            ),
             step_seconds=self._step_seconds,
         )
         os.pwrite(self._descriptor, beat.packed(), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from zaya_train.runtime.verdict import STOPPED, Watched, process_state
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 _DUMP_SECONDS = 3.0
 
@@ -60,7 +63,7 @@ class LocalRanks:
     def _start(self, launch: Launch, common: dict[str, str], local: int) -> subprocess.Popen[bytes]:
         rank = self.first_rank + local
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(local)}
-        with storing(self.logs), self.output(rank).open("wb") as output:
+        with storing(self.logs), self._output(rank).open("wb") as output:
             # The node's first rank speaks to the terminal, progress bar included.
             target = None if local == 0 else output
             # Sessions of their own: a key press reaches the supervisor alone, which passes it on.
@@ -73,8 +76,11 @@ class LocalRanks:
                 start_new_session=True,
             )
 
-    def output(self, rank: int) -> Path:
-        """What a rank other than the node's first prints."""
+    def output(self, rank: int) -> str:
+        """What a rank other than the node's first has printed."""
+        return self._output(rank).read_text(encoding="utf-8", errors="replace").strip()
+
+    def _output(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.out"
 
     def codes(self) -> list[int | None]:
@@ -113,8 +119,10 @@ class LocalRanks:
         for watched in asked:
             data = stacks_path(self._beats, watched.rank).read_bytes()
             texts[watched.rank] = data.decode(errors="replace")
-            with storing(self.logs):
+            try:
                 (self.logs / f"rank-{watched.rank}.stacks").write_bytes(data)
+            except OSError as error:
+                log.warning("%s: stacks of rank %d not kept: %s", self.logs, watched.rank, error)
         return texts
 
     def kill(self) -> None:

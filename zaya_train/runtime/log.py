@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -53,7 +53,9 @@ def logging_to(run_dir: Path, rank: int, console: Console | None = None) -> Iter
         package.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
-            handler.close()
+            # A full disk refuses what logging still holds: that must not end this rank alone.
+            with suppress(OSError):
+                handler.close()
 
 
 def _console_handler(console: Console) -> logging.Handler:

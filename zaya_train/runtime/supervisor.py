@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zaya_train.config.errors import EXIT_CRASH_LOOP, EXIT_OK, EXIT_REQUEUE
-from zaya_train.runtime.files import append_json_line, write_json
+from zaya_train.config.errors import EXIT_CRASH_LOOP, EXIT_OK, EXIT_REQUEUE, StorageError
+from zaya_train.runtime.beats import UNKNOWN
+from zaya_train.runtime.files import INCIDENTS_FILE, append_json_line, write_json
 from zaya_train.runtime.local_ranks import LocalRanks
 from zaya_train.runtime.signals import STOP_SIGNALS
 from zaya_train.runtime.verdict import (
@@ -69,7 +70,7 @@ class Supervisor:
     def __init__(self, launch: Launch, config: SupervisorConfig) -> None:
         self._launch = launch
         self._config = config
-        self._attempt = _attempts(launch.run_dir)
+        self._attempt = _attempts(launch)
         self._failures: list[Failure] = []
         self._slow: set[tuple[int, str]] = set()
         self._signal: signal.Signals | None = None
@@ -102,7 +103,7 @@ class Supervisor:
         self._attempt += 1
         self._slow.clear()
         self._watched = []
-        logs = self._launch.run_dir / "logs" / f"attempt-{self._attempt:04d}"
+        logs = self._launch.run_dir / "logs" / self._named(f"attempt-{self._attempt:04d}")
         with tempfile.TemporaryDirectory(prefix="zaya-beats-") as beats:
             ranks = LocalRanks(self._launch, Path(beats), logs)
             log.info("attempt %d: %d ranks started", self._attempt, self._launch.ranks)
@@ -119,7 +120,7 @@ class Supervisor:
         while True:
             codes = ranks.codes()
             if None not in codes:
-                return reason or _reason(ranks, codes)
+                return _reason(ranks, codes)
             if not reason and any(code not in (None, EXIT_OK, EXIT_REQUEUE) for code in codes):
                 reason = _reason(ranks, codes)
                 limit = min(limit, time.monotonic() + _GRACE_SECONDS)
@@ -218,18 +219,20 @@ class Supervisor:
             "slow_ranks": sorted({rank for rank, _ in self._slow}),
             "failures": [vars(failure) for failure in self._failures],
         }
-        write_json(self._launch.run_dir / self._named(STATUS_FILE), status)
+        with _in_spite_of_storage():
+            write_json(self._launch.run_dir / self._named(STATUS_FILE), status)
 
     def _incident(self, kind: str, **values: Any) -> None:
         record = {"wall_time": time.time(), "kind": kind, "attempt": self._attempt}
         record |= {"step": self._step(), "host": os.uname().nodename, **values}
         record["ranks"] = [_row(watched) for watched in self._watched]
-        append_json_line(self._launch.run_dir / "incidents.jsonl", record)
+        with _in_spite_of_storage():
+            append_json_line(self._launch.run_dir / self._named(INCIDENTS_FILE), record)
 
     def _named(self, name: str) -> str:
         """Every node but the first has files of its own: `status-node3.json`."""
-        node = self._launch.node_rank
-        return name if node == 0 else name.replace(".", f"-node{node}.")
+        stem, dot, suffix = name.partition(".")
+        return f"{stem}{_node_suffix(self._launch)}{dot}{suffix}"
 
     @contextmanager
     def _hearing_signals(self) -> Iterator[None]:
@@ -242,15 +245,29 @@ class Supervisor:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         # A person who asks twice does not want to wait for a save.
-        self._impatient = self._signal is not None and number == signal.SIGINT
+        self._impatient = self._impatient or (self._signal is not None and number == signal.SIGINT)
         self._signal = self._signal or signal.Signals(number)
 
 
-def _attempts(run_dir: Path) -> int:
-    """Number of the newest attempt that left logs, over all supervisors of the run."""
-    names = (run_dir / "logs").glob("attempt-*")
-    numbers = [path.name.removeprefix("attempt-") for path in names]
+def _node_suffix(launch: Launch) -> str:
+    return f"-node{launch.node_rank}" if launch.node_rank else ""
+
+
+def _attempts(launch: Launch) -> int:
+    """Number of the newest attempt that left logs, over all supervisors of this node."""
+    suffix = _node_suffix(launch)
+    names = [path.name for path in (launch.run_dir / "logs").glob(f"attempt-*{suffix}")]
+    numbers = [name.removeprefix("attempt-").removesuffix(suffix) for name in names]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+@contextmanager
+def _in_spite_of_storage() -> Iterator[None]:
+    """Ranks that train must not end because a note about them cannot be written."""
+    try:
+        yield
+    except StorageError as error:
+        log.warning("%s; training goes on", error)
 
 
 def _row(watched: Watched) -> dict[str, Any]:
@@ -262,9 +279,13 @@ def _row(watched: Watched) -> dict[str, Any]:
         "silent_seconds": round(watched.silent_seconds, 3),
         "phase": beat.phase if beat else "",
         "step": beat.step if beat else 0,
-        "work_seconds": beat.work_seconds if beat else 0.0,
-        "data_seconds": beat.data_seconds if beat else 0.0,
+        "work_seconds": _known(beat.work_seconds) if beat else None,
+        "data_seconds": _known(beat.data_seconds) if beat else None,
     }
+
+
+def _known(seconds: float) -> float | None:
+    return None if seconds == UNKNOWN else seconds
 
 
 def _reason(ranks: LocalRanks, codes: list[int | None]) -> str:
@@ -272,10 +293,11 @@ def _reason(ranks: LocalRanks, codes: list[int | None]) -> str:
     bad = [i for i, code in enumerate(codes) if code not in (None, EXIT_OK, EXIT_REQUEUE)]
     if not bad:
         return ""
-    # A signal is a cause; the exits it leads to elsewhere are consequences.
-    local = min(bad, key=lambda i: (codes[i] or 0, i))
+    texts = {i: ranks.output(ranks.first_rank + i) for i in bad}
+    # A signal is a cause; the exits it leads to elsewhere are consequences. Of equal ones that
+    # which left a word: the node's first rank speaks to the terminal.
+    local = min(bad, key=lambda i: (codes[i] or 0, not texts[i], i))
     code, rank = codes[local] or 0, ranks.first_rank + local
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    text = ranks.output(rank).read_text(encoding="utf-8", errors="replace").strip()
-    last = f": {text.splitlines()[-1][:300]}" if text else ""
+    last = f": {texts[local].splitlines()[-1][:300]}" if texts[local] else ""
     return f"rank {rank}: {how}{last}"

@@ -15,7 +15,7 @@ from zaya_train.config.errors import (
     EXIT_REQUEUE,
     EXIT_STORAGE,
 )
-from zaya_train.runtime.beats import SLOW_PHASES
+from zaya_train.runtime.beats import SLOW_PHASES, UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -96,7 +96,7 @@ def stragglers(ranks: list[Watched], factor: float) -> list[tuple[int, str, floa
     found = []
     for what in ("work_seconds", "data_seconds"):
         values = {w.rank: getattr(w.beat, what) for w in ranks if w.beat}
-        known = {rank: value for rank, value in values.items() if value or what != "work_seconds"}
+        known = {rank: value for rank, value in values.items() if value != UNKNOWN}
         if len(known) < 2:
             continue
         for rank, value in known.items():

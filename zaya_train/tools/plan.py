@@ -168,6 +168,10 @@ def state_bytes(config: TrainConfig, world: int) -> dict[str, float]:
     }
 
 
+SAVED = ("fp32 master weights", "Muon momentum", "AdamW moments")
+"""What of the state is in a checkpoint."""
+
+
 def _memory_table(request: PlanRequest) -> Table:
     group = request.config.parallel.shard or request.ranks
     table = Table(title=f"state per rank, sharded over {group} ranks", title_justify="left")
@@ -178,6 +182,8 @@ def _memory_table(request: PlanRequest) -> Table:
         table.add_row(name, f"{count / _GIB:.2f}")
     table.add_section()
     table.add_row("sum, activations not included", f"{sum(parts.values()) / _GIB:.2f}")
+    copies = sum(parts[name] for name in SAVED) if request.config.checkpoint.asynchronous else 0.0
+    table.add_row("host memory, copies for background saves", f"{copies / _GIB:.2f}")
     return table
 
 

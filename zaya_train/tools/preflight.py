@@ -143,8 +143,10 @@ def meet(rank: int, ranks: int, timeout_seconds: float) -> Store:
     if not address or not port.isdecimal():
         raise ConfigError(f"launch environment: MASTER_ADDR={address!r} MASTER_PORT={port!r}")
     timeout = timedelta(seconds=timeout_seconds)
+    # torchrun's agent may have opened the store on that port already.
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = TCPStore(address, int(port), ranks, rank == 0, timeout, wait_for_workers=False)
+        store = TCPStore(address, int(port), ranks, opens, timeout, wait_for_workers=False)
         store.set(f"here/{rank}", node_name())
         missing = set(range(ranks)) if rank == 0 else set()
         deadline = time.monotonic() + timeout_seconds

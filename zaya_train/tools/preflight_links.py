@@ -135,12 +135,10 @@ class Work:
         group = self._scope.group
         calls: dict[str, Callable[[], object]] = {
             "all_reduce": lambda: dist.all_reduce(self._taken.copy_(self._given), group=group),
-            "reduce_scatter": lambda: dist.reduce_scatter_tensor(
+            "reduce_scatter": lambda: dist.reduce_scatter_single(
                 self._taken, self._given, group=group
             ),
-            "all_gather": lambda: dist.all_gather_into_tensor(
-                self._taken, self._given, group=group
-            ),
+            "all_gather": lambda: dist.all_gather_single(self._taken, self._given, group=group),
             "all_to_all": lambda: dist.all_to_all_single(self._taken, self._given, group=group),
         }
         calls[self._collective]()

@@ -44,7 +44,7 @@ _KINDS = {
     "allreduce_": "all_reduce",
     "alltoall_base_": "all_to_all",
 }
-_NAMESPACES = ("aten", "prim", "prims", "c10d", "fsdp", "mkldnn")
+_NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "fsdp", "mkldnn")
 """Operators that move nothing between ranks, or that are counted."""
 
 

@@ -28,9 +28,9 @@ def agreed_entries(
     """The tensors as a manifest lists them. Collective.
 
     Raises:
-        NumericsError: a tensor is not finite.
-        CheckpointError: ranks differ in the step, in keys or shapes, or in the values of tensors
-            that are no DTensors.
+        NumericsError: a tensor is not finite, or ranks differ in the value of one that is no
+            DTensor: replicas have come apart.
+        CheckpointError: ranks differ in the step, in keys or shapes.
     """
     entries = entries_of(tensors)
     plain = _plain_digests(tensors)
@@ -50,7 +50,7 @@ def agreed_entries(
             "not saved, so that the checkpoints stay good"
         )
     if len({theirs for _, theirs, _ in reports}) > 1:
-        raise CheckpointError(_first_difference(peers.gather(plain)))
+        raise NumericsError(_first_difference(peers.gather(plain)))
     return entries
 
 

@@ -18,8 +18,9 @@ import logging
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
@@ -29,7 +30,7 @@ from zaya_train.config.errors import CheckpointError, ConfigError, StorageError
 from zaya_train.train import dcp, storage
 from zaya_train.train import manifest as manifests
 from zaya_train.train.agreement import agreed_entries
-from zaya_train.train.manifest import CheckpointRecord, FileEntry, Manifest, TensorEntry
+from zaya_train.train.manifest import CheckpointRecord, Manifest, TensorEntry
 from zaya_train.train.peers import Peers
 from zaya_train.train.restore import (
     Found,
@@ -38,18 +39,21 @@ from zaya_train.train.restore import (
     check_model,
     entries_of,
     find_newest,
+    holds,
     inspect,
     verify,
 )
 from zaya_train.train.staging import HostCopies
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class CheckpointStore:
         keep_every_steps: checkpoints of multiples of this stay besides as well; 0 for none.
         timeout_seconds: longest wait for a peer, which may be writing or hashing a large file.
         lock_wait_seconds: how long a predecessor that is still dying may hold the lock.
+        device: where the state lies; a thread's own would be the node's first accelerator.
 
     Raises:
         ConfigError: `keep_last` below 2.
@@ -88,6 +93,7 @@ class CheckpointStore:
         keep_every_steps: int = 0,
         timeout_seconds: float = 3600.0,
         lock_wait_seconds: float = 30.0,
+        device: torch.device = CPU,
     ) -> None:
         if keep_last < 2:
             raise ConfigError(f"checkpoint.keep_last={keep_last}: must be at least 2")
@@ -99,15 +105,24 @@ class CheckpointStore:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._peers = Peers(cast("dist.ProcessGroup", group))
         self._copies = HostCopies()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        use = partial(torch.accelerator.set_device_index, device)
+        initializer = None if device.type == "cpu" else use
+        self._worker = ThreadPoolExecutor(1, "checkpoint", initializer)
         self._under_way: Future[Saved] | None = None
         self._reserved: Future[None] | None = None
         self._peers.first(lambda: self._open(lock_wait_seconds))
 
     def close(self) -> None:
         """Give the writer's lock back. Not collective, and it waits for no save under way: its
-        peers may be gone (`Saver` waits where they are not)."""
+        peers may be gone (`Saver` waits where they are not). Such a save keeps the lock to its end:
+        the next run would remove what it is writing."""
         self._worker.shutdown(wait=False, cancel_futures=True)
+        if self._under_way:
+            self._under_way.add_done_callback(lambda _: self._unlock())
+        else:
+            self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock:
             self._lock.close()
             self._lock = None
@@ -121,14 +136,17 @@ class CheckpointStore:
             record: the same on every rank.
 
         Saving a step that exists already, as happens after a resume from an older one: an equal
-        checkpoint stays as it is; one that does not verify, or that `newest` skipped, is moved
-        aside; one that is sound and different is never overwritten.
+        checkpoint stays as it is; one with the same values, written on whatever mesh, takes over
+        `record`, for example where the phase that it was in the middle of has been shortened to
+        end there; one that does not verify, or that `newest` skipped, is moved aside; one that is
+        sound and different is never overwritten.
 
         Raises:
-            NumericsError: a tensor is not finite; nothing was written.
+            NumericsError: a tensor is not finite, or a plain one differs over ranks; nothing was
+                written.
             StorageError: a rank could not write, or the files read back are not those written.
-            CheckpointError: ranks disagree about the tensors, the record is not plain JSON, or the
-                step exists with other contents. Older checkpoints are intact in every case.
+            CheckpointError: ranks disagree about keys or shapes, the record is not plain JSON, or
+                the step exists with other values. Older checkpoints are intact in every case.
         """
         self._require_idle()
         return self._write(tensors, record, self._agree(tensors, record))
@@ -148,6 +166,11 @@ class CheckpointStore:
             self._reserved.result()
         copies = self._copies.take(tensors)
         self._under_way = self._worker.submit(self._write, copies, record, entries)
+
+    def first(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; its failure is raised on all ranks."""
+        self._require_idle()
+        self._peers.first(action)
 
     def reserve(self, tensors: Mapping[str, Tensor]) -> None:
         """Make the host buffers of later `start`s in the background, so that the first one does
@@ -254,7 +277,7 @@ class CheckpointStore:
                 record=record,
             )
             self._peers.first(lambda: storage.write_manifest(partial, manifest))
-            published = self._publish(partial, target, manifest.files)
+            published = self._publish(partial, target, manifest, tensors)
         except (StorageError, CheckpointError):
             self._peers.first(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise
@@ -264,26 +287,42 @@ class CheckpointStore:
         size_bytes = sum(entry.size_bytes for entry in manifest.files)
         return Saved(target, size_bytes, time.perf_counter() - begin)
 
-    def _publish(self, partial: Path, target: Path, files: tuple[FileEntry, ...]) -> bool:
+    def _publish(
+        self, partial: Path, target: Path, manifest: Manifest, tensors: Mapping[str, Tensor]
+    ) -> bool:
         """Give the finished directory its name; False if an equal checkpoint has it already."""
         if self._peers.first(target.exists):
-            step = int(target.name.removeprefix("step-"))
+            step = manifest.record.step
             existing, problems = inspect(target, self._peers)
             if step in self._unusable_steps and not problems:
                 problems = ["could not be verified when this run started"]
             if existing and not problems:
-                if existing.files != files:
-                    raise CheckpointError(
-                        f"{target}: exists, verifies and holds other values than this run has at "
-                        "that step; move it away if this run shall replace it"
-                    )
-                self._peers.first(lambda: shutil.rmtree(partial))
-                log.info("%s: exists already with the same contents", target)
-                return False
+                return self._take_over(partial, Found(target, existing), manifest, tensors)
             self._peers.first(lambda: storage.move_aside(target, brief(problems)))
             self._unusable_steps.discard(step)
         self._peers.first(lambda: storage.publish(partial, target))
         return True
+
+    def _take_over(
+        self, partial: Path, existing: Found, manifest: Manifest, tensors: Mapping[str, Tensor]
+    ) -> bool:
+        """Give an existing checkpoint of the same values the new record; False if it has it."""
+        target, old = existing.path, existing.manifest
+        same = old.files == manifest.files or holds(existing, tensors, self._peers)
+        if not same:
+            raise CheckpointError(
+                f"{target}: exists, verifies and holds other values than this run has at "
+                "that step; move it away if this run shall replace it"
+            )
+        # Its files stay, and with them the mesh that wrote them.
+        record = replace(manifest.record, mesh=old.record.mesh)
+        updated = replace(old, record=record)
+        changed = manifests.encode(updated) != manifests.encode(old)
+        if changed:
+            self._peers.first(lambda: storage.replace_manifest(partial, target, updated))
+        self._peers.first(lambda: shutil.rmtree(partial))
+        log.info("%s: exists already%s", target, ", given the new record" if changed else "")
+        return changed
 
     def _confirm(self, target: Path) -> None:
         problems = verify(target, self._peers)

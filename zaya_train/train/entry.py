@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from zaya_train.config.schema import TrainConfig
+    from zaya_train.train.checkpoint import CheckpointStore
     from zaya_train.train.peers import Peers
 
 
@@ -42,6 +43,12 @@ def check_paths(config: TrainConfig) -> None:
         raise StorageError(f"{run_dir}: cannot be made (run.dir): {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StorageError(f"{run_dir}: cannot be made (run.dir): no right to write to {existing}")
+
+
+def starting_point(store: CheckpointStore, branch: str | None, peers: Peers) -> Found | None:
+    """The run's newest checkpoint, else the one it branches from, if any."""
+    found = store.newest()
+    return branch_point(Path(branch), peers) if branch and not found else found
 
 
 def branch_point(path: Path, peers: Peers) -> Found:

@@ -7,6 +7,7 @@ resumed run decides as the unbroken one did.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from zaya_train.parallel.collectives import sum_over
-from zaya_train.runtime.files import append_json_line
+from zaya_train.runtime.files import INCIDENTS_FILE, Records
 from zaya_train.train.metrics import encode_floats
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INCIDENTS_FILE = "incidents.jsonl"
 _LEAST_SPREAD = 0.05
 """Of the mean; see GuardConfig.sigma."""
 _SHOWN = 16
@@ -40,12 +40,13 @@ _SHOWN = 16
 
 
 class RollBack(Exception):
-    """Go on from the newest checkpoint and pass over rows [first, stop) of the phase."""
+    """Go on from the newest checkpoint and pass over `avoided`, ranges [first, stop) of the phase's
+    rows: those of earlier roll backs, which no checkpoint may know yet, and last the new one."""
 
-    def __init__(self, phase_index: int, first: int, stop: int) -> None:
-        super().__init__(f"rows {first} to {stop - 1}")
+    def __init__(self, phase_index: int, avoided: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(f"rows {avoided[-1][0]} to {avoided[-1][1] - 1}")
         self.phase_index = phase_index
-        self.rows = (first, stop)
+        self.avoided = avoided
 
 
 def norm_limit(norms: Sequence[float], config: GuardConfig) -> float:
@@ -198,12 +199,18 @@ class Incidents:
 
     def __init__(self, run_dir: Path, attempt: int, enabled: bool) -> None:
         self.path = run_dir / INCIDENTS_FILE
+        self._records = Records(self.path)
         self._attempt = attempt
         self._enabled = enabled
 
     def write(self, **values: Any) -> None:
-        """Append one record. Raises StorageError naming the file."""
+        """Append one record; where the file system refuses it waits (runtime.files.Records)."""
         if not self._enabled:
             return
         record = {"wall_time": time.time(), "attempt": self._attempt, **values}
-        append_json_line(self.path, encode_floats(record))
+        line = json.dumps(encode_floats(record), allow_nan=False, separators=(",", ":"))
+        self._records.append(line.encode())
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._records.close()

@@ -191,8 +191,8 @@ def _skipped(run: PhaseRun, state: TrainState, result: StepResult, rows: int, li
         return
     in_a_row = state.skipped_in_a_row
     if action == "rolled back":
-        first = state.streak_first_row
-        raise RollBack(state.phase_index, first, state.phase_rows)
+        new = (state.streak_first_row, state.phase_rows)
+        raise RollBack(state.phase_index, (*state.avoided, new))
     raise NumericsError(
         f"step {state.step}: {in_a_row} steps in a row skipped, the last one for: {result.reason} "
         f"(guard.most_skipped {run.guard.config.most_skipped}, roll backs in this phase: "

@@ -22,6 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zaya_train.config.errors import DataError, StorageError
+from zaya_train.runtime.files import Records
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -85,13 +86,15 @@ class MetricsWriter:
     """Appends rows to `<run_dir>/metrics.jsonl` and passes them to the followers.
 
     Only the rank with `enabled` touches the file or the followers. Opening for append first cuts a
-    torn last line off. Raises StorageError naming the file when it cannot be opened or written.
+    torn last line off, and raises StorageError naming the file where it cannot be opened. Rows that
+    the file system refuses later wait (runtime.files.Records).
     """
 
     def __init__(self, run_dir: Path, followers: Sequence[Follower], enabled: bool) -> None:
         self.path = run_dir / METRICS_FILE
         self.attempt = 1
         self._enabled = enabled
+        self._closed = False
         self._followers = followers if enabled else ()
         if not enabled:
             return
@@ -100,15 +103,16 @@ class MetricsWriter:
             if self.path.exists():
                 _cut_torn_line(self.path)
                 self.attempt = 1 + max((row["attempt"] for row in iter_rows(self.path)), default=0)
-            self._file = self.path.open("ab")
         except OSError as error:
             raise StorageError(f"{self.path}: cannot open for append: {error.strerror}") from error
+        self._records = Records(self.path)
+        self._records.open()
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one row and flush it to the operating system.
+        """Append one row and hand it to the operating system.
 
         Raises ValueError for an unknown kind or a missing field, TypeError for a value that is not
-        plain Python data (a tensor would hide a device synchronisation), StorageError on I/O.
+        plain Python data (a tensor would hide a device synchronisation).
         """
         missing = _required(kind) - values.keys()
         if missing:
@@ -119,24 +123,18 @@ class MetricsWriter:
             values["load"] = [[round(x, LOAD_DIGITS) for x in layer] for layer in values["load"]]
         row = {"kind": kind, "wall_time": time.time(), "attempt": self.attempt, **values}
         line = json.dumps(encode_floats(row), allow_nan=False, separators=(",", ":"))
-        try:
-            self._file.write(line.encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot append: {error.strerror}") from error
+        self._records.append(line.encode())
         for follower in self._followers:
             follower.follow(row)
 
     def close(self) -> None:
         """Close the file and the followers; safe to call twice."""
-        if not self._enabled or self._file.closed:
+        if not self._enabled or self._closed:
             return
+        self._closed = True
         for follower in self._followers:
             follower.close()
-        try:
-            self._file.close()
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot close: {error.strerror}") from error
+        self._records.close()
 
     def __enter__(self) -> MetricsWriter:
         return self

@@ -21,6 +21,11 @@ class Peers:
 
     group: dist.ProcessGroup | None = None
 
+    @staticmethod
+    def world() -> Peers:
+        """All ranks of the job."""
+        return Peers(cast("dist.ProcessGroup", dist.group.WORLD))
+
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group) if self.group else 0

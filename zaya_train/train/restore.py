@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from zaya_train.config.diff import model_differences
 from zaya_train.config.errors import CheckpointError
 from zaya_train.train import dcp
 from zaya_train.train import manifest as manifests
-from zaya_train.train.manifest import CheckpointRecord, Manifest, TensorEntry
+from zaya_train.train.manifest import CheckpointRecord, FileEntry, Manifest, TensorEntry
 from zaya_train.train.peers import Peers
+from zaya_train.train.staging import HostCopies, local_shard
 from zaya_train.train.storage import (
     BAD_NAME,
     STEP_NAME,
@@ -26,6 +28,10 @@ from zaya_train.train.storage import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+
+_WRITER = re.compile(r"__(\d+)_")
+"""DCP's names of data files begin with the rank that wrote them."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,43 @@ def inspect(path: Path, peers: Peers) -> tuple[Manifest | None, list[str]]:
     match = STEP_NAME.fullmatch(path.name)
     step = int(match.group(1)) if match else manifest.record.step
     problems = manifests.layout_problems(path, manifest, step) if peers.rank == 0 else []
-    by_size = sorted(manifest.files, key=lambda entry: (-entry.size_bytes, entry.name))
-    for entry in by_size[peers.rank :: peers.size]:
+    for entry in _share(manifest, peers.rank, peers.size):
         problem = manifests.file_problem(path, entry)
         problems += [problem] if problem else []
     return manifest, sorted({line for part in peers.gather(problems) for line in part})
+
+
+def _share(manifest: Manifest, rank: int, size: int) -> list[FileEntry]:
+    """The files that one of `size` ranks reads: those of the ranks half the world away, since what
+    it wrote itself could come from its node's memory instead of the disk."""
+
+    def writer(entry: FileEntry) -> tuple[int, str]:
+        match = _WRITER.match(entry.name)
+        return int(match.group(1)) if match else size, entry.name
+
+    ordered = sorted(manifest.files, key=writer)
+    return ordered[(rank + size // 2) % size :: size]
+
+
+def holds(found: Found, tensors: Mapping[str, Tensor], peers: Peers) -> bool:
+    """Whether a verified checkpoint of any mesh holds exactly these values. Collective.
+
+    Takes host memory of the size of this rank's shards while it compares.
+
+    Raises:
+        CheckpointError: on all ranks, if a rank could not read.
+    """
+    if found.manifest.tensors != entries_of(tensors):
+        return False
+    read = HostCopies().take(tensors)
+    for value in read.values():
+        local_shard(value).zero_()
+    dcp.read(read, found.path, found.manifest, peers.group)
+    same = all(
+        torch.equal(local_shard(read[key]), local_shard(value).cpu())
+        for key, value in tensors.items()
+    )
+    return all(peers.gather(same))
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from zaya_train.config.errors import LostRankError, StorageError, ZayaError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -37,6 +37,8 @@ class Saver:
 
     A context manager: leaving it waits for a save under way, except where that could not end (a
     lost rank) or a person wants out.
+
+    sync: flushes to disk what a checkpoint counts on; called on rank 0 before every try.
     """
 
     def __init__(
@@ -45,11 +47,13 @@ class Saver:
         metrics: MetricsWriter,
         run_dir: Path,
         config: CheckpointConfig,
+        sync: Callable[[], None],
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._run_dir = run_dir
         self._config = config
+        self._sync = sync
         self._failures = 0
         self._started = (0, 0.0)
         """Step of the save under way, and the seconds for which it held training up."""
@@ -144,6 +148,11 @@ class Saver:
         self, tensors: Mapping[str, Tensor], record: CheckpointRecord, waited_seconds: float
     ) -> None:
         begin = time.perf_counter()
+        try:
+            self._store.first(self._sync)
+        except StorageError as error:
+            self._alarm(record.step, error)
+            return
         self._store.start(tensors, record)
         self._started = (record.step, waited_seconds + time.perf_counter() - begin)
 
@@ -160,6 +169,7 @@ class Saver:
 
     def _save(self, tensors: Mapping[str, Tensor], record: CheckpointRecord) -> None:
         begin = time.perf_counter()
+        self._store.first(self._sync)
         saved = self._store.save(tensors, record)
         self._tell(record.step, saved, time.perf_counter() - begin)
 

@@ -46,6 +46,17 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     sync_path(directory)
 
 
+def replace_manifest(partial: Path, target: Path, manifest: Manifest) -> None:
+    """Give the checkpoint `target` another manifest of the same files, in one durable step.
+
+    It is made in `partial`, where a writer that dies leaves it to `remove_leftovers`.
+    """
+    (partial / MANIFEST_NAME).unlink()
+    write_manifest(partial, manifest)
+    (partial / MANIFEST_NAME).replace(target / MANIFEST_NAME)
+    sync_path(target)
+
+
 def publish(partial: Path, target: Path) -> None:
     """Give a complete directory its final name, durably."""
     partial.rename(target)

@@ -85,19 +85,20 @@ class _Causal(torch.autograd.Function):
             queries = _stacked(q[n], head, group) * scale
             grad_out = _stacked(grad[n], head, group)
             mean = torch.linalg.vecdot(grad_out, _stacked(out[n], head, group)).unsqueeze(-1)
-            to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
+            # Transposed, so that the products over queries turn the few columns and not the scores.
+            to_keys, to_values = (x.new_zeros(x.shape[::-1]) for x in (keys, values))
             to_queries = torch.empty_like(queries)
             for block in _blocks(q.shape[1], group):
                 seen, rows = block.stop, slice(block.start * group, block.stop * group)
                 weights = _probabilities(queries[rows], keys[:seen], block)
-                to_values[:seen] += product(weights.t(), grad_out[rows])
+                to_values[:, :seen] += product(grad_out[rows].t(), weights)
                 # Softmax: d scores = weights (d weights - its mean under the weights).
                 weights *= product(grad_out[rows], values[:seen].t()).sub_(mean[rows])
                 to_queries[rows] = product(weights, keys[:seen])
-                to_keys[:seen] += product(weights.t(), queries[rows])
+                to_keys[:, :seen] += product(queries[rows].t(), weights)
             place = slice(head * group, (head + 1) * group)
             grad_q[n, :, place] = to_queries.mul_(scale).view(-1, group, q.shape[3])
-            grad_k[n, :, head], grad_v[n, :, head] = to_keys, to_values
+            grad_k[n, :, head], grad_v[n, :, head] = to_keys.t(), to_values.t()
         return grad_q, grad_k, grad_v
 
 

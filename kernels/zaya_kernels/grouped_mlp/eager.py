@@ -97,9 +97,11 @@ class _GroupedMLP(torch.autograd.Function):
         slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
         torch.mul(grad_activated.mul_(up), slope, out=grad_hidden[:, :width])
         activated = silu.mul_(up)
-        empty = len(ctx.sizes) > sum(1 for size in ctx.sizes if size)
-        make = torch.zeros_like if empty else torch.empty_like
-        grad_rows, grad_gate_up, grad_down = torch.empty_like(rows), make(gate_up), make(down)
+        grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
+        for expert, size in enumerate(ctx.sizes):
+            if not size:
+                grad_gate_up[expert].zero_()
+                grad_down[expert].zero_()
         for expert, span in _spans(ctx.sizes):
             _outer(grad, activated, span, grad_down[expert])
             _outer(grad_hidden, rows, span, grad_gate_up[expert])

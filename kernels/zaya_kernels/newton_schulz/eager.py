@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_kernels.newton_schulz.gram import newton_schulz_gram, pays_off
 from zaya_kernels.products import batched_product, batched_sum
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ def newton_schulz_eager(
     x = matrices.transpose(1, 2) if tall else matrices
     norm = torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
     x = (x / norm).to(dtype)
+    if pays_off(x):
+        x = torch.stack([newton_schulz_gram(matrix, steps, coefficients) for matrix in x])
+        steps = 0
     for _ in range(steps):
         gram = batched_product(x, x.transpose(1, 2))
         polynomial = batched_sum(gram, gram, gram, beta=b, alpha=c)
