@@ -297,6 +297,14 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "b"))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_are_no_text_are_named_with_the_offset(tmp_path: Path, name: str) -> None:
+    make(tmp_path, CHATML, jinja=CHATML)
+    (tmp_path / name).write_bytes(b"{\n" + "\u00e4".encode("latin-1") + b"}")
+    with pytest.raises(DataError, match=rf"{name}: offset 2: not UTF-8: "):
+        load_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_prepare_stores_and_inspect_shows_it(tmp_path: Path, workers: int) -> None:
     make(tmp_path / "t", REASONER)

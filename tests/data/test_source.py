@@ -136,6 +136,21 @@ def test_past_joins_equal_contexts_and_skips_nothing_drawn() -> None:
     assert past.draws == draws
 
 
+@pytest.mark.parametrize("drawn", [0, 1, 5, None])
+def test_what_is_left_is_what_the_rest_of_the_epoch_would_draw(
+    chat: Corpus, drawn: int | None
+) -> None:
+    """Carried rows while they last (None: all drawn), then the epoch under way."""
+    past = Past().then(160, "assistant", 5)
+    carried = len(open_source(chat, request(320, past)).carried or ())
+    for extra in (0, 3):
+        rows = carried + extra if drawn is None else drawn
+        source = open_source(chat, request(320, past.then(320, "assistant", rows)))
+        rest = carried - rows if drawn is not None else -extra % len(source.plan)
+        expected = seen(source, range(rest))
+        assert Counter((int(n), 0) for n in source.left().documents) == expected
+
+
 def test_capped_source_uses_a_fixed_choice_of_documents(chat: Corpus) -> None:
     source = open_source(chat, request(256, max_documents=30))
     documents = seen(source, range(len(source.plan)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.order import balanced_row, permutation
+from zaya_train.data.order import balanced_row, permutation, rows_left
 from zaya_train.data.plan_store import StoredPlan, plan_key, stored_plan
 from zaya_train.data.row_plan import (
     Pieces,
@@ -134,17 +134,27 @@ class RowSource:
 
     def locate(self, draw: int) -> tuple[StoredPlan, int]:
         """Plan and row of the plan that a draw takes."""
-        ordinal = draw + self.drawn_before
-        spec = self.request.spec
-        names = (self.request.seed, self.name, spec.row_tokens)
+        plan, ordinal, names = self._turn(draw + self.drawn_before)
+        return plan, balanced_row(ordinal, len(plan), self.request.spec.balance_rows, *names)
+
+    def left(self) -> Pieces:
+        """Pieces of all rows that the epoch under way has left before the first draw."""
+        plan, ordinal, names = self._turn(self.drawn_before)
+        if plan is self.carried and not ordinal:
+            rows = np.ones(len(plan), dtype=np.bool_)
+        else:
+            rows = rows_left(ordinal, len(plan), self.request.spec.balance_rows, *names)
+        pieces, offsets = plan.rows()
+        return pieces.take(np.flatnonzero(np.repeat(rows, np.diff(offsets))))
+
+    def _turn(self, ordinal: int) -> tuple[StoredPlan, int, tuple[object, ...]]:
+        """Plan whose turn it is, which of its draws that is, and the names of its order."""
+        names = (self.request.seed, self.name, self.request.spec.row_tokens)
         if self.carried is not None:
             if ordinal < len(self.carried):
-                rows = len(self.carried)
-                return self.carried, balanced_row(
-                    ordinal, rows, spec.balance_rows, *names, "carried", self.carried.key
-                )
+                return self.carried, ordinal, (*names, "carried", self.carried.key)
             ordinal -= len(self.carried)
-        return self.plan, balanced_row(ordinal, len(self.plan), spec.balance_rows, *names)
+        return self.plan, ordinal, names
 
     def begins_epoch(self, draw: int) -> bool:
         """Whether a draw is the first of a whole pass over the plan of this context."""
@@ -256,7 +266,7 @@ class _Planner:
             return lambda: make(earlier)
 
         def make(earlier: RowSource) -> RowPlan:
-            left = _left(earlier)
+            left = earlier.left()
             if self.corpus.manifest.kind == "chat":
                 return plan_documents(self.corpus, self.request.spec, left.documents)
             return self._text(left, self.request.spec)
@@ -312,16 +322,3 @@ class _Planner:
         )
         folder = Path(self.request.plan_dir) if self.request.plan_dir else self.corpus.path / PLANS
         return stored_plan(folder, key, prepare)
-
-
-def _left(source: RowSource) -> Pieces:
-    """Pieces of the epoch under way that no draw before the source's first took."""
-    carried = len(source.carried) if source.carried else 0
-    if source.drawn_before < carried:
-        rows = carried - source.drawn_before
-    else:
-        rows = -(source.drawn_before - carried) % len(source.plan)
-    parts = [source.pieces(draw) for draw in range(rows)]
-    if not parts:
-        return Pieces(*(np.empty(0, dtype=np.int64) for _ in Pieces._fields))
-    return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
