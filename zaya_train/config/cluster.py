@@ -75,8 +75,8 @@ class SubmitConfig:
     exclude: str = ""
     """Nodes not to be used, as Slurm writes them: node[3,17-18]."""
     directives: dict[str, str] = field(default_factory=lambda: {"mem": "0"})
-    """Further #SBATCH options by name, such as mail-user; one with an empty value stands alone. `mem: 0`
-    is a node's whole memory: whole nodes (--exclusive) alone give the partition's default of it."""
+    """Further #SBATCH options by name, such as mail-user; one with an empty value stands alone.
+    `mem: 0` is a node's whole memory: --exclusive alone gives the partition's default of it."""
     binding: str = "--cpu-bind=cores --distribution=block:block"
     """Options of srun that place ranks on cores."""
     lead_seconds: int = 0
