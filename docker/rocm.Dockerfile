@@ -52,6 +52,7 @@ RUN .venv/bin/python -m pip install --no-cache-dir --no-build-isolation \
 
 # hadolint ignore=DL3006 # one of the two stages above
 FROM ready-${EXTRAS}
-# The variables of launch/env/mi300x.sh, in any shell of the container.
+# The variables of launch/env/mi300x.sh, in any shell of the container, where they are not set yet.
+# Under Slurm apptainer and pyxis do not run this: the job script has set those of its own cluster.
 ENTRYPOINT ["/bin/sh", "-c", ". /opt/zaya-train/launch/env/mi300x.sh && exec \"$@\"", "zaya"]
 CMD ["bash"]

@@ -36,41 +36,45 @@ export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
 # evidence. [PyTorch, flight recorder tutorial]
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 
-# The eight Pollara ports carry collectives, the storage network's adapters do not. [device names of
-# AMD's ionic driver, as in AMD-AGI/Primus examples]
+# The eight Pollara ports carry collectives, the storage network's adapters do not. [names of the
+# ionic driver's devices; `ibv_devices` lists those of a node]
 export NCCL_IB_HCA="${NCCL_IB_HCA:-ionic_0,ionic_1,ionic_2,ionic_3,ionic_4,ionic_5,ionic_6,ionic_7}"
 
 # The routable RoCE v2 address of a Pollara port; on other adapters it is often index 3, and with a
-# wrong one connections time out. [AMD-AGI/Primus, hook for AI NICs]
+# wrong one connections time out. [AMD-AGI/Primus a1c77a5e0065, 03_enable_ainic.sh]
 export NCCL_IB_GID_INDEX="${NCCL_IB_GID_INDEX:-1}"
 
-# Traffic class of data, by which the switches choose its queue. [AMD-AGI/Primus, hook for AI NICs;
-# must match the site's switches]
+# Traffic class of data, by which the switches choose its queue. [AMD-AGI/Primus a1c77a5e0065,
+# 03_enable_ainic.sh; must match the site's switches]
 export NCCL_IB_TC="${NCCL_IB_TC:-104}"
 
-# Traffic class of RCCL's small control messages, so that data does not delay them. [AMD-AGI/Primus,
-# hook for AI NICs; must match the site's switches]
+# Traffic class of RCCL's small control messages, so that data does not delay them.
+# [runner/helpers/envs/enable_ainic.sh, AMD-AGI/Primus 85c51c0da12f, as the other value beside 184;
+# must match the site's switches]
 export NCCL_IB_FIFO_TC="${NCCL_IB_FIFO_TC:-192}"
 
-# Small control messages travel inside the work request. [AMD-AGI/Primus, hook for AI NICs]
+# Small control messages travel inside the work request. [AMD-AGI/Primus a1c77a5e0065,
+# 03_enable_ainic.sh]
 export NCCL_IB_USE_INLINE="${NCCL_IB_USE_INLINE:-1}"
 
 # Completions of receives may be left out by the NIC plug-in, as AMD sets it for these NICs.
-# [AMD-AGI/Primus, hook for AI NICs]
+# [AMD-AGI/Primus a1c77a5e0065, 03_enable_ainic.sh]
 export NET_OPTIONAL_RECV_COMPLETION="${NET_OPTIONAL_RECV_COMPLETION:-1}"
 
-# No read-back after each receive, as AMD sets it for these NICs. [AMD-AGI/Primus, hook for AI NICs]
+# No read-back after each receive, as AMD sets it for these NICs. [AMD-AGI/Primus a1c77a5e0065,
+# 03_enable_ainic.sh]
 export NCCL_GDR_FLUSH_DISABLE="${NCCL_GDR_FLUSH_DISABLE:-1}"
 
-# Goes with the variable above, as AMD sets it for these NICs. [AMD-AGI/Primus, hook for AI NICs]
+# Goes with the variable above, as AMD sets it for these NICs. [AMD-AGI/Primus a1c77a5e0065,
+# 03_enable_ainic.sh]
 export RCCL_GDR_FLUSH_GPU_MEM_NO_RELAXED_ORDERING="${RCCL_GDR_FLUSH_GPU_MEM_NO_RELAXED_ORDERING:-0}"
 
 # GPU memory is registered with the NIC through peer memory and not through DMA-BUF, as AMD sets it.
-# [AMD-AGI/Primus, hook for AI NICs]
+# [AMD-AGI/Primus a1c77a5e0065, 03_enable_ainic.sh]
 export NCCL_DMABUF_ENABLE="${NCCL_DMABUF_ENABLE:-0}"
 
-# RCCL may place its threads near the NIC wherever the scheduler bound the rank. [AMD-AGI/Primus,
-# hook for AI NICs]
+# RCCL may place its threads near the NIC wherever the scheduler bound the rank. [AMD-AGI/Primus
+# a1c77a5e0065, 03_enable_ainic.sh]
 export NCCL_IGNORE_CPU_AFFINITY="${NCCL_IGNORE_CPU_AFFINITY:-1}"
 
 # The kernel's automatic NUMA balancing moves pages under the GPU's feet.

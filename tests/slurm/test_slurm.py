@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import statistics
 import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from rich.console import Console
 
+from tests.helpers.shell import executable
 from tests.integration.runs import (
     ENVIRONMENT,
     Launched,
@@ -28,7 +33,6 @@ from zaya_train.train.metrics import read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no Slurm here: {why_not()}")
 
@@ -91,12 +95,37 @@ class Submitted:
     def reaches(self, step: int, job: str) -> None:
         """Wait for a step; fails when the job ends before."""
 
+        asked = 0
+
         def there() -> bool:
-            alive = self.cluster.facts(job)["JobState"] in ("PENDING", "RUNNING", "COMPLETING")
-            assert alive or last_step(self.run_dir) >= step, self.output()
+            nonlocal asked
+            asked += 1
+            # Not each time: to ask takes as long as some steps.
+            if asked % 100 == 0:
+                state = self.cluster.facts(job)["JobState"]
+                alive = state in ("PENDING", "RUNNING", "COMPLETING")
+                assert alive or last_step(self.run_dir) >= step, self.output()
             return last_step(self.run_dir) >= step
 
         self.cluster.until(there, f"step {step}\n{self.output()}")
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Ranks do not move inside, however long the commands in there take: steps are tiny, and
+        the run would be over. The nodes are processes of this machine."""
+        ranks = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # gone meanwhile
+                words = path.read_bytes().decode(errors="replace").split("\0")
+                if words[0] == sys.executable and f"{self.run_dir}/submit/" in " ".join(words):
+                    ranks.append(int(path.parent.name))
+        assert len(ranks) == 2, ranks
+        for rank in ranks:
+            os.kill(rank, signal.SIGSTOP)
+        yield
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGCONT)
 
     def output(self) -> str:
         """Everything the jobs and their ranks said."""
@@ -116,19 +145,20 @@ def test_a_run_survives_warning_drain_and_cancel(
     run = Submitted(cluster, tmp_path / "slurm", corpora, steps)
     (job,) = run.submit()
     run.reaches(20, job)
-    assert cluster.facts(job)["NodeList"] == "n[1-2]"
-
-    cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
-    # What Slurm sends ahead of the time limit: USR1 to the batch shell alone.
-    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    with run.standing_still():
+        assert cluster.facts(job)["NodeList"] == "n[1-2]"
+        cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+        # What Slurm sends ahead of the time limit: USR1 to the batch shell alone.
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.until(lambda: cluster.facts(job)["Restarts"] == "1", "requeue\n" + run.output())
     stopped = last_step(run.run_dir)
     assert stopped < steps and (run.run_dir / CHECKPOINTS / f"step-{stopped:08d}").is_dir()
 
     run.reaches(stopped + 1, job)
-    assert cluster.facts(job)["NodeList"] == "n[1,3]"
-    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
-    cluster.run("scancel", job)
+    with run.standing_still():
+        assert cluster.facts(job)["NodeList"] == "n[1,3]"
+        cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+        cluster.run("scancel", job)
     cluster.until_state(job, "CANCELLED")
     # Cancelled for good, but not without a checkpoint: nothing requeued the job behind our back.
     cluster.until(lambda: "not requeued by this script" in run.output(), run.output())
@@ -163,6 +193,23 @@ def test_a_configuration_that_cannot_run_is_not_requeued(
     assert cluster.facts(jobs[0])["Restarts"] == "0"
     assert "was edited" in run.output()
     cluster.until_state(jobs[1], "CANCELLED")
+
+
+def test_excluded_nodes_stay_excluded(cluster: Cluster, corpora: Path, tmp_path: Path) -> None:
+    """With a stand-in for the interpreter, as no node here fails a check of its own: each start
+    names the first node it is on."""
+    names = 'while [ "$1" != --exclude-file ]; do shift; done\n'
+    names += '[ "$RANK" != 0 ] || echo "$SLURMD_NODENAME" > "$2"\nexit 1'
+    python = executable(tmp_path / "python", names)
+    run = Submitted(cluster, tmp_path / "slurm", corpora, 8)
+    # One node at a time, so that a third start has one left.
+    words = ["nodes=1", "preflight=quick", f"container.python={python}", "crash_limit=3"]
+    (job,) = run.submit(*words)
+    cluster.until_state(job, "FAILED", "CANCELLED", "COMPLETED")
+    facts = cluster.facts(job)
+    assert (facts["ExitCode"], facts["Restarts"]) == ("6:0", "2"), run.output()
+    assert facts["ExcNodeList"] == "n1,n2" and facts["NodeList"] == "n3", facts
+    assert "crash 3 without a new checkpoint: giving up" in run.output()
 
 
 @pytest.mark.nightly

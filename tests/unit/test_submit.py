@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
+import time
 from dataclasses import fields
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from zaya_train.config.cluster import SubmitConfig
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.frozen import frozen, thaw
 from zaya_train.config.schema import TrainConfig
-from zaya_train.main import compose, compose_submission
+from zaya_train.main import _parser, compose, compose_submission
 from zaya_train.main import main as zaya
 from zaya_train.tools.launch_environment import shell_file
 from zaya_train.tools.submit import LEAD_SECONDS, SubmitRequest, lead_from, plan_jobs, submit
@@ -138,6 +137,12 @@ BROKEN = [
     (["environment.X={value:'1',reason:''}"], ["environment.X.reason", "empty"]),
     (["environment.X={value:'a`b`',reason:r}"], ["environment.X.value", "shell"]),
     (["parallel.shard=7"], ["parallel.shard", "7", "1024"]),
+    (["run.name='two words'"], ["run.name: 'two words'", "#SBATCH"]),
+    (["run.name=a/b"], ["run.name: 'a/b'", "path"]),
+    (["run.name=a%j"], ["run.name: 'a%j'", "Slurm replaces %"]),
+    (["partition='gpu --qos=x'"], ["partition: 'gpu --qos=x'"]),
+    (["directives.comment='a#b'"], ["directives.comment: 'a#b'"]),
+    (["directives.Mail_User=me"], ["directives.Mail_User", "not the name"]),
 ]  # fmt: skip
 
 
@@ -187,12 +192,15 @@ def test_jobs_of_a_chain_wait_for_each_other(
     resources, overrides = compose_submission(
         [*PUBLISHED, "chain=phases", f"run.dir={tmp_path / 'run'}"]
     )
-    with pytest.raises(ConfigError, match="no such partition"):
+    with pytest.raises(ConfigError, match=r"no such partition; .*scancel 41 42$") as refused:
         submit(SubmitRequest(resources, composed(*overrides)), Console(quiet=True))
     lines = calls.read_text().splitlines()
     assert len(lines) == 3 and "--dependency" not in lines[0]
     assert "--dependency=afterok:41 --kill-on-invalid-dep=yes" in lines[1]
     assert "--dependency=afterok:42 " in lines[2]
+    (record,) = (tmp_path / "run" / "submit").glob("jobs-*-41.json")
+    assert [row["id"] for row in json.loads(record.read_text())] == ["41", "42"]
+    assert str(record) in str(refused.value)
 
 
 def row(kind: str, wall_time: float, **values: float) -> str:
@@ -289,7 +297,7 @@ class Batch:
         )
         tools = only(
             root / "bin", "bash", "head", "date", "cat", "sed", "mkdir", "find", "sort", "tail",
-            "uniq", "awk", "grep", "sleep", "env",
+            "uniq", "awk", "grep", "sleep", "env", "paste",
         )  # fmt: skip
         executable(
             tools / "srun",
@@ -312,7 +320,8 @@ class Batch:
             'case "$1 $2" in\n'
             '  "show hostnames") echo n1; echo n2 ;;\n'
             '  "show node") echo "NodeName=$3 NodeAddr=10.0.0.1 NodeHostName=x" ;;\n'
-            f'  *) echo "scontrol $*" >> {self.seen} ;;\n'
+            # A requeue ends what still runs on the node.
+            f'  *) kill -TERM $$; echo "scontrol $*" >> {self.seen} ;;\n'
             "esac",
         )
         self.environment = {"PATH": str(tools), "SLURM_JOB_ID": "40123", "SLURM_NTASKS": "2"}
@@ -339,16 +348,23 @@ class Batch:
         return [x for x in self.seen.read_text().splitlines() if x.startswith("scontrol")]
 
     def signalled(self, number: signal.Signals, behaviour: str) -> tuple[int, str]:
-        """Send a signal to the batch shell once both ranks run."""
+        """Send a signal to the batch shell once both ranks say that they listen or, where the
+        behaviour has no such word, run."""
+        for note in self.root.glob("listening-*"):
+            note.unlink()
         process = self.start(behaviour)
-        while len(self.seen.read_text().splitlines()) < 2:
+        while len(self.seen.read_text().splitlines()) < 2 or (
+            "listening" in behaviour and len(list(self.root.glob("listening-*"))) < 2
+        ):
             assert process.poll() is None
+            time.sleep(0.01)
         process.send_signal(number)
         output, _ = process.communicate()
         return process.returncode, output
 
 
-SAVES = "trap 'kill $!; exit 75' USR1; env sleep 600 & wait"
+SAVES = "trap 'kill $!; exit 75' USR1; env sleep 600 & : > listening-$RANK; wait"
+LOADS = "exec env sleep 600"
 REQUEUE = ["scontrol requeue 40123"]
 
 
@@ -356,7 +372,7 @@ def test_ranks_get_their_places_and_the_environment(tmp_path: Path) -> None:
     batch = Batch(tmp_path)
     code, output = batch.run("exit 0")
     assert code == 0, output
-    port, frozen_path = 20000 + 40123 % 20000 + 1, batch.frozen
+    port, frozen_path = 20000 + 2 * (40123 % 6000) + 1, batch.frozen
     rest = f"10.0.0.1:{port} planted -m zaya_train train --frozen {frozen_path}"
     assert sorted(batch.seen.read_text().splitlines()) == [f"{r}/2 0/1 {rest}" for r in (0, 1)]
     assert not batch.orders()
@@ -381,12 +397,13 @@ def test_a_warning_is_handed_on_and_requeues(tmp_path: Path) -> None:
     batch = Batch(tmp_path)
     code, output = batch.signalled(signal.SIGUSR1, SAVES)
     assert (code, batch.orders()) == (75, REQUEUE), output
+    assert "stopped at a checkpoint; requeueing" in output
 
 
 def test_a_warning_before_the_ranks_listen_loses_nothing(tmp_path: Path) -> None:
     """Python's default action on USR1 is to die."""
     batch = Batch(tmp_path)
-    code, output = batch.signalled(signal.SIGUSR1, "env sleep 600 & wait")
+    code, output = batch.signalled(signal.SIGUSR1, LOADS)
     assert (code, batch.orders()) == (75, REQUEUE), output
     # And it is no crash, of which there may be few.
     assert not list(tmp_path.rglob("crashes")) and "after a warning" in output
@@ -396,7 +413,38 @@ def test_an_ended_job_saves_and_is_not_resurrected(tmp_path: Path) -> None:
     batch = Batch(tmp_path)
     code, output = batch.signalled(signal.SIGTERM, SAVES)
     assert (code, batch.orders()) == (75, []), output
-    assert "ended from outside" in output
+    assert "stopped at a checkpoint, but the job was ended from outside" in output
+    # Also where the ranks did not listen yet; that is no crash either.
+    code, output = batch.signalled(signal.SIGTERM, LOADS)
+    assert (code, batch.orders()) == (75, []), output
+    assert "ended from outside" in output and not list(tmp_path.rglob("crashes"))
+
+
+def test_one_ranks_reason_outweighs_the_killed_ones(tmp_path: Path) -> None:
+    """srun returns the highest code, 137; a refused configuration must not be started again."""
+    batch = Batch(tmp_path)
+    code, output = batch.run('[ "$RANK" = 0 ] && exit 2; exit 137')
+    assert (code, batch.orders()) == (2, []), output
+    # The code of that start is not the next one's.
+    assert batch.run("exit 137", 1)[0] == 75
+
+
+def test_a_signal_while_srun_is_being_started_is_handed_on(tmp_path: Path) -> None:
+    """The stand-in for srun signals the batch shell before that knows its process."""
+    batch = Batch(tmp_path)
+    text = (tmp_path / "job.sbatch").read_text()
+    assert text.count("    step=$!\n") == 1
+    (tmp_path / "job.sbatch").write_text(
+        text.replace(
+            "    step=$!\n",
+            "    until [ -e listening-0 ] && [ -e listening-1 ]; do sleep 0.1; done\n"
+            "    kill -USR1 $$; step=$!\n",
+        )
+    )
+    # Not handed on, the ranks end by themselves.
+    code, output = batch.run(SAVES.replace("600", "20"))
+    assert (code, batch.orders()) == (75, REQUEUE), output
+    assert "stopped at a checkpoint; requeueing" in output
 
 
 def test_a_crash_loop_ends_and_progress_starts_the_count_again(tmp_path: Path) -> None:
@@ -427,6 +475,40 @@ def test_failed_nodes_are_excluded_and_the_job_requeued(tmp_path: Path) -> None:
     assert code == 75, output
     assert batch.orders() == [*REQUEUE, "scontrol update JobId=40123 ExcNodeList=n9,n2"]
     assert "--frozen" not in batch.seen.read_text()
+    # Slurm replaces its list: another node at the next start joins the first. (A checkpoint since
+    # then, or it would be the second failure of crash_limit=2.)
+    (tmp_path / "runs/x/checkpoints/step-00000010").mkdir(parents=True)
+    behaviour = PREFLIGHT_FAILS.format(what=note.replace("n2", "n5"))
+    code, output = batch.run(behaviour, 1)
+    assert code == 75, output
+    assert batch.orders() == [*REQUEUE, "scontrol update JobId=40123 ExcNodeList=n9,n2,n5"]
+    code, output = batch.run(behaviour, 2)
+    assert code == 6 and not batch.orders(), output
+    assert "preflight ended with 1, crash 2 without a new checkpoint" in output
+
+
+def test_an_exclusion_that_slurm_refuses_does_not_hold_the_job(tmp_path: Path) -> None:
+    batch = Batch(tmp_path, preflight="quick")
+    scontrol = tmp_path / "bin" / "scontrol"
+    text = scontrol.read_text().replace("  *) echo", '  "update "*) exit 1 ;;\n  *) echo')
+    scontrol.write_text(text)
+    note = 'while [ "$1" != --exclude-file ]; do shift; done; echo n2 > "$2";'
+    code, output = batch.run(PREFLIGHT_FAILS.format(what=note))
+    assert (code, batch.orders()) == (75, REQUEUE), output
+    assert "Slurm did not take the list" in output
+
+
+def test_the_commands_of_a_script_are_commands_of_zaya(tmp_path: Path) -> None:
+    """What the ranks are started with, parsed by the command line's own parser."""
+    batch = Batch(tmp_path, preflight="quick")
+    assert batch.run("exit 0")[0] == 0
+    words = {line.split(" -m zaya_train ")[1] for line in batch.seen.read_text().splitlines()}
+    train, preflight = sorted(words, key=lambda text: text.startswith("preflight"))
+    options = _parser().parse_args(preflight.split())
+    assert options.level == "quick" and options.exclude_file is not None
+    # Hydra has the rest of this one; --frozen is thawed before.
+    assert train == f"train --frozen {batch.frozen}"
+    assert zaya(train.replace(batch.frozen, str(tmp_path / "absent.json")).split()) == 2
 
 
 def test_a_preflight_that_blames_no_node_ends_the_job(tmp_path: Path) -> None:
@@ -449,4 +531,3 @@ def test_scripts_of_the_repository_pass_shellcheck() -> None:
 def test_the_wheel_carries_the_template() -> None:
     text = (REPOSITORY / "pyproject.toml").read_text()
     assert '"launch" = "zaya_train/_launch"' in text
-    assert shutil.which("true") and sys.executable

@@ -74,8 +74,9 @@ class SubmitConfig:
     constraint: str = ""
     exclude: str = ""
     """Nodes not to be used, as Slurm writes them: node[3,17-18]."""
-    directives: dict[str, str] = field(default_factory=dict)
-    """Further #SBATCH options by name, such as mail-user."""
+    directives: dict[str, str] = field(default_factory=lambda: {"mem": "0"})
+    """Further #SBATCH options by name, such as mail-user; one with an empty value stands alone.
+    `mem: 0` is a node's whole memory: --exclusive alone gives the partition's default of it."""
     binding: str = "--cpu-bind=cores --distribution=block:block"
     """Options of srun that place ranks on cores."""
     lead_seconds: int = 0
@@ -103,9 +104,13 @@ PARALLEL_KEYS = (
     "recompute",
     "reshard_after_forward",
 )
+DIRECTIVE_KEYS = ("partition", "account", "qos", "constraint", "exclude")
 _VARIABLE_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _PLAIN = re.compile(r"[^\"$`\\{}\n]*")
 """What stands for itself inside the quotes of a shell."""
+_OPTION_NAME = re.compile(r"[a-z][a-z0-9-]*")
+_OPTION_VALUE = re.compile(r"[^\s\"'\\#]*")
+"""What sbatch takes over from a line as it is: no word's end, quote, escape or comment."""
 
 
 def submit_problems(submit: SubmitConfig, phases: list[str]) -> Iterator[str]:
@@ -139,6 +144,27 @@ def submit_problems(submit: SubmitConfig, phases: list[str]) -> Iterator[str]:
             yield f"jobs.{name}.nodes: {job.nodes} must be positive"
         if job.time_limit_minutes is not None:
             yield from _times(f"jobs.{name}.", job.time_limit_minutes, submit.lead_seconds)
+
+
+def directive_problems(submit: SubmitConfig, config: TrainConfig) -> Iterator[str]:
+    """Values that would not reach Slurm as they are in an #SBATCH line, one line each."""
+    values = {name: getattr(submit, name) for name in DIRECTIVE_KEYS}
+    values |= {f"directives.{name}": value for name, value in submit.directives.items()}
+    for key, value in {**values, "run.name": config.run.name, "run.dir": config.run.dir}.items():
+        if not _OPTION_VALUE.fullmatch(value):
+            yield (
+                f"{key}: {value!r} ends or changes an #SBATCH line; no white space, quotes, "
+                "backslashes or #"
+            )
+    for key, value, letters in (
+        ("run.name", config.run.name, "%/"),
+        ("run.dir", config.run.dir, "%"),
+    ):
+        if set(value) & set(letters):
+            yield f"{key}: {value!r} is part of a log's path, where Slurm replaces %; no {letters}"
+    for name in submit.directives:
+        if not _OPTION_NAME.fullmatch(name):
+            yield f"directives.{name}: not the name of an option of sbatch"
 
 
 def _times(prefix: str, limit_minutes: int, lead_seconds: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zaya_train.config.check import problems
-from zaya_train.config.cluster import check_submission, of_phase
+from zaya_train.config.cluster import check_submission, directive_problems, of_phase
 from zaya_train.config.derive import config_hash
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.frozen import frozen
@@ -84,6 +84,7 @@ def _check(jobs: list[Job]) -> None:
     """ConfigError with every rule broken by any job, said once."""
     broken = [p for job in jobs for p in problems(job.config, job.ranks)]
     for job in jobs:
+        broken += directive_problems(job.submit, job.config)
         limit = 60 * job.submit.time_limit_minutes
         if job.lead_seconds >= limit:
             broken.append(
@@ -133,7 +134,17 @@ def _hand_over(jobs: list[Job], request: SubmitRequest, console: Console) -> lis
         if request.dry_run:
             console.print(f"not submitted: {' '.join(command)}", soft_wrap=True, markup=False)
             continue
-        ids.append(_sbatch(command))
+        try:
+            ids.append(_sbatch(command))
+        except ConfigError as error:
+            if not ids:
+                raise
+            record = _record(jobs, ids, Path(request.config.run.dir))
+            queued = " ".join(ids)
+            raise ConfigError(
+                f"{error}; the jobs before it are queued ({record}), to take them back: "
+                f"scancel {queued}"
+            ) from error
         console.print(
             f"job {ids[-1]}: {job.name}, {job.submit.nodes} nodes, {job.ranks} ranks, {job.script}",
             soft_wrap=True,
@@ -153,11 +164,13 @@ def _sbatch(command: list[str]) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def _record(jobs: list[Job], ids: list[str], run_dir: Path) -> None:
-    """What was submitted when, one file per submission."""
+def _record(jobs: list[Job], ids: list[str], run_dir: Path) -> Path:
+    """What was submitted when, one file per submission: the first jobs, those that have an id."""
     now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     rows = [
         {"id": number, "name": job.name, "ranks": job.ranks, "config": str(job.frozen)}
-        for job, number in zip(jobs, ids, strict=True)
+        for job, number in zip(jobs, ids, strict=False)
     ]
-    write_json(run_dir / SUBMISSIONS / f"jobs-{now}-{ids[0]}.json", rows)
+    path = run_dir / SUBMISSIONS / f"jobs-{now}-{ids[0]}.json"
+    write_json(path, rows)
+    return path

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zaya_train
+from zaya_train.config.cluster import DIRECTIVE_KEYS
 from zaya_train.tools.launch_environment import shell_lines
 from zaya_train.tools.plan import state_bytes
 
@@ -73,15 +74,11 @@ def directives(job: Job) -> list[str]:
         "gpus-per-node": str(submit.gpus_per_node) if submit.gpus_per_node else "",
         "cpus-per-task": str(submit.cpus_per_task),
         "time": f"{hours}:{minutes:02}:00",
-        "partition": submit.partition,
-        "account": submit.account,
-        "qos": submit.qos,
-        "constraint": submit.constraint,
-        "exclude": submit.exclude,
-        **submit.directives,
+        **{name: getattr(submit, name) for name in DIRECTIVE_KEYS},
     }
+    given = {name: value for name, value in options.items() if value} | submit.directives
     lines = ["#"]
-    lines += [f"#SBATCH --{name}={value}" for name, value in options.items() if value]
+    lines += [f"#SBATCH --{name}={value}".rstrip("=") for name, value in given.items()]
     return [
         *lines,
         "# Whole nodes: a neighbour would share links, memory and page cache.",

@@ -41,8 +41,8 @@ def _oriented(matrices: Tensor, dtype: torch.dtype, form: Callable[[Tensor], Ten
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
     norm = torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
-    x = (x / norm).to(dtype)
-    out = form(x)
+    # No name for the quotient: the form lets go of it after its first step.
+    out = form((x / norm).to(dtype))
     out = out.transpose(1, 2) if tall else out
     return out.to(torch.promote_types(dtype, torch.float32))
 
