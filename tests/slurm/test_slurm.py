@@ -261,7 +261,7 @@ def test_a_lost_node_and_a_killed_rank(cluster: Cluster, corpora: Path, tmp_path
     cluster.until(lambda: cluster.facts(job)["Restarts"] == "1", "requeue\n" + run.output())
     lost = last_step(run.run_dir)
     run.reaches(lost + 20, job)
-    cluster.run("scancel", "--signal=KILL", job)
+    cluster.run("scancel", "--signal=KILL", f"{job}.0")
     cluster.until(lambda: cluster.facts(job)["Restarts"] == "2", "requeue\n" + run.output())
     cluster.run("scontrol", "update", "NodeName=n2", "State=IDLE")
     cluster.until_state(job, "COMPLETED", "FAILED")
