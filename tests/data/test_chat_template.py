@@ -139,6 +139,62 @@ def test_text_and_ids_are_those_of_transformers(
         assert sample.tokens.tolist() == ids
 
 
+VICUNA = (
+    "{%- for m in messages %}{{- 'USER: ' + m.content if m.role == 'user' else "
+    "' ASSISTANT: ' + m.content + '<|im_end|>' }}{%- endfor %}"
+)
+
+
+def test_a_turn_that_ends_without_a_special_token_takes_no_think_tag(tmp_path: Path) -> None:
+    tokenizer = make(tmp_path, VICUNA)
+    messages = [*problem("sum"), *problem("more", "5", "2+3?")]
+    assert parts(tokenizer, encode(tokenizer, messages))[:8] == [
+        ("USER: ", "USER", "MARKUP", False),
+        ("2+2?", "USER", "PROMPT", False),
+        (" ASSISTANT: ", "USER", "MARKUP", False),
+        ("<think>", "ASSISTANT", "MARKUP", True),
+        ("sum", "ASSISTANT", "REASONING", True),
+        ("</think>", "ASSISTANT", "MARKUP", True),
+        ("4", "ASSISTANT", "ANSWER", True),
+        ("<|im_end|>", "ASSISTANT", "MARKUP", True),
+    ]
+
+
+@pytest.mark.parametrize("user", ["USER: ", "USER (<think> first): "])
+def test_an_earlier_turn_of_the_assistant_that_is_not_closed_is_rejected(
+    tmp_path: Path, user: str
+) -> None:
+    only_last = VICUNA.replace("USER: ", user).replace(
+        "'<|im_end|>'", "('<|im_end|>' if loop.last else '')"
+    )
+    tokenizer = make(tmp_path, only_last)
+    assert isinstance(encode(tokenizer, problem("sum")), Sample)
+    found = encode(tokenizer, [*problem("sum"), *problem("more")])
+    assert isinstance(found, Rejected) and found.reason == RejectReason.TEMPLATE_MISMATCH
+    assert "must end with a special token" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("expression", "kind"),
+    [
+        ("1 // (m.content | length - 2)", "ZeroDivisionError"),
+        ("'x' + (m.content | length)", "TypeError"),
+        ("m.content.split('')", "ValueError"),
+        ("'{a}'.format(b=1)", "KeyError"),
+    ],
+)
+def test_an_expression_that_fails_on_a_conversation_rejects_it(
+    tmp_path: Path, expression: str, kind: str
+) -> None:
+    """Two letters of a system prompt set it off, which the example has not."""
+    text = "{%- for m in messages if m.role == 'system' %}{{- " + expression + " }}{%- endfor %}"
+    tokenizer = make(tmp_path, text + CHATML)
+    found = encode(tokenizer, [{"role": "system", "content": "ab"}, *problem("sum")])
+    assert isinstance(found, Rejected) and found.reason == RejectReason.TEMPLATE_REFUSED
+    assert found.detail.startswith(f"{kind}: ")
+    assert isinstance(encode(tokenizer, problem("sum")), Sample)
+
+
 def test_a_quoted_special_token_stays_text(tmp_path: Path) -> None:
     tokenizer = make(tmp_path, CHATML)
     sample = encode(tokenizer, TWO_TURNS)
@@ -213,6 +269,11 @@ BAD = {
         "{{ strftime_now('%Y') }}" + CHATML,
         r"template_refused \('strftime_now' is undefined",
     ),
+    "fails": ("{{ 1 // 0 }}", r"template_refused \(ZeroDivisionError: .* of an example"),
+    "other tags": (
+        CHATML.replace("m.content", "m.content | replace('think>', 'thought>')"),
+        r"between think tags .* it makes answer 'think</thought>say'",
+    ),
     "unknown function": ("{{ nothing_here() }}", r"template_refused \('nothing_here' is undefined"),
 }
 
@@ -234,6 +295,14 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     (tmp_path / "b" / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
         load_tokenizer(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_files_that_are_no_text_are_named_with_the_offset(tmp_path: Path, name: str) -> None:
+    make(tmp_path, CHATML, jinja=CHATML)
+    (tmp_path / name).write_bytes(b"{\n" + "\u00e4".encode("latin-1") + b"}")
+    with pytest.raises(DataError, match=rf"{name}: offset 2: not UTF-8: "):
+        load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zaya_train.data.order import balanced_row, permutation, permuted
+from zaya_train.data import order
+from zaya_train.data.order import balanced_row, permutation, permuted, rows_left
 
 SIZES = [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4097]
 
@@ -67,6 +68,27 @@ def test_groups_are_counted_from_the_heaviest_row_and_epochs_meet_among_light_on
     meeting = [rows[epoch * size // 8] for epoch in range(1, 8) if epoch * size % 8]
     assert all(group.max() - group.min() == 7 and group.max() < size // 4 for group in meeting)
     assert len({group.min() for group in meeting}) >= min(3, len(meeting))
+
+
+@pytest.mark.parametrize(("num_rows", "group"), [(1, 1), (5, 8), (21, 4), (64, 8), (103, 8)])
+def test_rows_left_are_those_that_the_rest_of_the_epoch_takes(num_rows: int, group: int) -> None:
+    for ordinal in range(3 * num_rows):
+        rest = range(ordinal, -(-ordinal // num_rows) * num_rows)
+        expected = sorted(balanced_row(i, num_rows, group, 5, "s") for i in rest)
+        found = np.flatnonzero(rows_left(ordinal, num_rows, group, 5, "s"))
+        assert found.tolist() == expected
+
+
+def test_rows_left_of_a_million_need_no_call_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counted(index: int, size: int, *names: object) -> int:
+        calls.append(index)
+        return permuted(index, size, *names)
+
+    monkeypatch.setattr(order, "permuted", counted)
+    assert rows_left(1_000_011, 1_000_003, 8, 5, "s").sum() == 999_995
+    assert len(calls) < 100
 
 
 def test_epochs_and_groups_are_shuffled() -> None:

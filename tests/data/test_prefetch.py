@@ -29,17 +29,23 @@ def test_batches_come_in_order(depth: int) -> None:
 
 
 def test_at_most_depth_batches_are_made_ahead() -> None:
-    made: list[int] = []
+    ahead, taken = list[int](), list[int]()
+    changed = threading.Condition()
 
     def make(index: int) -> int:
-        made.append(index)
+        with changed:
+            ahead.append(index + 1 - len(taken))
+            changed.notify()
         return index
 
     with prefetch(make, range(100), 3) as batches:
-        next(batches)
-        time.sleep(0.1)
-        # One was taken; three wait.
-        assert len(made) == 4
+        for number in range(97):
+            # Counted before it is taken: a slot is free only afterwards.
+            taken.append(number)
+            assert next(batches) == number
+            with changed:
+                assert changed.wait_for(lambda: len(ahead) >= len(taken) + 3, 300)
+    assert max(ahead) <= 3
 
 
 @pytest.mark.parametrize("depth", [0, 5])

@@ -29,8 +29,8 @@ WORDS = "the quick brown fox jumps over the lazy dog"
 
 
 def request(row_tokens: int, past: Past | None = None, **settings: Any) -> SourceRequest:
-    balance = settings.pop("balance_rows", 1)
-    spec = PlanSpec(row_tokens=row_tokens, max_documents=99, balance_rows=balance)
+    balance, loss_on = settings.pop("balance_rows", 1), settings.pop("loss_on", "assistant")
+    spec = PlanSpec(row_tokens=row_tokens, max_documents=99, balance_rows=balance, loss_on=loss_on)
     return SourceRequest(name="s", seed=3, spec=spec, past=past or Past(), **settings)
 
 
@@ -63,11 +63,11 @@ def test_three_contexts_make_one_epoch(kind: str, balance: int, chat: Corpus, te
     settings: dict[str, Any] = {"balance_rows": balance}
     first = open_source(corpus, request(160, **settings))
     total = seen(first, range(5))
-    past = Past().then(160, 5)
+    past = Past().then(160, "assistant", 5)
     second = open_source(corpus, request(320, past, **settings))
     assert second.carried is not None and second.report.carried_rows == len(second.carried)
     total += seen(second, range(3))
-    past = past.then(320, 3)
+    past = past.then(320, "assistant", 3)
     third = open_source(corpus, request(512, past, **settings))
     assert third.carried is not None
     total += seen(third, range(len(third.carried)))
@@ -82,9 +82,25 @@ def test_three_contexts_make_one_epoch(kind: str, balance: int, chat: Corpus, te
     assert set(seen(third, again).values()) == {1}
 
 
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_loss_on_may_change_at_every_phase(kind: str, chat: Corpus, text: Corpus) -> None:
+    """Contexts alone would name another past: rows of plans that were never drawn from."""
+    corpus = chat if kind == "chat" else text
+    past, total = Past(), Counter[tuple[int, int]]()
+    phases = [(160, "all", 4), (160, "assistant", 3), (320, "all", 2), (512, "assistant", None)]
+    for row_tokens, loss_on, rows in phases:
+        source = open_source(corpus, request(row_tokens, past, loss_on=loss_on))
+        rows = len(source.carried or ()) if rows is None else rows
+        total += seen(source, range(rows))
+        past = past.then(row_tokens, loss_on, rows)
+    assert set(total.values()) == {1}
+    if kind == "chat":
+        assert len(total) == len(corpus)
+
+
 def test_same_context_goes_on_with_the_same_plan(chat: Corpus) -> None:
     alone = open_source(chat, request(256))
-    later = open_source(chat, request(256, Past().then(256, 7)))
+    later = open_source(chat, request(256, Past().then(256, "assistant", 7)))
     assert later.carried is None and later.plan.key == alone.plan.key
     for draw in range(40):
         assert later.row(draw).documents.tolist() == alone.row(draw + 7).documents.tolist()
@@ -96,7 +112,7 @@ def test_plans_of_the_past_are_made_where_they_are_gone(
     """One process: a lock that is not free at once would never be."""
     flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", lambda file, how: flock(file, how | fcntl.LOCK_NB))
-    past = Past().then(160, 5).then(320, 3)
+    past = Past().then(160, "assistant", 5).then(320, "assistant", 3)
     before = open_source(chat, request(512, past))
     shutil.rmtree(chat.path / "plans")
     again = open_source(chat, request(512, past))
@@ -108,14 +124,31 @@ def test_plans_of_the_past_are_made_where_they_are_gone(
 
 def test_a_finished_epoch_leaves_nothing(chat: Corpus) -> None:
     rows = len(open_source(chat, request(160)).plan)
-    source = open_source(chat, request(320, Past().then(160, 2 * rows)))
+    source = open_source(chat, request(320, Past().then(160, "assistant", 2 * rows)))
     assert source.carried is not None and len(source.carried) == 0
     assert seen(source, range(len(source.plan))) == {(n, 0): 1 for n in range(len(chat))}
 
 
 def test_past_joins_equal_contexts_and_skips_nothing_drawn() -> None:
-    past = Past().then(4, 2).then(4, 3).then(8, 0).then(8, 1).then(4, 1)
-    assert past.draws == ((4, 5), (8, 1), (4, 1))
+    past = Past().then(4, "all", 2).then(4, "all", 3).then(8, "all", 0).then(8, "all", 1)
+    past = past.then(4, "all", 1).then(4, "assistant", 6).then(4, "assistant", 1)
+    draws = (4, "all", 5), (8, "all", 1), (4, "all", 1), (4, "assistant", 7)
+    assert past.draws == draws
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 5, None])
+def test_what_is_left_is_what_the_rest_of_the_epoch_would_draw(
+    chat: Corpus, drawn: int | None
+) -> None:
+    """Carried rows while they last (None: all drawn), then the epoch under way."""
+    past = Past().then(160, "assistant", 5)
+    carried = len(open_source(chat, request(320, past)).carried or ())
+    for extra in (0, 3):
+        rows = carried + extra if drawn is None else drawn
+        source = open_source(chat, request(320, past.then(320, "assistant", rows)))
+        rest = carried - rows if drawn is not None else -extra % len(source.plan)
+        expected = seen(source, range(rest))
+        assert Counter((int(n), 0) for n in source.left().documents) == expected
 
 
 def test_capped_source_uses_a_fixed_choice_of_documents(chat: Corpus) -> None:
@@ -181,14 +214,14 @@ def test_a_document_that_changed_under_its_plan_is_named(chat: Corpus) -> None:
 
 
 def test_mixture_edits_carry_every_cursor(corpora: CorpusFactory) -> None:
-    """Phases that mix two sources differently, at two contexts: each source is read as if it had
-    been alone."""
+    """Phases that mix two sources differently, at two contexts, the first with the loss on all
+    tokens: each source is read as if it had been alone."""
     sources = {
         "a": corpora.chat("a", problems(90)),
         "b": corpora.text("b", [f"{n} {WORDS}" for n in range(90)]),
     }
     phases: list[tuple[str, PhaseConfig, int]] = [
-        ("one", phase_config(128, {"a": 0.7, "b": 0.3}), 11),
+        ("one", replace(phase_config(128, {"a": 0.7, "b": 0.3}), loss_on="all"), 11),
         ("two", phase_config(128, {"a": 0.2, "b": 0.8}), 9),
         ("three", phase_config(256, {"b": 1.0}), 2),
         ("four", phase_config(256, {"a": 0.5, "b": 0.5}), 10),
@@ -198,6 +231,9 @@ def test_mixture_edits_carry_every_cursor(corpora: CorpusFactory) -> None:
     past: list[PastPhase] = []
     for name, phase, rows in phases:
         stream = PhaseStream(data, name, phase, 0, past)
+        if name == "two":
+            draws = [source.request.past.draws for source in stream.sources.values()]
+            assert [draw[0][:2] for draw in draws] == [(128, "all")] * 2
         for index in range(rows):
             source, pieces = stream.pieces(index)
             for document, start, length in zip(*pieces, strict=True):

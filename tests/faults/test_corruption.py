@@ -14,9 +14,12 @@ import pytest
 from tests.faults.states import make_mesh, plain_state, record, shard
 from tests.helpers.distributed import run_ranks
 from zaya_train.config.errors import EXIT_NO_CHECKPOINT, CheckpointError
+from zaya_train.tools.checkpoint import checkpoint_at
 from zaya_train.train import manifest as manifests
 from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.train.entry import branch_point
 from zaya_train.train.manifest import METADATA_NAME, FileEntry, encode, read
+from zaya_train.train.peers import Peers
 from zaya_train.train.restore import find_newest, load_full, verify
 
 if TYPE_CHECKING:
@@ -263,6 +266,21 @@ def test_load_full_verifies_first_and_selects_by_prefix(root: Path) -> None:
     _flip_bit_of(directory / "__1_0.distcp")
     with pytest.raises(CheckpointError, match=r"__1_0\.distcp: sha256"):
         load_full(directory)
+
+
+def test_who_needs_one_checkpoint_reads_every_byte_of_it(root: Path) -> None:
+    path = root / "step-00000030"
+    for found in (branch_point(path, Peers()), checkpoint_at(path)):
+        assert (found.path, found.record.step) == (path, 30)
+    _flip_bit_of(path / "__0_0.distcp")
+    for prefix, load in (
+        ("checkpoint.branch_from: ", lambda: branch_point(path, Peers())),
+        ("", lambda: checkpoint_at(path)),
+        ("", lambda: load_full(path)),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            load()
+        assert str(caught.value).startswith(f"{prefix}{path}: __0_0.distcp: sha256 ")
 
 
 def _flip_bit_of(path: Path) -> None:

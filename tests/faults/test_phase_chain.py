@@ -215,6 +215,6 @@ def test_plan_phases_shows_the_chain(capsys: pytest.CaptureFixture[str]) -> None
     for text in (
         "494,057", "128 x 4 x 2", "128 x 1 x 8", "pretrain_1 -> pretrain_2", "midtrain -> sft",
         "Muon momentum", "entry check: midtrain ended with validation loss of reasoning <= 1.5",
-        "entry check: pretrain_1 has no gate", "13,860,000,088,064", "fresh initialisation",
+        "entry check: pretrain_1 has no gate", "13.86 T", "fresh initialisation",
     ):  # fmt: skip
         assert text in out, text

@@ -132,4 +132,10 @@ def test_a_resume_with_other_data_is_refused(corpora: Path, tmp_path: Path) -> N
     changed = [*words(run_dir, corpora)[:-2], "data.balance_rows=1", "data.prefetch_batches=1"]
     run = Launched(changed, tmp_path / "b")
     assert run.wait(PATIENCE_SECONDS) == [2], run.output()
-    assert "phase short would go on with other data: sources" in run.output()
+    assert "other data" in run.output() and "data.balance_rows: 4 -> 1" in run.output()
+    # As a version would that makes other plans of the same configuration.
+    ledger = run_dir / LEDGER_FILE
+    ledger.write_text(ledger.read_text().replace('"row_tokens":64', '"row_tokens":65', 1))
+    run = Launched(words(run_dir, corpora), tmp_path / "c")
+    assert run.wait(PATIENCE_SECONDS) == [2], run.output()
+    assert "phase short would go on with other data: row_tokens: 65 -> 64" in run.output()

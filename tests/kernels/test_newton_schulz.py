@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from zaya_kernels.newton_schulz import gram
+from zaya_kernels.newton_schulz import eager, gram
 from zaya_kernels.newton_schulz.op import QUINTIC, newton_schulz
 
 from ..helpers.kernels import error, random
@@ -12,7 +12,7 @@ from ..helpers.kernels import error, random
 if TYPE_CHECKING:
     from torch import Tensor
 
-BACKENDS = ("eager", "reference")
+BACKENDS = ("eager", "gram", "reference")
 
 
 def with_singular_values(n: int, m: int, low: float, seed: int) -> Tensor:
@@ -85,7 +85,7 @@ def test_the_gram_form_errs_like_the_plain_one(dtype: torch.dtype, decades: floa
     matrices = decaying(270, 300, decades)
     exact = newton_schulz(matrices, 5, torch.float64, "reference")
     plain = error(newton_schulz(matrices.float(), 5, dtype, "reference"), exact)
-    found = newton_schulz(matrices.float(), 5, dtype, "eager")
+    found = newton_schulz(matrices.float(), 5, dtype, "gram")
     assert error(found, exact) <= (2 * plain + 1e-5 if dtype == torch.float32 else 1.5 * plain)
     assert float(torch.linalg.svdvals(found.double()).max()) <= 1.25
 
@@ -95,7 +95,7 @@ def test_the_gram_form_takes_every_step(steps: int) -> None:
     x = random(1, 256, 260, seed=3)
     x /= x.norm()
     exact = newton_schulz(x, steps, torch.float64, "reference")
-    found = gram.newton_schulz_gram(x[0], steps, QUINTIC)
+    found = gram.gram_form(x[0], steps, QUINTIC)
     assert error(found, exact[0]) <= 1e-9
 
 
@@ -110,7 +110,7 @@ def test_symmetric_products_compute_half(n: int, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(gram, "product", counting)
     x = random(n, 2 * n, seed=1).float()
-    gram.newton_schulz_gram(x / x.norm(), 5, QUINTIC)
+    gram.gram_form(x / x.norm(), 5, QUINTIC)
     mine, _ = gram.operations(n, 2 * n, 5)
     assert sum(counted) == mine
     counted.clear()
@@ -120,11 +120,18 @@ def test_symmetric_products_compute_half(n: int, monkeypatch: pytest.MonkeyPatch
     assert gram.operations(2048, 4096, 5)[0] <= 0.6 * gram.operations(2048, 4096, 5)[1]
 
 
-def test_what_takes_the_gram_form() -> None:
-    assert gram.pays_off(torch.zeros(1, 256, 256))
-    assert not gram.pays_off(torch.zeros(1, 255, 256))
-    assert not gram.pays_off(torch.zeros(1, 256, 256, dtype=torch.float64))
-    assert not gram.pays_off(torch.zeros(1, 256, 256, device="meta"))
+def test_small_matrices_take_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def noted(x: Tensor, *_: object) -> Tensor:
+        taken.append(tuple(x.shape))
+        return x
+
+    monkeypatch.setattr(eager, "gram_form", noted)
+    for backend in ("gram", "eager"):
+        for n, m in ((255, 300), (256, 300), (300, 256)):
+            newton_schulz(random(1, n, m, seed=1).float(), 1, torch.float32, backend)
+    assert taken == [(256, 300), (256, 300)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

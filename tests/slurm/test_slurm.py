@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import statistics
 import sys
@@ -267,6 +266,5 @@ def test_a_lost_node_and_a_killed_rank(cluster: Cluster, corpora: Path, tmp_path
     cluster.until_state(job, "COMPLETED", "FAILED")
     assert cluster.facts(job)["JobState"] == "COMPLETED", run.output()
     assert "crash 1 of 3 at this checkpoint" in run.output()
-    shutil.rmtree(run.run_dir / "slurm")
     comparison = compare_runs(run.run_dir, unbroken(tmp_path / "unbroken", corpora, steps))
     assert comparison.equal, comparison.text()

@@ -13,11 +13,12 @@ from tests.helpers.paths import REPOSITORY
 from tests.helpers.tiny import DELETED, RUN, changed, tiny
 from zaya_train.config.build import build, to_dict
 from zaya_train.config.check import check, problems
+from zaya_train.config.cluster import SubmitConfig
 from zaya_train.config.defaults import MISSING, defaults
 from zaya_train.config.derive import config_hash, context_degree, layout
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.schema import KernelsConfig, ParallelConfig, TrainConfig
-from zaya_train.main import compose, config_dir
+from zaya_train.main import compose, compose_submission, config_dir
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml"))
 WORLDS = {"smoke_cpu": (1, 2), "zaya1_300m": (1,), "zaya1_8b": (8, 64, 1024)}
@@ -41,6 +42,10 @@ def test_every_yaml_is_reachable_from_a_recipe_or_by_its_group() -> None:
     for path in sorted((REPOSITORY / "configs").glob("*/*.yaml")):
         group, name = path.parent.name, path.stem
         overrides = ["recipe=smoke_cpu", "run.name=x"]
+        if group == "cluster":
+            submission, rest = compose_submission([*overrides, f"cluster={name}", "nodes=1"])
+            assert isinstance(submission, SubmitConfig) and rest == overrides, path
+            continue
         if group == "phase":
             overrides.append(f"+phase@plan.phases.extra={name}")
         elif group == "recipe":

@@ -41,7 +41,7 @@ def test_the_seed_is_part_of_the_past() -> None:
 
 @pytest.mark.parametrize("key", ["context_tokens", "rope_base", "global_batch_tokens", "mixture"])
 def test_a_phase_under_way_keeps_what_its_order_depends_on(key: str) -> None:
-    config = tiny({})
+    config = tiny({"data.sources.a": {"path": "a"}})
     name, phase = next(iter(config.plan.phases.items()))
     other: Any = {"a": 1.0} if key == "mixture" else getattr(phase, key) * 2
     values: dict[str, Any] = {key: other}
@@ -91,6 +91,35 @@ def test_only_sources_drawn_from_are_part_of_the_past() -> None:
     assert changes(stored(config, 0), config, other) == []
     assert changes(stored(unused, 1), unused, other) == []
     assert len(changes(stored(config, 1), config, other)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("data.balance_rows", 8, 4),
+        ("data.max_documents_per_row", 1024, 256),
+        ("data.sources.problems.max_documents", None, 50),
+    ],
+)
+@pytest.mark.parametrize("index", [0, 1])
+def test_settings_of_rows_stay_what_they_were_once_a_phase_has_begun(
+    key: str, old: int | None, new: int, index: int
+) -> None:
+    """Otherwise the rows left of an epoch would be taken for others, and documents come twice."""
+    before = tiny({})
+    assert changes(stored(before, index), tiny({key: new}), CORPORA) == [f"{key}: {old} -> {new}"]
+    assert changes(stored(before, -1), tiny({key: new}), CORPORA) == []
+    earlier = stored(before, index)
+    del earlier["rows"]
+    assert changes(earlier, tiny({key: new}), CORPORA) == []
+
+
+def test_limits_of_sources_ahead_may_change() -> None:
+    values = {"data.sources.b": {"path": "b"}, "plan.phases.long.mixture": {"b": 1.0}}
+    config = tiny(values)
+    limited = tiny({**values, "data.sources.b.max_documents": 9})
+    assert changes(stored(config, 0), limited, CORPORA) == []
+    assert len(changes(stored(config, 1), limited, CORPORA)) == 1
 
 
 def test_a_source_no_longer_drawn_from_is_a_change_of_the_mixture() -> None:

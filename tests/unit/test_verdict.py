@@ -22,6 +22,7 @@ from zaya_train.runtime.verdict import (
     overdue,
     process_state,
     stragglers,
+    to_blame,
     waits_for_ranks,
 )
 
@@ -189,6 +190,26 @@ def test_what_exit_codes_of_ranks_mean(
     codes: list[int], stopping: bool, meaning: int | None
 ) -> None:
     assert exit_code_of(codes, stopping) == meaning
+
+
+@pytest.mark.parametrize(
+    ("codes", "place"),
+    [
+        ([0, 75, None], None),
+        ([1, -9, 1], 1),
+        ([None, 1, 1], 1),
+        ([0, None, -11], 2),
+        ([5, 2], 1),
+    ],
+)
+def test_a_signal_is_a_cause_and_other_codes_its_consequences(
+    codes: list[int | None], place: int | None
+) -> None:
+    assert to_blame(codes, {}) == place
+
+
+def test_of_equal_codes_the_one_with_a_word_explains() -> None:
+    assert to_blame([1, 1, 1], {0: "", 2: "no luck"}) == 2
 
 
 def test_failures_that_get_no_further_are_a_crash_loop() -> None:

@@ -19,6 +19,8 @@ TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
 AttentionName = Literal["eager", "sdpa", "reference", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain."""
+NewtonSchulzName = Literal["eager", "gram", "reference"]
+"""gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
 RecomputeKind = Literal["none", "selective", "full"]
 ScheduleKind = Literal["wsd", "cosine", "linear", "constant"]
@@ -280,7 +282,7 @@ class KernelsConfig:
     norm_residual: TritonKernelName = "eager"
     grouped_mlp: KernelName = "eager"
     linear_cross_entropy: KernelName = "eager"
-    newton_schulz: KernelName = "eager"
+    newton_schulz: NewtonSchulzName = "eager"
 
 
 @dataclass(frozen=True, kw_only=True)

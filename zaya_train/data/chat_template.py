@@ -7,8 +7,9 @@ tokenised one by one and as plain text, so sections end exactly where they shoul
 cannot forge structure; only the template's own text is searched for special tokens.
 
 Inside think tags everything is reasoning. A turn is closed by the first special token after its
-last part: what follows belongs to the next turn. Targets are what the assistant writes: from its
-first part or think tag to the closing token.
+last part that is no think tag: what follows belongs to the next turn, as does a think tag before an
+assistant's first part. An assistant's turn must be closed, others need not. Targets are
+what the assistant writes: from its first part or think tag to the closing token.
 """
 
 from __future__ import annotations
@@ -42,8 +43,24 @@ _ROLE_NAMES |= {Role.TOOL: "tool"}
 """What templates call them."""
 
 
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a template's own expressions raise when they meet a conversation they were not made for."""
+
+
 class TemplateRefusal(TemplateError):
     """The template's own `raise_exception`."""
+
+
+class _OpenTurn(Exception):
+    """Nothing would tell the model, nor anyone who samples from it, that a turn is over."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +69,7 @@ class ChatTemplate:
 
     template: Template
     special: re.Pattern[str]
-    """Any special token of the tokenizer."""
+    """Any special token of the tokenizer but think tags."""
 
     def segments(self, parsed: Sequence[Segment]) -> list[Segment] | Rejected:
         """Segments of the shipped format as the template renders them."""
@@ -62,8 +79,9 @@ class ChatTemplate:
             marked = self._render(
                 _messages(parsed, {id(part): f"\ue000{n}\ue001" for n, part in enumerate(parts)})
             )
-        except TemplateError as error:
-            return Rejected(RejectReason.TEMPLATE_REFUSED, first_line(error))
+        except _FAILURES as error:
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            return Rejected(RejectReason.TEMPLATE_REFUSED, kind + first_line(error))
         pieces = _PLACEHOLDER.split(marked)
         found = [int(number) for number in pieces[1::2]]
         missing = set(range(len(parts))) - set(found)
@@ -72,7 +90,10 @@ class ChatTemplate:
         placed = _placed(real, pieces[::2], [parts[number] for number in found])
         if placed is None:
             return _mismatch("the text of a part is changed")
-        return list(self._tiled(pieces[::2], placed))
+        try:
+            return list(self._tiled(pieces[::2], placed))
+        except _OpenTurn as error:
+            return _mismatch(str(error))
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return self.template.render(messages=messages, add_generation_prompt=False)
@@ -86,8 +107,7 @@ class ChatTemplate:
             if following is not None and following.turn == part.turn:
                 writer.write_tagged(gap)
                 continue
-            closing = self.special.search(gap, self._after_thought(gap, writer.inside))
-            end = closing.end() if closing else len(gap)
+            end = self._end(part, gap, following)
             yield from writer.close(gap[:end])
             if following is None:
                 if gap[end:]:
@@ -96,10 +116,18 @@ class ChatTemplate:
             writer = _Turn(following)
             yield from writer.open(gap[end:])
 
-    def _after_thought(self, gap: str, inside: bool) -> int:
-        """Where to look for the closing token: think tags may be special tokens themselves."""
-        tags = list(_THINK_TAG.finditer(gap))
-        return tags[0].end() if inside and tags else 0
+    def _end(self, last: Segment, gap: str, following: Segment | None) -> int:
+        """Where in the gap behind its last part a turn ends."""
+        limit = len(gap)
+        if following is not None and following.role == Role.ASSISTANT and THINK_OPEN in gap:
+            limit = gap.index(THINK_OPEN)
+        closing = self.special.search(gap, 0, limit)
+        if closing is None and last.role == Role.ASSISTANT:
+            raise _OpenTurn(
+                "an assistant's turn must end with a special token of the tokenizer, this one ends "
+                f"with {gap!r}"
+            )
+        return closing.end() if closing else limit
 
 
 class _Turn:
@@ -179,7 +207,8 @@ def compile_template(tokenizer: Tokenizer) -> ChatTemplate:
     except TemplateError as error:
         line = f", line {error.lineno}" if hasattr(error, "lineno") else ""
         raise DataError(f"{source.file}: chat template{line}: {first_line(error)}") from error
-    tokens = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    tags = {THINK_OPEN, THINK_CLOSE}
+    tokens = sorted(set(tokenizer.special_tokens) - tags, key=lambda token: (-len(token), token))
     made = ChatTemplate(template, re.compile("|".join(map(re.escape, tokens))))
     _check(made, source.file)
     return made
@@ -197,12 +226,12 @@ def _check(made: ChatTemplate, file: str) -> None:
     found = made.segments(example)
     if isinstance(found, Rejected):
         raise DataError(f"{file}: chat template: {found.reason} ({found.detail}) of an example")
-    kinds = [segment.kind for segment in found]
-    closing = "".join(segment.text for segment in found[kinds.index(Kind.ANSWER) + 1 :])
-    if made.special.search(closing) is None:
+    spoken = [(part.kind, part.text.strip()) for part in found if part.supervised][:-1]
+    if spoken != [(part.kind, part.text) for part in example[1:]]:
+        what = ", ".join(f"{kind.name.lower()} {text!r}" for kind, text in spoken)
         raise DataError(
-            f"{file}: chat template: an assistant's turn must end with a special token of the "
-            f"tokenizer, this one ends with {closing!r}"
+            f"{file}: chat template: reasoning must stand between think tags and the answer behind "
+            f"them; of an example's it makes {what}"
         )
 
 

@@ -64,7 +64,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     content["post_processor"] = None
     try:
         made = gigatoken.Tokenizer.from_json(json.dumps(content))
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:
         raise DataError(
             f"encoder gigatoken: cannot stand in for tokenizer {tokenizer.spec}: "
             f"{first_line(error)}; encoder {PLAIN} can"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_Rows = TypeVar("_Rows", "int", "NDArray[np.int64]")
 _ROUNDS = 6
 _MASK = (1 << 64) - 1
 
@@ -63,11 +64,7 @@ def balanced_row(ordinal: int, num_rows: int, group: int, *names: object) -> int
     tail = (num_rows - head) % group
     if num_rows < group:
         return permuted(position, num_rows, *names, epoch)
-    first, last = _edge(epoch, num_rows, group, names), _edge(epoch + 1, num_rows, group, names)
-    # Of a straddling group's neighbours the earlier epoch takes the lighter ones.
-    windows = [(first + group - head, head), (last, tail)]
-    if num_rows // 8 < group:
-        windows = [(0, head), (head, tail)]
+    windows = _windows(epoch, num_rows, group, names)
     for window, begin in zip(windows, (0, num_rows - tail), strict=True):
         start, size = window
         if begin <= position < begin + size:
@@ -76,10 +73,50 @@ def balanced_row(ordinal: int, num_rows: int, group: int, *names: object) -> int
     groups = (num_rows - head - tail) // group
     from_top = permuted(number, groups, *names, epoch) * group
     from_top += permuted(place, group, *names, epoch, number)
-    row = num_rows - 1 - from_top
+    return _below_windows(num_rows - 1 - from_top, windows)
+
+
+def _windows(
+    epoch: int, num_rows: int, group: int, names: tuple[object, ...]
+) -> list[tuple[int, int]]:
+    """(first row, rows) of an epoch's parts of the groups that straddle its two ends."""
+    head = -epoch * num_rows % group
+    tail = (num_rows - head) % group
+    if num_rows // 8 < group:
+        return [(0, head), (head, tail)]
+    first, last = _edge(epoch, num_rows, group, names), _edge(epoch + 1, num_rows, group, names)
+    # Of a straddling group's neighbours the earlier epoch takes the lighter ones.
+    return [(first + group - head, head), (last, tail)]
+
+
+def _below_windows(rows: _Rows, windows: list[tuple[int, int]]) -> _Rows:
+    """A row, or an array of them, counted from the top of those outside the windows."""
     for start, size in sorted(windows, reverse=True):
-        row -= size if row < start + size else 0
-    return row
+        rows = rows - size * (rows < start + size)
+    return rows
+
+
+def rows_left(ordinal: int, num_rows: int, group: int, *names: object) -> NDArray[np.bool_]:
+    """[num_rows], True for rows that a source takes from its `ordinal`-th draw to the end of that
+    epoch; none where `ordinal` begins one. As `balanced_row`, for whole groups at once."""
+    epoch, position = divmod(ordinal, num_rows)
+    left = np.zeros(num_rows, dtype=np.bool_)
+    if not position:
+        return left
+    head = -epoch * num_rows % group
+    groups = max(0, num_rows - head) // group if num_rows >= group else 0
+    first = min(groups, max(0, -(-(position - head) // group)))
+    begin, end = head + first * group, head + groups * group
+    if first < groups:
+        # The shuffle inside a group does not matter: all of it is left.
+        starts = permutation(groups, *names, epoch)[first:] * group
+        from_top = (starts[:, None] + np.arange(group)).ravel()
+        left[_below_windows(num_rows - 1 - from_top, _windows(epoch, num_rows, group, names))] = 1
+    else:
+        begin = end = num_rows
+    for place in (*range(position, begin), *range(end, num_rows)):
+        left[balanced_row(epoch * num_rows + place, num_rows, group, *names)] = True
+    return left
 
 
 def _edge(epoch: int, num_rows: int, group: int, names: tuple[object, ...]) -> int:

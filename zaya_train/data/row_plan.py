@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from zaya_train.data.corpus import Corpus
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 COUNTS = {
     **{str(rule): code for code, rule in enumerate(RULES)},
     "rejected": REJECTED,

@@ -1,21 +1,22 @@
 """One source over the phases of a run: which of its rows each draw takes.
 
-A phase goes on where the phase before stopped. At the same context it draws on from the same plan.
-At another one the rows that are left of the epoch under way are taken apart and planned anew, come
-first, and whole epochs at the new context follow. So no part of a document is seen twice, and none
-is skipped, within an epoch, whatever phases and mixtures did before.
+A phase goes on where the phase before stopped. With the same context, and the loss on the same
+tokens, it draws on from the same plan. Otherwise the rows that are left of the epoch under way are
+taken apart and planned anew, come first, and whole epochs of the new plan follow. So no part of a
+document is seen twice, and none is skipped, within an epoch, whatever phases and mixtures did
+before.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.order import balanced_row, permutation
+from zaya_train.data.order import balanced_row, permutation, rows_left
 from zaya_train.data.plan_store import StoredPlan, plan_key, stored_plan
 from zaya_train.data.row_plan import (
     Pieces,
@@ -37,20 +38,29 @@ if TYPE_CHECKING:
 PLANS = "plans"
 
 
+class Draws(NamedTuple):
+    """Rows drawn from the plans of one context."""
+
+    row_tokens: int
+    loss_on: str
+    rows: int
+
+
 @dataclass(frozen=True)
 class Past:
-    """Rows drawn from a source by earlier phases, at one context after the other."""
+    """Rows drawn from a source by earlier phases, from the plans of one context after the other."""
 
-    draws: tuple[tuple[int, int], ...] = ()
-    """(row tokens, rows drawn), neighbours of different contexts."""
+    draws: tuple[Draws, ...] = ()
+    """Neighbours differ in context or in what the loss is on."""
 
-    def then(self, row_tokens: int, drawn: int) -> Past:
-        """With `drawn` more rows."""
-        if not drawn:
+    def then(self, row_tokens: int, loss_on: str, rows: int) -> Past:
+        """With `rows` more rows."""
+        if not rows:
             return self
-        if self.draws and self.draws[-1][0] == row_tokens:
-            return Past((*self.draws[:-1], (row_tokens, self.draws[-1][1] + drawn)))
-        return Past((*self.draws, (row_tokens, drawn)))
+        if self.draws and self.draws[-1][:2] == (row_tokens, loss_on):
+            rows += self.draws[-1].rows
+            return Past((*self.draws[:-1], Draws(row_tokens, loss_on, rows)))
+        return Past((*self.draws, Draws(row_tokens, loss_on, rows)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +134,27 @@ class RowSource:
 
     def locate(self, draw: int) -> tuple[StoredPlan, int]:
         """Plan and row of the plan that a draw takes."""
-        ordinal = draw + self.drawn_before
-        spec = self.request.spec
-        names = (self.request.seed, self.name, spec.row_tokens)
+        plan, ordinal, names = self._turn(draw + self.drawn_before)
+        return plan, balanced_row(ordinal, len(plan), self.request.spec.balance_rows, *names)
+
+    def left(self) -> Pieces:
+        """Pieces of all rows that the epoch under way has left before the first draw."""
+        plan, ordinal, names = self._turn(self.drawn_before)
+        if plan is self.carried and not ordinal:
+            rows = np.ones(len(plan), dtype=np.bool_)
+        else:
+            rows = rows_left(ordinal, len(plan), self.request.spec.balance_rows, *names)
+        pieces, offsets = plan.rows()
+        return pieces.take(np.flatnonzero(np.repeat(rows, np.diff(offsets))))
+
+    def _turn(self, ordinal: int) -> tuple[StoredPlan, int, tuple[object, ...]]:
+        """Plan whose turn it is, which of its draws that is, and the names of its order."""
+        names = (self.request.seed, self.name, self.request.spec.row_tokens)
         if self.carried is not None:
             if ordinal < len(self.carried):
-                rows = len(self.carried)
-                return self.carried, balanced_row(
-                    ordinal, rows, spec.balance_rows, *names, "carried", self.carried.key
-                )
+                return self.carried, ordinal, (*names, "carried", self.carried.key)
             ordinal -= len(self.carried)
-        return self.plan, balanced_row(ordinal, len(self.plan), spec.balance_rows, *names)
+        return self.plan, ordinal, names
 
     def begins_epoch(self, draw: int) -> bool:
         """Whether a draw is the first of a whole pass over the plan of this context."""
@@ -178,7 +198,7 @@ def open_source(corpus: Corpus, request: SourceRequest) -> RowSource:
         StorageError: the plan cannot be stored.
     """
     planner = _Planner(corpus, request)
-    plan = planner.full(request.spec.row_tokens)
+    plan = planner.full()
     if not len(plan):
         shortest = int(corpus.lengths.min()) if len(corpus) else 0
         raise DataError(
@@ -221,13 +241,14 @@ class _Planner:
 
     def split(self, past: Past) -> tuple[Past, int]:
         """What was drawn before the present context, and draws already made at it."""
-        if past.draws and past.draws[-1][0] == self.request.spec.row_tokens:
-            return Past(past.draws[:-1]), past.draws[-1][1]
+        spec = self.request.spec
+        if past.draws and past.draws[-1][:2] == (spec.row_tokens, spec.loss_on):
+            return Past(past.draws[:-1]), past.draws[-1].rows
         return past, 0
 
-    def full(self, row_tokens: int) -> StoredPlan:
+    def full(self) -> StoredPlan:
         """Plan of a whole epoch."""
-        spec = replace(self.request.spec, row_tokens=row_tokens)
+        spec = self.request.spec
 
         def make() -> RowPlan:
             chosen = self._chosen()
@@ -235,7 +256,7 @@ class _Planner:
                 return plan_documents(self.corpus, spec, chosen)
             return self._text(self._whole_text(chosen), spec)
 
-        return self._stored(spec, (), lambda: make)
+        return self._stored((), lambda: make)
 
     def carried(self, past: Past) -> StoredPlan:
         """Plan of what `past` left of its epoch; maybe without a row."""
@@ -245,16 +266,17 @@ class _Planner:
             return lambda: make(earlier)
 
         def make(earlier: RowSource) -> RowPlan:
-            left = _left(earlier)
+            left = earlier.left()
             if self.corpus.manifest.kind == "chat":
                 return plan_documents(self.corpus, self.request.spec, left.documents)
             return self._text(left, self.request.spec)
 
-        return self._stored(self.request.spec, past.draws, prepare)
+        return self._stored(past.draws, prepare)
 
     def _earlier(self, past: Past) -> RowSource:
         """The source as the phase that made the last draws of `past` would go on with it."""
-        spec = replace(self.request.spec, row_tokens=past.draws[-1][0])
+        row_tokens, loss_on, _ = past.draws[-1]
+        spec = replace(self.request.spec, row_tokens=row_tokens, loss_on=loss_on)
         return open_source(self.corpus, replace(self.request, past=past, spec=spec))
 
     def _text(self, pieces: Pieces, spec: PlanSpec) -> RowPlan:
@@ -280,11 +302,9 @@ class _Planner:
         return np.sort(self._document_order()[: self.request.max_documents])
 
     def _stored(
-        self,
-        spec: PlanSpec,
-        past: tuple[tuple[int, int], ...],
-        prepare: Callable[[], Callable[[], RowPlan]],
+        self, past: tuple[Draws, ...], prepare: Callable[[], Callable[[], RowPlan]]
     ) -> StoredPlan:
+        spec = self.request.spec
         text = self.corpus.manifest.kind == "text"
         seeded = text or past or self.request.max_documents
         key = plan_key(
@@ -302,16 +322,3 @@ class _Planner:
         )
         folder = Path(self.request.plan_dir) if self.request.plan_dir else self.corpus.path / PLANS
         return stored_plan(folder, key, prepare)
-
-
-def _left(source: RowSource) -> Pieces:
-    """Pieces of the epoch under way that no draw before the source's first took."""
-    carried = len(source.carried) if source.carried else 0
-    if source.drawn_before < carried:
-        rows = carried - source.drawn_before
-    else:
-        rows = -(source.drawn_before - carried) % len(source.plan)
-    parts = [source.pieces(draw) for draw in range(rows)]
-    if not parts:
-        return Pieces(*(np.empty(0, dtype=np.int64) for _ in Pieces._fields))
-    return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))

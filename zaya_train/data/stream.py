@@ -175,8 +175,10 @@ def _past_draws(past: Sequence[PastPhase], seed: int) -> dict[str, Past]:
     draws: dict[str, Past] = {}
     for earlier in past:
         schedule = make_schedule(earlier.phase.mixture, seed, earlier.name)
+        phase = earlier.phase
         for name, count in schedule.counts(earlier.rows).items():
-            draws[name] = draws.get(name, Past()).then(earlier.phase.context_tokens, count)
+            before = draws.get(name, Past())
+            draws[name] = before.then(phase.context_tokens, phase.loss_on, count)
     return draws
 
 

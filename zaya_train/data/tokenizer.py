@@ -224,14 +224,23 @@ def _with_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    text = _read_text(path)
     try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        return tokenizers.Tokenizer.from_str(text)
     except Exception as error:
         if type(error) is not Exception:  # the library raises bare Exception for a malformed file
             raise
         raise DataError(f"{path}: not a tokenizer.json: {first_line(error)}") from error
+
+
+def _read_text(path: Path) -> str:
+    """The file's text; DataError where it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: offset {error.start}: not UTF-8: {error.reason}") from error
 
 
 def _read_template(folder: Path) -> TemplateSource | None:
@@ -240,13 +249,13 @@ def _read_template(folder: Path) -> TemplateSource | None:
     config: Any = {}
     try:
         if file.is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = json.loads(_read_text(file))
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{file}: an object is expected")
     if jinja.is_file():
-        return _template_source(str(jinja), jinja.read_text(encoding="utf-8"), config)
+        return _template_source(str(jinja), _read_text(jinja), config)
     return _template_source(str(file), config.get("chat_template"), config)
 
 

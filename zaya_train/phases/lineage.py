@@ -1,7 +1,9 @@
 """What a checkpoint's past was made of, and whether a configuration still describes it.
 
-A resumed run continues exactly only if the seed, the phases behind it and the contents of their
-corpora are what they were. What lies ahead may be edited: phases added, lengthened or changed.
+A resumed run continues exactly only if the seed, the phases behind it, the contents of their
+corpora and the settings by which these are dealt into rows are what they were: the next phase works
+out from them which documents are left. What lies ahead may be edited: phases added, lengthened or
+changed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from zaya_train.config.derive import phase_sequences, sources_drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from zaya_train.config.schema import PhaseConfig, TrainConfig
 
@@ -22,7 +24,7 @@ _MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens", "exit_gate
 
 def lineage(config: TrainConfig, phase_index: int, corpora: Mapping[str, str]) -> dict[str, Any]:
     """The seed, the phases up to and including number `phase_index`, and the content hash of every
-    source they draw from, as plain JSON values.
+    source they draw from and the settings of its rows by key, as plain JSON values.
 
     corpora: content hash of each source by name, as `data.check.check_corpora` gives them.
     """
@@ -32,7 +34,21 @@ def lineage(config: TrainConfig, phase_index: int, corpora: Mapping[str, str]) -
         "seed": config.run.seed,
         "phases": [[name, asdict(phase)] for name, phase in phases],
         "corpora": {name: corpora[name] for name in drawn},
+        "rows": _row_settings(config, drawn) if drawn else {},
     }
+
+
+def _row_settings(config: TrainConfig, drawn: Iterable[str]) -> dict[str, int | None]:
+    """Settings outside the phases that decide which documents stand in which row."""
+    data = config.data
+    settings: dict[str, int | None] = {
+        "data.balance_rows": data.balance_rows,
+        "data.max_documents_per_row": data.max_documents_per_row,
+    }
+    limits = {
+        f"data.sources.{name}.max_documents": data.sources[name].max_documents for name in drawn
+    }
+    return settings | limits
 
 
 def changes(before: dict[str, Any], config: TrainConfig, corpora: Mapping[str, str]) -> list[str]:
@@ -45,6 +61,12 @@ def changes(before: dict[str, Any], config: TrainConfig, corpora: Mapping[str, s
         f"sha256 {old} -> {now['corpora'][name]}"
         for name, old in before["corpora"].items()
         if now["corpora"].get(name, old) != old
+    ]
+    # Checkpoints written before these were recorded have none to compare.
+    found += [
+        f"{key}: {old} -> {now['rows'][key]}"
+        for key, old in before.get("rows", {}).items()
+        if now["rows"].get(key, old) != old
     ]
     if before["seed"] != now["seed"]:
         found.append(f"run.seed: {before['seed']} -> {now['seed']}")

@@ -36,6 +36,7 @@ from zaya_train.runtime.verdict import (
     limit_of,
     overdue,
     stragglers,
+    to_blame,
 )
 
 if TYPE_CHECKING:
@@ -290,13 +291,10 @@ def _known(seconds: float) -> float | None:
 
 def _reason(ranks: LocalRanks, codes: list[int | None]) -> str:
     """The first rank that ended badly, and its last line; empty if none did."""
-    bad = [i for i, code in enumerate(codes) if code not in (None, EXIT_OK, EXIT_REQUEUE)]
-    if not bad:
+    texts = {i: ranks.output(ranks.first_rank + i) for i, code in enumerate(codes) if code}
+    local = to_blame(codes, texts)
+    if local is None:
         return ""
-    texts = {i: ranks.output(ranks.first_rank + i) for i in bad}
-    # A signal is a cause; the exits it leads to elsewhere are consequences. Of equal ones that
-    # which left a word: the node's first rank speaks to the terminal.
-    local = min(bad, key=lambda i: (codes[i] or 0, not texts[i], i))
     code, rank = codes[local] or 0, ranks.first_rank + local
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     last = f": {texts[local].splitlines()[-1][:300]}" if texts[local] else ""

@@ -131,6 +131,20 @@ def exit_code_of(codes: Sequence[int], stopping: bool) -> int | None:
     return None
 
 
+def to_blame(codes: Sequence[int | None], texts: Mapping[int, str]) -> int | None:
+    """Place of the exit code that explains the others, None if all are good.
+
+    A signal is a cause; the exits it leads to elsewhere are consequences. Of equal ones that which
+    left a word counts: the node's first rank speaks to the terminal.
+
+    Args:
+        codes: None for the living.
+        texts: by place, what the rank printed.
+    """
+    bad = [i for i, code in enumerate(codes) if code not in (None, EXIT_OK, EXIT_REQUEUE)]
+    return min(bad, key=lambda i: (codes[i] or 0, not texts.get(i), i), default=None)
+
+
 def is_crash_loop(reached: Sequence[int], most: int) -> bool:
     """Whether the last `most` failures got no further than the first of them.
 

@@ -21,7 +21,7 @@ from zaya_train.config.errors import (
 from zaya_train.run import CHECKPOINTS
 from zaya_train.train import manifest as manifests
 from zaya_train.train.peers import Peers
-from zaya_train.train.restore import Found, brief, find_newest, inspect
+from zaya_train.train.restore import Found, brief, find_newest, inspect, verified
 from zaya_train.train.storage import BAD_NAME, LEFTOVER_NAME, STEP_NAME, list_names
 
 if TYPE_CHECKING:
@@ -70,10 +70,7 @@ def checkpoint_at(path: Path) -> Found:
         if found is None:
             raise CheckpointError(f"{path}: holds no checkpoint")
         return found
-    manifest, problems = inspect(path, Peers())
-    if manifest is None or problems:
-        raise CheckpointError(f"{path}: {brief(problems)}")
-    return Found(path, manifest)
+    return verified(path, Peers())
 
 
 def show_checkpoints(path: Path, console: Console) -> int:
@@ -86,9 +83,7 @@ def show_checkpoints(path: Path, console: Console) -> int:
     """
     listed = [_listed(checkpoint) for checkpoint in _checkpoints(path)]
     root = root_of(path)
-    table = Table(
-        "checkpoint", "phase", "tokens", "tensors", "size", "mesh", "kept", "age", "state"
-    )
+    table = Table(*COLUMNS)
     for entry in listed:
         table.add_row(*_cells(entry))
     for name in [*list_names(root, LEFTOVER_NAME), *list_names(root, BAD_NAME)]:

@@ -69,13 +69,13 @@ def _column(request: PlanRequest, phase: PhaseConfig, end_tokens: int) -> dict[s
     state = sum(state_bytes(request.config, request.ranks).values()) / _GIB
     last = schedule_factor(phase.schedule, total, total) * phase.learning_rate_scale
     return {
-        "tokens": f"{total:,}",
-        "tokens at its end": f"{end_tokens:,}",
+        "tokens": _short(total),
+        "tokens at its end": _short(end_tokens),
         "steps": f"{steps_in(phase, degrees.data * phase.micro_batch_sequences):,}",
         "context": f"{phase.context_tokens:,}",
         "RoPE base": f"{phase.rope_base:,.0f}",
         "batch tokens": f"{phase.global_batch_tokens:,}",
-        "replicate x shard x context": f"{degrees.replicate} x {degrees.shard} x {degrees.context}",
+        "replica, shard, CP": f"{degrees.replicate} x {degrees.shard} x {degrees.context}",
         "expert ranks": str(degrees.expert),
         "LR, of its peak": f"{phase.learning_rate_scale:g} -> {last:g}",
         "schedule": phase.schedule.kind,
@@ -83,3 +83,11 @@ def _column(request: PlanRequest, phase: PhaseConfig, end_tokens: int) -> dict[s
         "state GiB per rank": f"{state:.2f}",
         "exit gate": "; ".join(conditions(phase.exit_gate)) or "none",
     }
+
+
+def _short(tokens: int) -> str:
+    """Exact below 10^9; four phases of an 8B run have to fit eighty characters."""
+    for unit, name in ((10**12, "T"), (10**9, "G")):
+        if tokens >= unit:
+            return f"{tokens / unit:.5g} {name}"
+    return f"{tokens:,}"

@@ -12,7 +12,7 @@ from zaya_train.config.errors import CheckpointError, ConfigError, NumericsError
 from zaya_train.phases.gates import missed
 from zaya_train.phases.lineage import changes, lengthened
 from zaya_train.train.manifest import MANIFEST_NAME
-from zaya_train.train.restore import Found, brief, inspect
+from zaya_train.train.restore import verified
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
     from zaya_train.train.checkpoint import CheckpointStore
     from zaya_train.train.peers import Peers
+    from zaya_train.train.restore import Found
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -57,10 +58,10 @@ def branch_point(path: Path, peers: Peers) -> Found:
     Raises:
         CheckpointError: it is none, or does not verify.
     """
-    manifest, problems = inspect(path, peers)
-    if manifest is None or problems:
-        raise CheckpointError(f"checkpoint.branch_from: {path}: {brief(problems)}")
-    return Found(path, manifest)
+    try:
+        return verified(path, peers)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint.branch_from: {error}") from error
 
 
 def check_entry(found: Found, config: TrainConfig, corpora: Mapping[str, str]) -> None:

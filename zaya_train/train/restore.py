@@ -51,6 +51,18 @@ def verify(path: Path, peers: Peers | None = None) -> list[str]:
     return inspect(path, peers or Peers())[1]
 
 
+def verified(path: Path, peers: Peers) -> Found:
+    """The checkpoint in directory `path`, every byte of it read. Collective.
+
+    Raises:
+        CheckpointError: it is none, or does not verify; says what is wrong.
+    """
+    manifest, problems = inspect(path, peers)
+    if manifest is None or problems:
+        raise CheckpointError(f"{path}: {brief(problems)}")
+    return Found(path, manifest)
+
+
 def find_newest(
     root: Path, peers: Peers | None = None
 ) -> tuple[Found | None, dict[int, list[str]]]:
@@ -84,9 +96,7 @@ def load_full(path: Path, key_prefix: str = "") -> dict[str, Tensor]:
     Raises:
         CheckpointError: the checkpoint does not verify, or no key starts with `key_prefix`.
     """
-    manifest, problems = inspect(path, Peers())
-    if manifest is None or problems:
-        raise CheckpointError(f"{path}: {brief(problems)}")
+    manifest = verified(path, Peers()).manifest
     tensors = {
         key: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         for key, entry in manifest.tensors.items()

@@ -1,4 +1,4 @@
-"""Newton-Schulz on the Gram matrix, symmetric products computed once; large matrices on a CPU.
+"""Newton-Schulz on the Gram matrix, symmetric products computed once; for large matrices.
 
 A step multiplies X by a polynomial of G = X X^T, and that polynomial commutes with G. So several
 steps can be taken on the small square matrix alone, G <- P G P and Q <- P Q, and X is multiplied by
@@ -31,12 +31,6 @@ RESTART = 3
 _BLOCKS = 8
 
 
-def pays_off(x: Tensor) -> bool:
-    """Whether matrices [N, n, m] on their device gain by this form."""
-    low = x.dtype in (torch.float32, torch.bfloat16)
-    return low and x.device.type == "cpu" and SMALLEST <= x.shape[1] <= x.shape[2]
-
-
 def symmetric(a: Tensor, b: Tensor) -> Tensor:
     """a [n, k] @ b [k, n], known to be symmetric: the blocks above the diagonal, mirrored."""
     n = a.shape[0]
@@ -65,7 +59,7 @@ def _orthogonalised(x: Tensor, steps: int, coefficients: tuple[float, float, flo
     return x if total is None else product(total, x)
 
 
-def newton_schulz_gram(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
+def gram_form(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     """x [n, m], n <= m, of norm 1 at most -> [n, m]."""
     for start in range(0, steps, RESTART):
         x = _orthogonalised(x, min(RESTART, steps - start), coefficients)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import pick
-from zaya_kernels.newton_schulz.eager import newton_schulz_eager
+from zaya_kernels.newton_schulz.eager import newton_schulz_eager, newton_schulz_gram
 from zaya_kernels.newton_schulz.reference import newton_schulz_reference
 
 if TYPE_CHECKING:
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
-BACKENDS = {"eager": newton_schulz_eager, "reference": newton_schulz_reference}
+BACKENDS = {
+    "eager": newton_schulz_eager,
+    "gram": newton_schulz_gram,
+    "reference": newton_schulz_reference,
+}
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, backend: str) -> Tensor:
