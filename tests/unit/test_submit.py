@@ -490,8 +490,9 @@ def test_failed_nodes_are_excluded_and_the_job_requeued(tmp_path: Path) -> None:
 def test_an_exclusion_that_slurm_refuses_does_not_hold_the_job(tmp_path: Path) -> None:
     batch = Batch(tmp_path, preflight="quick")
     scontrol = tmp_path / "bin" / "scontrol"
-    text = scontrol.read_text().replace("  *) echo", '  "update "*) exit 1 ;;\n  *) echo')
-    scontrol.write_text(text)
+    text = scontrol.read_text()
+    assert text.count("  *) kill") == 1
+    scontrol.write_text(text.replace("  *) kill", '  "update "*) exit 1 ;;\n  *) kill'))
     note = 'while [ "$1" != --exclude-file ]; do shift; done; echo n2 > "$2";'
     code, output = batch.run(PREFLIGHT_FAILS.format(what=note))
     assert (code, batch.orders()) == (75, REQUEUE), output
