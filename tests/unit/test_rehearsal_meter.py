@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as funcol
 
 from zaya_train.tools.rehearsal import _alone
-from zaya_train.tools.rehearsal_meter import Meter
+from zaya_train.tools.rehearsal_meter import Meter, UncountedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ def test_operators_that_may_communicate_uncounted_are_refused(
     with (
         _alone(8),
         Meter({"0": "world"}, {}).counting(),
-        pytest.raises(NotImplementedError, match=rule),
+        pytest.raises(UncountedError, match=rule),
     ):
         call()
 

@@ -48,6 +48,16 @@ _NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "fsdp", "mkldnn")
 """Operators that move nothing between ranks, or that are counted."""
 
 
+class UncountedError(RuntimeError):
+    """The step calls an operator that may communicate and is not counted."""
+
+    def __init__(self, func: Any, known: Iterable[str]) -> None:
+        super().__init__(
+            f"{func}: a rehearsal counts no such operator, it might communicate; known are "
+            f"{', '.join(known)}"
+        )
+
+
 @dataclass
 class Flow:
     """Collectives of one kind over one axis, of more than one rank."""
@@ -83,7 +93,6 @@ class Meter(TorchDispatchMode):
         self.peaks: dict[str, Peak] = defaultdict(Peak)
         self.flows: dict[tuple[str, str], Flow] = defaultdict(Flow)
         self._total = 0
-        self._by_mode: set[Any] = set()
         self._storages: dict[int, tuple[weakref.ref, int, str]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -91,7 +100,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].fake_device
         if func.namespace not in _NAMESPACES:
-            raise NotImplementedError(f"{func}: {_UNKNOWN.format(', '.join(_NAMESPACES))}")
+            raise UncountedError(func, _NAMESPACES)
         tensors = _tensors((args, kwargs.values()))
         if any(type(x) not in _KNOWN for x in tensors):
             # DTensor works on local tensors, which come here in turn.
@@ -114,14 +123,10 @@ class Meter(TorchDispatchMode):
         """The operation on fake tensors. FakeTensorMode would do; it takes three times as long,
         most of it for caches and devices, of which there is one here."""
         mine = next((x for x in _tensors(args) if type(x) is FakeTensor), None)
-        if mine is None or func in self._by_mode or kwargs.get("device") is not None:
+        if mine is None or kwargs.get("device") is not None:
             return func(*args, **kwargs)
-        try:
-            with in_kernel_invocation_manager(mine.fake_mode):
-                out = func(*_as_meta(args), **kwargs)
-        except NotImplementedError:  # no kernel for shapes alone: the mode knows a decomposition
-            self._by_mode.add(func)
-            return func(*args, **kwargs)
+        with in_kernel_invocation_manager(mine.fake_mode):
+            out = func(*_as_meta(args), **kwargs)
         return _as_fake(out, mine)
 
     @contextmanager
@@ -190,7 +195,6 @@ class Meter(TorchDispatchMode):
             args[0].copy_(mine.repeat(group.size()).view(args[0].shape))
 
 
-_UNKNOWN = "a rehearsal counts no such operator, it might communicate; known are {}"
 _KNOWN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _READS = (_aten._local_scalar_dense.default, _aten.nonzero.default)
 
@@ -199,7 +203,7 @@ def _collective(func: Any, args: Any) -> tuple[str, ProcessGroup]:
     """Kind and group of a c10d operator's call."""
     kind = _KINDS.get(func._schema.name.split("::")[1])
     if kind is None:
-        raise NotImplementedError(f"{func}: {_UNKNOWN.format(', '.join(_KINDS))}")
+        raise UncountedError(func, _KINDS)
     group = next(a for a in args if isinstance(a, torch.ScriptObject))
     return kind, ProcessGroup.unbox(group)
 
