@@ -8,8 +8,8 @@
 #
 # Arguments are those of `zaya train`; a first word `train` or `preflight` chooses the command. The
 # exit code is that of the ranks (torchrun's own is 1 whatever they returned): 0 done, 75 stopped at a
-# checkpoint, to be started again; docs/cluster.md has the others. USR1 and TERM make the ranks of
-# this node, and through them all ranks, save and stop. Variables:
+# checkpoint, to be started again; docs/cluster.md has the others. USR1, TERM and Ctrl-C make the ranks
+# of this node, and through them all ranks, save and stop; a second Ctrl-C ends them at once. Variables:
 #   NPROC_PER_NODE  processes on this node: a number, `gpu`, `cpu` or `auto` (default: every GPU, on
 #                   a node without one every core)
 #   NNODES          nodes taking part (default 1); run the same command on each
@@ -41,50 +41,71 @@ fi
 
 case ${1:-} in train | preflight) ;; *) set -- train "$@" ;; esac
 
-# Every rank leaves its process id and its exit code here.
+# Every rank leaves its process group and its exit code here, torchrun its exit code.
 state=$(mktemp -d)
+export state
 trap 'rm -rf "$state"' EXIT
 
-# The variables in single quotes are for the shell of each rank. It hands signals on, because torchrun
-# knows this shell as the rank; what reaches a rank before it listens ends it, which loses nothing. (Not
-# $$, which torchrun makes $ of.)
+# For the shell of each rank, which stays for the exit code. It runs the rank in the foreground, because
+# a `wait` that a trapped signal interrupts as the process ends loses the code (bash 5.2). Signals go to
+# its whole process group, torchrun's too, so the rank hears them itself; what reaches it before it
+# listens ends it, which loses nothing. (Not $$, which torchrun makes $ of.)
 # shellcheck disable=SC2016
 rank='
-    trap "kill -USR1 \$child 2>/dev/null" USR1 TERM
-    "$@" &
-    child=$!
-    echo "$BASHPID" >"$state/pid-$RANK"
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
-    wait "$child"
-    code=$?
+    trap : USR1 TERM
+    echo "$BASHPID" >"$state/group-$RANK"
+    code=75
+    if [ ! -e "$state/stop" ]; then
+        code=0
+        "$@" || code=$?
+    fi
     echo "$code" >"$state/code-$RANK"
     exit "$code"
 '
-export state
 
-"${PYTHON:-python3}" -m torch.distributed.run "${where[@]}" \
-    --nproc-per-node "${NPROC_PER_NODE:-auto}" --no-python \
-    bash -c "$rank" rank "${PYTHON:-python3}" -m zaya_train "$@" &
-launcher=$!
-# torchrun itself would end its ranks on a signal, after 30 s by force: it never hears of it.
-# shellcheck disable=SC2329 # by the trap below
+# shellcheck disable=SC2329 # by the traps below
 hand_on() {
     local file
-    for file in "$state"/pid-*; do
-        [ ! -e "$file" ] || kill -USR1 "$(cat "$file")" 2>/dev/null || true
+    # For ranks that are still to come.
+    : >"$state/stop"
+    for file in "$state"/group-*; do
+        [ ! -s "$file" ] || kill "-$1" -- "-$(cat "$file")" 2>/dev/null || true
     done
 }
-trap hand_on USR1 TERM
-status=0
-while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
-wait "$launcher" || status=$?
+# A rank takes the second INT as somebody's wish to be out at once.
+# shellcheck disable=SC2329 # by the trap below
+interrupted() { if [ -e "$state/stop" ]; then hand_on INT; else hand_on USR1; fi; }
+trap 'hand_on USR1' USR1 TERM
+trap interrupted INT
 
-# As srun does: the highest exit code of the ranks. Where a rank left none, torchrun's own counts too.
-codes=0
+# torchrun itself would end its ranks on a signal, after 30 s by force: it never hears of it, also not
+# of a Ctrl-C, which goes to the session.
+{
+    trap : USR1 TERM
+    status=0
+    setsid "${PYTHON:-python3}" -m torch.distributed.run "${where[@]}" \
+        --nproc-per-node "${NPROC_PER_NODE:-auto}" --no-python \
+        bash -c "$rank" rank "${PYTHON:-python3}" -m zaya_train "$@" || status=$?
+    echo "$status" >"$state/torchrun"
+} &
+launcher=$!
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done
+
+# torchrun ends all ranks when one fails, so the ranks' codes differ. The one that says most counts.
+says() {
+    case $1 in
+        0) echo 0 ;;
+        138 | 143) echo 1 ;; # told to stop before it listened
+        75) echo 2 ;;
+        2 | 3 | 4 | 5 | 6) echo 4 ;; # to start again would be of no use
+        *) echo 3 ;;
+    esac
+}
+result=0
 for file in "$state"/code-*; do
-    [ -e "$file" ] || continue
+    [ -s "$file" ] || continue
     code=$(cat "$file")
-    codes=$((code > codes ? code : codes))
+    [ "$(says "$code")" -le "$(says "$result")" ] || result=$code
 done
-[ "$codes" -eq 0 ] || status=$codes
-exit "$status"
+[ "$result" -ne 0 ] || result=$(cat "$state/torchrun" 2>/dev/null || echo 1)
+exit "$result"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.helpers.paths import REPOSITORY
+from tests.helpers.shell import executable
 from tests.integration.runs import ENVIRONMENT, last_step, make_corpora, overrides_for, values_for
 from zaya_train.tools.launch import kill_tree
 from zaya_train.train.metrics import read_metrics
@@ -38,6 +39,7 @@ def started(words: list[str], log: Path, **variables: str) -> Iterator[subproces
         process = subprocess.Popen(
             [str(REPOSITORY / "launch" / "torchrun.sh"), *words],
             env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent,
+            start_new_session=True,
         )  # fmt: skip
     try:
         yield process
@@ -80,3 +82,78 @@ def test_the_ranks_exit_code_and_the_environment_come_through(tmp_path: Path) ->
     same = {f["value"] for f in findings if f["check"] == "environment"}
     assert "NCCL_IB_GID_INDEX = 1" in same and "GPU_MAX_HW_QUEUES = 2" in same
     assert os.environ.get("NCCL_IB_GID_INDEX") is None
+
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+place = Path(os.environ["RANK"])
+
+def told(number, frame):
+    Path(f"told-{place}").touch()
+    if "at once" not in sys.argv or number == signal.SIGINT:
+        os._exit(75 if number == signal.SIGUSR1 else 130)
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGUSR1, told)
+signal.signal(signal.SIGINT, told)
+Path(f"listening-{place}").touch()
+while True:
+    time.sleep(1)
+"""
+
+
+def stand_in(folder: Path, rank: str, launcher: str = "") -> str:
+    """An interpreter that runs torchrun as it is, after `launcher`, and as a rank this line."""
+    (folder / "rank.py").write_text(RANK)
+    body = f'[ "$2" != torch.distributed.run ] || {{ {launcher}\n exec {sys.executable} "$@"; }}\n'
+    return str(executable(folder / "python", body + rank))
+
+
+def appear(folder: Path, process: subprocess.Popen[bytes], log: Path, *names: str) -> None:
+    while not all((folder / name).exists() for name in names):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "result"),
+    [((2, 75), 2), ((75, 137), 137), ((138, 75), 75), ((0, 0), 0)],
+)
+def test_the_code_that_says_most_is_returned(
+    tmp_path: Path, ranks: tuple[int, int], result: int
+) -> None:
+    """A rank that fails makes torchrun end the others, whose codes are of no account."""
+    rank = f'trap : TERM\n[ "$RANK" = 0 ] && exit {ranks[0]}\nexit {ranks[1]}'
+    log = tmp_path / "log"
+    with started([], log, PYTHON=stand_in(tmp_path, rank)) as process:
+        assert process.wait() == result, log.read_text()
+
+
+def test_a_signal_before_there_are_ranks_reaches_them(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    wait = ": >launched; until [ -e go ]; do sleep 0.02; done"
+    python = stand_in(tmp_path, ": >began; exit 0", wait)
+    with started([], log, PYTHON=python) as process:
+        appear(tmp_path, process, log, "launched")
+        process.send_signal(signal.SIGTERM)
+        (tmp_path / "go").touch()
+        assert process.wait() == 75, log.read_text()
+    assert not (tmp_path / "began").exists()
+
+
+@pytest.mark.parametrize(("words", "times", "result"), [("", 1, 75), ("'at once'", 2, 130)])
+def test_ctrl_c_lets_the_ranks_save_and_twice_ends_them(
+    tmp_path: Path, words: str, times: int, result: int
+) -> None:
+    """The terminal sends it to the whole group; torchrun itself would end the ranks by force."""
+    log = tmp_path / "log"
+    python = stand_in(tmp_path, f"exec {sys.executable} rank.py {words}")
+    with started([], log, PYTHON=python) as process:
+        appear(tmp_path, process, log, "listening-0", "listening-1")
+        for _ in range(times):
+            os.killpg(process.pid, signal.SIGINT)
+            appear(tmp_path, process, log, "told-0", "told-1")
+        assert process.wait() == result, log.read_text()
+    assert "SIGINT" not in log.read_text()

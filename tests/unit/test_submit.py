@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import fields
 from functools import lru_cache
@@ -301,19 +302,7 @@ class Batch:
         )  # fmt: skip
         executable(
             tools / "srun",
-            "output=/dev/null\n"
-            "while [[ $1 == --* ]]; do case $1 in --output=*) output=${1#*=};; esac; shift; done\n"
-            "children=(); trap 'kill -USR1 \"${children[@]}\"' USR1\n"
-            "for task in 0 1; do\n"
-            '  SLURM_PROCID=$task SLURM_LOCALID=0 "$@" > "${output//%N/n$task}" 2>&1 &\n'
-            "  children+=($!)\n"
-            "done\n"
-            "worst=0\n"
-            'for child in "${children[@]}"; do\n'
-            '  while kill -0 "$child" 2>/dev/null; do wait "$child"; done\n'
-            '  wait "$child"; code=$?; ((code > worst)) && worst=$code\n'
-            "done\n"
-            "exit $worst",
+            f'exec {sys.executable} {REPOSITORY}/tests/helpers/srun.py "$@"',
         )
         executable(
             tools / "scontrol",
@@ -363,7 +352,9 @@ class Batch:
         return process.returncode, output
 
 
-SAVES = "trap 'kill $!; exit 75' USR1; env sleep 600 & : > listening-$RANK; wait"
+SAVES = (
+    "trap 'kill $!; exit 75' USR1; (trap '' USR1; exec env sleep 600) & : > listening-$RANK; wait"
+)
 LOADS = "exec env sleep 600"
 REQUEUE = ["scontrol requeue 40123"]
 
@@ -433,18 +424,26 @@ def test_a_signal_while_srun_is_being_started_is_handed_on(tmp_path: Path) -> No
     """The stand-in for srun signals the batch shell before that knows its process."""
     batch = Batch(tmp_path)
     text = (tmp_path / "job.sbatch").read_text()
-    assert text.count("    step=$!\n") == 1
+    known = "    step=$logs/$log-srun\n"
+    assert text.count(known) == 1
     (tmp_path / "job.sbatch").write_text(
         text.replace(
-            "    step=$!\n",
+            known,
             "    until [ -e listening-0 ] && [ -e listening-1 ]; do sleep 0.1; done\n"
-            "    kill -USR1 $$; step=$!\n",
+            f"    kill -USR1 $$\n{known}",
         )
     )
     # Not handed on, the ranks end by themselves.
     code, output = batch.run(SAVES.replace("600", "20"))
     assert (code, batch.orders()) == (75, REQUEUE), output
     assert "stopped at a checkpoint; requeueing" in output
+
+
+def test_a_job_that_cannot_keep_its_status_is_no_success(tmp_path: Path) -> None:
+    """On a full disk, say; a chain goes on after a job that ends with 0."""
+    batch = Batch(tmp_path)
+    code, output = batch.run(f"[ $RANK = 1 ] || mkdir {tmp_path}/runs/x/slurm/*/*/train-status")
+    assert code == 75 and "exit code 1, crash 1" in output, output
 
 
 def test_a_crash_loop_ends_and_progress_starts_the_count_again(tmp_path: Path) -> None:
