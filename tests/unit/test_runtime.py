@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -376,3 +377,15 @@ def test_harness_tells_of_a_death() -> None:
 def test_harness_kills_what_does_not_finish() -> None:
     with pytest.raises(RankError, match=r"not finished after 1 s\nrank 0: still running"):
         run_ranks(_hang, 2, timeout=1.0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_on_the_way_out_does_not_take_the_exit_code(number: signal.Signals) -> None:
+    """The last thing this process does is to be told again to stop."""
+    script = (
+        "import atexit, os, sys; import zaya_train.__main__ as entry\n"
+        "entry.main = lambda: 75\n"
+        f"atexit.register(lambda: os.kill(os.getpid(), {number.value}))\n"
+        "sys.exit(entry.command())"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
