@@ -140,7 +140,8 @@ def test_a_run_survives_warning_drain_and_cancel(
     cluster: Cluster, corpora: Path, tmp_path: Path
 ) -> None:
     """Warned as before a time limit while a node is drained; requeued on other nodes; cancelled;
-    submitted again; the weights are those of a run that nothing happened to."""
+    submitted again, now with a preflight before it; the weights are those of a run that nothing
+    happened to."""
     steps = 200
     run = Submitted(cluster, tmp_path / "slurm", corpora, steps)
     (job,) = run.submit()
@@ -166,9 +167,14 @@ def test_a_run_survives_warning_drain_and_cancel(
     assert stopped < cancelled < steps
     assert cluster.facts(job)["JobState"] == "CANCELLED"
 
-    (again,) = run.submit()
+    (again,) = run.submit("preflight=quick")
     cluster.until_state(again, "COMPLETED", "FAILED")
     assert cluster.facts(again)["ExitCode"] == "0:0", run.output()
+    (report,) = run.run_dir.glob("slurm/*/*/preflight.json")
+    findings = json.loads(report.read_text())
+    assert findings["verdict"] == "PASS"
+    # Both ranks took part, each as a node of its own: Slurm's names, not the host's.
+    assert {f["node"] for f in findings["findings"]} >= {"n1", "n2"}, findings
     assert run.resumed_at() == [stopped, cancelled]
     comparison = compare_runs(run.run_dir, unbroken(tmp_path / "unbroken", corpora, steps))
     assert comparison.equal, comparison.text()
