@@ -12,6 +12,7 @@ from rich.console import Console
 from zaya_train.config.errors import DataError
 from zaya_train.data import reading
 from zaya_train.data.corpus import Corpus, read_manifest
+from zaya_train.data.fast_encoder import ENCODERS, GIGATOKEN
 from zaya_train.data.fields import FieldOverrides, marked_answer
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.main import main
@@ -174,12 +175,16 @@ def test_shards_of_blank_lines_are_passed_over(tmp_path: Path) -> None:
     assert len(Corpus.open(run(tmp_path, file) / "train")) == 1
 
 
-def test_halves_of_surrogate_pairs_are_counted_not_raised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_halves_of_surrogate_pairs_are_counted_not_raised(tmp_path: Path, encoder: str) -> None:
+    if encoder == GIGATOKEN:
+        pytest.importorskip("gigatoken", reason="an optional dependency: zaya-train[fast]")
     rows: list[dict[str, Any]] = [
         {"id": "i\ud800", "messages": problem("r", prompt=f"question {n}")} for n in range(9)
     ]
     rows += [{"messages": problem("x", prompt=f"torn {n} \udc00")} for n in range(2)]
-    out = run(tmp_path, write_jsonl(tmp_path / "in.jsonl", rows), heldout_fraction=0.5)
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    out = run(tmp_path, file, heldout_fraction=0.5, encoder=encoder)
     train, heldout = (read_manifest(out / part) for part in ("train", "heldout"))
     rejected = Counter(train.rejects) + Counter(heldout.rejects)
     assert rejected == {"not_unicode": 2}

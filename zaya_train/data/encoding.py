@@ -5,7 +5,6 @@ Both are functions of the shard and a small job alone, so that they give the sam
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import encode_conversations, encode_texts, is_unicode
+from zaya_train.data.chat import encode_conversations, encode_texts, is_unicode, json_line
 from zaya_train.data.chat_template import compile_template
 from zaya_train.data.corpus_writer import make_block
 from zaya_train.data.fast_encoder import COMPARE_EVERY, PLAIN, Comparison, fast_tokenizer
@@ -158,7 +157,7 @@ def _compare(
     wanted = [
         (place, document, sample)
         for (place, document), sample in zip(batch, encoded, strict=True)
-        if comparison.wants(place, _texts(document))
+        if comparison.wants(place, [text for text in _texts(document) if is_unicode(text)])
     ]
     plain = encode([document for _, document, _ in wanted])
     for (place, _, sample), other in zip(wanted, plain, strict=True):
@@ -212,8 +211,7 @@ def _heldout_row(document: Document) -> str:
     }
     if document.family:
         row["family"] = document.family
-    line = json.dumps(row, ensure_ascii=False)
-    return line if is_unicode(line) else json.dumps(row)
+    return json_line(row)
 
 
 def stored_shards(folder: Path, count: int) -> Iterator[ShardResult]:
