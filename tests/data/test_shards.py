@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,16 +15,24 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zaya_train.config.errors import DataError, StorageError
-from zaya_train.data import encoding
+from zaya_train.data import encoding, shards
+from zaya_train.data.corpus_writer import Block, CorpusWriter
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.data.reading import open_input
-from zaya_train.data.shards import ShardResult, discard_shards, read_shard, write_shard
+from zaya_train.data.shards import (
+    ShardResult,
+    discard_shards,
+    read_shard,
+    shard_folder,
+    write_shard,
+)
 from zaya_train.data.workers import workers
 from zaya_train.runtime.files import file_sha256
 
 from .builders import problem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 ROWS = 1500
@@ -198,6 +207,116 @@ def test_a_folder_of_somebody_else_is_refused(source: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"out\.shards: exists and holds no shards"):
         prepare(request(source, tmp_path / "out"))
     assert other.read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "left", [".job.json.partial-77", "000003.shard", "000003.shard.77", "lock"]
+)
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_kill_left_of_the_folder_is_ours(tmp_path: Path, left: str, kept: bool) -> None:
+    """Also where the corpus is there already and the folder is only tidied away."""
+    (tmp_path / "in.txt").write_text("text")
+    asked = request(tmp_path / "in.txt", tmp_path / "out", heldout_fraction=0.0)
+    if kept:
+        prepare(asked)
+    folder = tmp_path / "out.shards"
+    folder.mkdir()
+    for name in ("lock", left):
+        (folder / name).write_text("half")
+    prepare(asked)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.txt", "out"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def killed_after(moments: Iterator[int], original: Callable[..., None]) -> Callable[..., None]:
+    """`original`, as long as there are moments left."""
+
+    def call(*args: Any, **settings: Any) -> None:
+        if next(moments, None) is None:
+            raise Killed
+        original(*args, **settings)
+
+    return call
+
+
+def test_removal_may_be_killed_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder with everything in it; each time one entry later."""
+    folder, job = tmp_path / "out.shards", {"a": 1}
+    for moment in range(20):
+        (folder / "tokenizer").mkdir(parents=True)
+        for name in ("job.json", "lock", "000000.shard", "000001.shard.77", "tokenizer/x"):
+            (folder / name).write_text("{}")
+        with monkeypatch.context() as patched:
+            moments = iter(range(moment))
+            for name in ("unlink", "rmdir"):
+                patched.setattr(os, name, killed_after(moments, getattr(os, name)))
+            try:
+                discard_shards(tmp_path / "out")
+            except Killed:
+                assert folder.is_dir()
+            else:
+                break
+        with shard_folder(tmp_path / "out", job, tmp_path / "spare") as given:
+            assert given == folder and not list(folder.glob("*.shard*"))
+        assert not folder.exists()
+    assert moment == 7
+
+
+def test_a_refused_job_file_lets_the_lock_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, content: object) -> None:
+        raise StorageError(f"{path}: not written: disk full")
+
+    output, spare = tmp_path / "out", tmp_path / "spare"
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_json", refuse)
+        with pytest.raises(StorageError, match="disk full"), shard_folder(output, {}, spare):
+            pass
+    assert not list(tmp_path.iterdir())
+    before = len(os.listdir("/proc/self/fd"))
+    with shard_folder(output, {}, spare) as folder:
+        assert folder.name == "out.shards"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("joining", [False, True])
+def test_finished_shards_outlive_a_full_disk(
+    source: Path,
+    alone: dict[str, str],
+    tmp_path: Path,
+    joining: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a shard is written, and while they are joined."""
+    output = tmp_path / "out"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(path: Path, result: ShardResult) -> None:
+        if path.name == "000002.shard":
+            raise full
+        write_shard(path, result)
+
+    def append(_: CorpusWriter, block: Block) -> None:
+        raise full
+
+    with monkeypatch.context() as patched:
+        if joining:
+            patched.setattr(CorpusWriter, "append", append)
+        else:
+            patched.setattr(encoding, "write_shard", write)
+        with pytest.raises(StorageError, match="No space left"):
+            prepare(request(source, output))
+    assert not output.exists()
+    written = counted(monkeypatch)
+    assert hashes(prepare(request(source, output))) == alone
+    assert written == ([] if joining else ["000002.shard"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_shard_that_is_cut_short_is_not_read(tmp_path: Path) -> None:
