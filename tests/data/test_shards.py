@@ -137,7 +137,7 @@ def test_the_first_bad_row_in_the_inputs_order_is_named(source: Path, tmp_path: 
 def stopped(source: Path, output: Path, name: str) -> None:
     """A preparation that ends by a signal once two of three shards are on disk."""
     command = [sys.executable, "-c", PROGRAM, str(source), str(output), name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert not output.exists()
     shards = sorted(path.name for path in (output.parent / "out.shards").glob("*.shard"))
@@ -345,13 +345,13 @@ def test_a_killed_worker_is_one_line() -> None:
 
 
 ORPHANS = """
-import time
+import sys
 from zaya_train.data.workers import workers
 if __name__ == "__main__":
     with workers(2) as pool:
         print(*pool.map(abs, [1]))
         print(*pool._pool._processes, flush=True)
-        time.sleep(60)
+        sys.stdin.read()
 """
 
 
@@ -360,6 +360,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     program.write_text(ORPHANS)
     process = subprocess.Popen(
         [sys.executable, str(program)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
@@ -370,7 +371,6 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     assert children
     process.kill()
     process.wait()
-    until = time.monotonic() + 60
+    # Without end where they stay: pytest's own limit is what a slow machine has.
     while any(os.path.exists(f"/proc/{child}/fd/0") for child in children):
-        assert time.monotonic() < until
         time.sleep(0.05)
