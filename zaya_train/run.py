@@ -30,7 +30,7 @@ from zaya_train.config.derive import (
     phase_sequences,
 )
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, NumericsError
-from zaya_train.data.check import check_corpora
+from zaya_train.data.check import check_corpora, keep_tokenizer
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
 from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
 from zaya_train.data.survey import survey
@@ -43,7 +43,6 @@ from zaya_train.phases.chain import only_phase_is_done
 from zaya_train.phases.lineage import lineage
 from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
-from zaya_train.runtime.files import copy_folder_once
 from zaya_train.runtime.heartbeat import Heartbeat, start_heartbeat
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.lost import naming_lost_ranks
@@ -232,7 +231,7 @@ def _run_phase(
     with naming_lost_ranks(degrees, config.runtime.step_timeout_seconds):
         built = _built(context, (name, phase), degrees, found)
         if context.ranks.rank == 0:
-            copy_folder_once(stream.tokenizer_path, context.run_dir / TOKENIZER)
+            keep_tokenizer(config, context.run_dir / TOKENIZER)
         context.metrics.write("phase", name=name, event="begin", step=state.step)
         state, stopped, measured = _steps(context, built, stream, state)
         if stopped:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from zaya_train.config.schema import DataConfig, PhaseConfig, SourceConfig
-from zaya_train.data.stream import PhaseStream
+from tests.bench.streams import stream_of
 from zaya_train.train.metrics import METRICS_FILE, iter_rows
 
 ROW_TOKENS, ROWS = 4096, 2000
@@ -49,15 +48,7 @@ def main() -> int:
 def _given(corpus: Path) -> float:
     """Tokens of rows a CPU second, from a plan made before."""
     with tempfile.TemporaryDirectory() as plans:
-        data = DataConfig(sources={"s": SourceConfig(path=str(corpus))}, plan_dir=plans)
-        phase = PhaseConfig(
-            tokens=ROW_TOKENS,
-            context_tokens=ROW_TOKENS,
-            rope_base=1e4,
-            global_batch_tokens=ROW_TOKENS,
-            mixture={"s": 1.0},
-        )
-        stream = PhaseStream(data, "p", phase, 0)
+        stream = stream_of(corpus, ROW_TOKENS, plans)
         start = time.process_time()
         for index in range(ROWS):
             stream.row(index)

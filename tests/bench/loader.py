@@ -15,18 +15,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from zaya_train.config.schema import DataConfig, PhaseConfig, SourceConfig
+from tests.bench.streams import SOURCE, stream_of
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.data.sections import Kind, Role, Sample, make_sections
-from zaya_train.data.stream import PhaseStream
 from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.runtime.files import whole_directory
+
+if TYPE_CHECKING:
+    from zaya_train.data.stream import PhaseStream
 
 CONTEXTS = (4096, 32_768, 131_072)
 RANKS = 8
@@ -89,20 +92,12 @@ def _generated_sample(rng: np.random.Generator) -> Sample:
 
 
 def _read(path: Path, rows: int) -> None:
-    data = DataConfig(sources={"s": SourceConfig(path=str(path))})
     console = Console(width=160)
     documents = len(Corpus.open(path))
     # Looking at whole plans takes memory, so it comes after all rows have been read.
     read = []
     for context in CONTEXTS:
-        phase = PhaseConfig(
-            tokens=context,
-            context_tokens=context,
-            rope_base=1e4,
-            global_batch_tokens=context,
-            mixture={"s": 1.0},
-        )
-        stream = PhaseStream(data, "p", phase, 0)
+        stream = stream_of(path, context)
         stream.row(0)
         before, count = _resident_bytes(), max(RANKS, min(rows, rows * 4096 // context * 2))
         start = time.process_time()
@@ -111,7 +106,7 @@ def _read(path: Path, rows: int) -> None:
         seconds = time.process_time() - start
         read.append((stream, count, seconds, before, _resident_bytes()))
     for stream, count, seconds, before, after in read:
-        report, context = stream.reports["s"], stream.row_tokens
+        report, context = stream.reports[SOURCE], stream.row_tokens
         work = np.array([_work(stream, index) for index in range(count // RANKS * RANKS)])
         steps = work.reshape(-1, RANKS)
         values = {
@@ -136,7 +131,7 @@ def _read(path: Path, rows: int) -> None:
 
 def _bound(stream: PhaseStream, row_tokens: int) -> int:
     """Rows that no packing can do without: L2 of Martello and Toth (1990)."""
-    lengths = np.sort(stream.sources["s"].plan.rows()[0].lengths)
+    lengths = np.sort(stream.sources[SOURCE].plan.rows()[0].lengths)
     running = np.concatenate([[0], np.cumsum(lengths)])
     half = int(np.searchsorted(lengths, row_tokens // 2, side="right"))
     best = -(-int(running[-1]) // row_tokens)
@@ -157,10 +152,10 @@ def _least_imbalance(stream: PhaseStream) -> dict[str, float]:
     and on average no more than an eighth of the longest documents that eight rows can hold, the
     last of them cut. All other steps are taken to be even.
     """
-    falling = np.sort(stream.sources["s"].plan.rows()[0].lengths)[::-1].astype(np.float64)
+    falling = np.sort(stream.sources[SOURCE].plan.rows()[0].lengths)[::-1].astype(np.float64)
     count = int(np.searchsorted(np.cumsum(falling), RANKS * stream.row_tokens)) + 1
     heaviest, longest = float((falling[:count] ** 2).sum()) / RANKS, float(falling[0] ** 2)
-    steps = max(1, len(stream.sources["s"].plan) // RANKS)
+    steps = max(1, len(stream.sources[SOURCE].plan) // RANKS)
     mean = float((falling**2).sum()) / RANKS / steps
     step = max(1.0, longest / heaviest)
     by_time = max(1.0, (longest + max(0.0, mean * steps - heaviest)) / (mean * steps))

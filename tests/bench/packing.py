@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cap", type=int, nargs="+", default=[1 << 30, 2048, 256])
+    parser.add_argument("--cap", type=int, nargs="+", default=[1 << 30, 2048, 1024, 256])
     options = parser.parse_args()
     console = Console(width=140)
     trl = _trl(console)

@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
 
 from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -11,10 +10,6 @@ from .builders import CorpusFactory
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-# A machine that others have loaded misses any deadline for an example.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from zaya_train.data.check import check_corpora
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.inspect import inspect_corpus
 from zaya_train.data.stream import PhaseStream
+from zaya_train.data.tokenizer import CHAT_TEMPLATE, load_tokenizer
 
 from .builders import data_config, phase_config
 
@@ -41,6 +42,14 @@ def megatron(folder: Path, documents: list[list[int]], sequences: int = 1) -> Pa
 
 def request(folder: Path, prefix: Path) -> AdoptRequest:
     return AdoptRequest(prefix=prefix, tokenizer="bytes", output=folder / "adopted")
+
+
+def test_the_shipped_format_is_stored_whatever_the_tokenizer_came_with(tmp_path: Path) -> None:
+    load_tokenizer("bytes").save(tmp_path / "t")
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
+    asked = replace(request(tmp_path, megatron(tmp_path, DOCUMENTS)), tokenizer=str(tmp_path / "t"))
+    template = adopt(asked).tokenizer.own_template
+    assert template is not None and template.text == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("sequences", [1, 3])

@@ -46,6 +46,19 @@ REASONER = (
     "{%- else %}{{- '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}"
     "{%- endif %}{%- endfor %}"
 )
+NO_TOOLS = "{%- if tools is not none or documents is not none %}{{- 'tools' }}{%- endif %}" + CHATML
+GENERATION = CHATML.replace(
+    "{{- '<|im_start|>' + m.role", "{%- set who = m.role %}{{- '<|im_start|>' + who"
+).replace(
+    "m.content + '<|im_end|>' + '\\n' }}",
+    "'' }}{% generation %}{%- set who = 'me' %}{{- m.content + '<|im_end|>' }}\n"
+    "    {% endgeneration %}{{- '\\n' if who == m.role }}",
+)
+JSON = (
+    "{%- set object = {'b': '\u00e4<', 'a': [1]} %}"
+    "{{- object | tojson }}{{- object | tojson(true) }}"
+    "{{- object | tojson(indent=2, separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}"
+) + CHATML
 TWO_TURNS = [
     {"role": "user", "content": "first"},
     {"role": "assistant", "content": "<think>early</think>one"},
@@ -124,7 +137,7 @@ def test_sections_of_a_template_that_changes_white_space_and_drops_thoughts(tmp_
     ]
 
 
-@pytest.mark.parametrize("template", [CHATML, REASONER])
+@pytest.mark.parametrize("template", [CHATML, REASONER, NO_TOOLS, GENERATION, JSON])
 @pytest.mark.parametrize("messages", [problem("sum"), problem(""), TWO_TURNS, TWO_TURNS[:2]])
 def test_text_and_ids_are_those_of_transformers(
     tmp_path: Path, template: str, messages: list[dict[str, Any]]
@@ -292,6 +305,8 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     assert make(tmp_path / "a", other).own_template == make(tmp_path / "a", CHATML).own_template
     found = make(tmp_path / "b", "in the configuration", jinja=CHATML).own_template
     assert found is not None and found.text == CHATML and found.file.endswith(".jinja")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: chat_template: a text or a list"):
+        make(tmp_path / "c", ["x"])
     (tmp_path / "b" / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json: not valid JSON"):
         load_tokenizer(str(tmp_path / "b"))
@@ -303,6 +318,46 @@ def test_files_that_are_no_text_are_named_with_the_offset(tmp_path: Path, name: 
     (tmp_path / name).write_bytes(b"{\n" + "\u00e4".encode("latin-1") + b"}")
     with pytest.raises(DataError, match=rf"{name}: offset 2: not UTF-8: "):
         load_tokenizer(str(tmp_path))
+
+
+def test_tokens_that_the_tokenizer_does_not_name_render_as_nothing(tmp_path: Path) -> None:
+    """Whoever renders it: one process, several, or transformers from what is stored."""
+    template = CHATML + "{{- eos_token }}{{- pad_token }}"
+    make(tmp_path / "t", template)
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"messages": problem("sum")}) + "\n")
+    settings: dict[str, Any] = {"input": str(file), "tokenizer": str(tmp_path / "t")}
+    expected = (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>sum</think>4<|im_end|>\n"
+    )
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        prepare(PrepareRequest(output=out, workers=workers, own_template=True, **settings))
+        corpus = Corpus.open(out / "train")
+        assert corpus.tokenizer.decode(corpus.tokens(0)) == expected
+        stored = AutoTokenizer.from_pretrained(str(corpus.tokenizer_path))
+        assert stored.apply_chat_template(problem("sum"), tokenize=False) == expected
+
+
+def test_padding_is_named_where_a_template_does_not_ask(tmp_path: Path) -> None:
+    make(tmp_path, CHATML).save(tmp_path / "saved")
+    stored = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert (stored.pad_token, stored.eos_token) == ("<|pad|>", "<|im_end|>")
+
+
+def test_plain_text_is_refused(tmp_path: Path) -> None:
+    make(tmp_path / "t", CHATML)
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
+    request = PrepareRequest(
+        input=str(tmp_path / "in.jsonl"),
+        output=tmp_path / "out",
+        tokenizer=str(tmp_path / "t"),
+        own_template=True,
+    )
+    with pytest.raises(DataError, match=r"in\.jsonl:1: plain text has no chat template"):
+        prepare(request)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -7,17 +7,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.helpers.tiny import tiny
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.data.chat import encode_texts
-from zaya_train.data.check import check_corpora
+from zaya_train.data.check import check_corpora, keep_tokenizer
 from zaya_train.data.corpus import Corpus
 from zaya_train.data.corpus_writer import fill_corpus, make_block
 from zaya_train.data.sections import Sample
-from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.data.stream import PhaseStream
+from zaya_train.data.tokenizer import (
+    CHAT_TEMPLATE,
+    TemplateSource,
+    Tokenizer,
+    load_tokenizer,
+)
 
-from .builders import CorpusFactory, data_config, phase_config
+from .builders import CorpusFactory, data_config, phase_config, problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +81,54 @@ def test_validation_of_another_tokenizer_is_refused(corpora: CorpusFactory, othe
     with pytest.raises(DataError, match=r"data\.sources\.a .* and data\.validation\.v .*different"):
         check_corpora(plan({"one": {"a": 1.0}}, sources, {"v": other}))
     check_corpora(plan({"one": {"a": 1.0}}, sources, {"v": sources["a"]}))
+
+
+OWN = TemplateSource("own", "{{ messages }}", (("eos_token", "</s>"),))
+
+
+def own_chat(corpora: CorpusFactory, source: TemplateSource = OWN) -> Path:
+    """A corpus of conversations in a template of the tokenizer's own."""
+    own = replace(corpora, tokenizer=replace(corpora.tokenizer, own_template=source))
+    return own.chat("own", [problem("r")])
+
+
+@pytest.mark.parametrize("text", [OWN.text, CHAT_TEMPLATE])
+def test_conversations_in_different_templates_are_refused(
+    corpora: CorpusFactory, text: str
+) -> None:
+    """Also where they differ in the tokens alone that a template may name."""
+    sources = {
+        "a": corpora.chat("a", [problem("r")]),
+        "o": own_chat(corpora, replace(OWN, text=text)),
+    }
+    sources["t"] = corpora.text("t", ["text"])
+    message = r"a \(.*/a\) and .*o \(.*/own\) hold conversations in different chat templates"
+    with pytest.raises(DataError, match=message):
+        check_corpora(plan({"one": {"a": 1.0}, "two": {"o": 1.0}}, sources))
+    with pytest.raises(DataError, match=message):
+        check_corpora(plan({"one": {"a": 1.0}}, sources, {"o": sources["o"]}))
+    mixed = phase_config(64, {"a": 1.0, "o": 1.0})
+    with pytest.raises(DataError, match=message):
+        PhaseStream(data_config(sources), "one", mixed, 0)
+    check_corpora(plan({"one": {"t": 1.0}, "two": {"t": 1.0, "o": 1.0}}, sources))
+
+
+def test_the_tokenizer_that_is_kept_is_that_of_conversations(
+    corpora: CorpusFactory, tmp_path: Path
+) -> None:
+    sources = {"a": corpora.text("a", ["text"]), "o": own_chat(corpora)}
+    text, both = {"one": {"a": 1.0}}, {"one": {"a": 1.0}, "two": {"a": 0.5, "o": 0.5}}
+    for name in ("at once", "later"):
+        kept = tmp_path / name
+        if name == "later":
+            keep_tokenizer(plan(text, sources), kept)
+            assert load_tokenizer(str(kept)).own_template != Corpus.open(sources["o"]).template
+        keep_tokenizer(plan(both, sources), kept)
+        stored = AutoTokenizer.from_pretrained(str(kept))
+        assert (stored.chat_template, stored.eos_token) == (OWN.text, "</s>")
+        (kept / "mark").write_text("")
+        keep_tokenizer(plan(both, sources), kept)
+        assert (kept / "mark").exists()
 
 
 def test_a_source_without_weight_is_not_opened(corpora: CorpusFactory, tmp_path: Path) -> None:

@@ -2,23 +2,14 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 
 import pytest
 
 from zaya_train.data.stream import prefetch
 
 
-def alive() -> int:
-    return sum(thread.name == "prefetch" for thread in threading.enumerate())
-
-
-def wait_until_gone(before: int) -> bool:
-    for _ in range(200):
-        if alive() <= before:
-            return True
-        time.sleep(0.01)
-    return False
+def running() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "prefetch"}
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
@@ -50,7 +41,7 @@ def test_at_most_depth_batches_are_made_ahead() -> None:
 
 @pytest.mark.parametrize("depth", [0, 5])
 def test_error_is_raised_in_its_turn_and_ends_the_thread(depth: int) -> None:
-    before = alive()
+    before = running()
 
     def make(index: int) -> int:
         if index == 2:
@@ -63,7 +54,7 @@ def test_error_is_raised_in_its_turn_and_ends_the_thread(depth: int) -> None:
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
-    assert wait_until_gone(before)
+    assert running() <= before
 
 
 def test_error_of_the_indices_reaches_the_consumer() -> None:
@@ -78,29 +69,31 @@ def test_error_of_the_indices_reaches_the_consumer() -> None:
 
 
 def test_close_ends_a_thread_that_waits_for_a_slot() -> None:
-    before = alive()
+    before = running()
     batches = prefetch(lambda index: index, iter(int, 1), 2)
     next(batches)
-    assert alive() == before + 1
+    (thread,) = running() - before
     batches.close()
-    assert alive() == before
+    assert not thread.is_alive()
     with pytest.raises(StopIteration):
         next(batches)
 
 
 def test_dropping_the_iterator_ends_the_thread() -> None:
-    before = alive()
+    before = running()
     batches = prefetch(lambda index: index, iter(int, 1), 2)
     next(batches)
+    (thread,) = running() - before
     del batches
     gc.collect()
-    assert wait_until_gone(before)
+    thread.join(300)
+    assert not thread.is_alive()
 
 
 def test_without_depth_nothing_is_made_ahead_and_no_thread_runs() -> None:
-    before, made = alive(), list[int]()
+    before, made = running(), list[int]()
     with prefetch(lambda index: made.append(index), range(5), 0) as batches:
-        assert alive() == before
+        assert running() <= before
         next(batches)
         assert made == [0]
     with pytest.raises(StopIteration):

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from zaya_train.config.errors import DataError
+from zaya_train.data import reading
 from zaya_train.data.corpus import Corpus, read_manifest
+from zaya_train.data.fast_encoder import ENCODERS, GIGATOKEN
 from zaya_train.data.fields import FieldOverrides, marked_answer
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.main import main
@@ -18,7 +20,7 @@ from zaya_train.main import main
 from .builders import problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 GSM8K = [
@@ -148,12 +150,41 @@ def test_heldout_split_is_disjoint_exact_and_by_prompt(tmp_path: Path) -> None:
     assert len(train) + len(heldout) == len(twice)
 
 
-def test_halves_of_surrogate_pairs_are_counted_not_raised(tmp_path: Path) -> None:
+def test_an_input_without_lines_is_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def rows(file: Path) -> Iterator[reading.LocatedRow]:
+        read.append(file)
+        return original(file)
+
+    original = reading._json_rows
+    monkeypatch.setattr(reading, "_json_rows", rows)
+    file = tmp_path / "in.json"
+    file.write_text(json.dumps(GSM8K))
+    run(tmp_path, file)
+    assert read == [file, file]
+
+
+def test_shards_of_blank_lines_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("\n" * (5 << 20) + json.dumps({"messages": problem("r")}))
+    first = next(reading.open_input(str(file)).shards())
+    assert not list(first.rows())
+    assert len(Corpus.open(run(tmp_path, file) / "train")) == 1
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_halves_of_surrogate_pairs_are_counted_not_raised(tmp_path: Path, encoder: str) -> None:
+    if encoder == GIGATOKEN:
+        pytest.importorskip("gigatoken", reason="an optional dependency: zaya-train[fast]")
     rows: list[dict[str, Any]] = [
         {"id": "i\ud800", "messages": problem("r", prompt=f"question {n}")} for n in range(9)
     ]
     rows += [{"messages": problem("x", prompt=f"torn {n} \udc00")} for n in range(2)]
-    out = run(tmp_path, write_jsonl(tmp_path / "in.jsonl", rows), heldout_fraction=0.5)
+    file = write_jsonl(tmp_path / "in.jsonl", rows)
+    out = run(tmp_path, file, heldout_fraction=0.5, encoder=encoder)
     train, heldout = (read_manifest(out / part) for part in ("train", "heldout"))
     rejected = Counter(train.rejects) + Counter(heldout.rejects)
     assert rejected == {"not_unicode": 2}

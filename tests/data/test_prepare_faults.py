@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRAM = """
-import resource, signal, sys, time
+import resource, signal, sys
 # A shell's background jobs, and so some CI runners, start their children with SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
@@ -34,7 +34,7 @@ if action == "stop":
     original = encoding._encode
     def slow(tokenizer, kind, batch):
         print("tokenising", flush=True)
-        time.sleep(60)
+        sys.stdin.read()  # ends with the parent
         return original(tokenizer, kind, batch)
     encoding._encode = slow
 else:
@@ -58,14 +58,15 @@ def write_input(folder: Path, rows: int) -> Path:
 
 def start(action: str, source: Path, output: Path, overwrite: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", PROGRAM, action, str(source), str(output), overwrite]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def stop_while_tokenising(process: subprocess.Popen[str], with_signal: signal.Signals) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "tokenising"
     process.send_signal(with_signal)
-    process.communicate(timeout=60)
+    process.communicate()
 
 
 def test_kill_leaves_nothing_under_the_name_and_a_second_run_succeeds(tmp_path: Path) -> None:
@@ -123,7 +124,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, limit_bytes: i
     """A file-size limit stands for the full disk: both fail the write system call."""
     source, output = write_input(tmp_path, 300), tmp_path / "out"
     process = start(str(limit_bytes), source, output)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == EXIT_STORAGE, errors
     last = errors.strip().splitlines()[-1]
     assert last.startswith(f"{output}") and "not written" in last

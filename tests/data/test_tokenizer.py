@@ -45,6 +45,13 @@ def test_markers_in_plain_text_stay_text(bytes_tokenizer: Tokenizer) -> None:
     assert batched.tolist() == bytes_tokenizer.encode("<|user|>")
 
 
+def test_markup_that_cannot_be_encoded_leaves_plain_text_plain() -> None:
+    tokenizer = load_tokenizer("bytes")
+    with pytest.raises((TypeError, UnicodeEncodeError)):
+        tokenizer.markup_ids("\ud800")
+    assert min(tokenizer.encode("<|end|>")) >= len(MARKERS)
+
+
 def test_auto_tokenizer_gives_the_same_ids(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
     bytes_tokenizer.save(tmp_path)
     reloaded = AutoTokenizer.from_pretrained(str(tmp_path))

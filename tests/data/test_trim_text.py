@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -230,3 +231,31 @@ def test_neither_the_input_nor_an_earlier_output_is_replaced(tmp_path: Path) -> 
     assert output.read_text() == "precious"
     trim_file(TrimRequest(input=source, output=output, budget_tokens=64, overwrite=True))
     assert len(read(output)) == 1
+
+
+def test_neither_the_input_nor_earlier_rejects_are_replaced_by_rejects(tmp_path: Path) -> None:
+    row = json.dumps({"messages": problem("x" * 100)}) + "\n"
+    rejects = tmp_path / f"y.jsonl{REJECTED_SUFFIX}"
+    rejects.write_text(row)
+    (tmp_path / "x.jsonl").write_text(row)
+    request = TrimRequest(
+        input=str(tmp_path / "x.jsonl"), output=tmp_path / "y.jsonl", budget_tokens=64
+    )
+    with pytest.raises(DataError, match=r"y\.jsonl\.rejected\.jsonl: exists; --overwrite"):
+        trim_file(request)
+    with pytest.raises(DataError, match=r"y\.jsonl\.rejected\.jsonl: is the input"):
+        trim_file(replace(request, input=str(rejects), overwrite=True))
+    assert rejects.read_text() == row
+    trim_file(replace(request, overwrite=True))
+    assert rejects.read_text() == ""
+
+
+def test_halves_of_surrogate_pairs_in_names_are_escaped(tmp_path: Path) -> None:
+    rows = [
+        {"id": "kept\ud800", "messages": problem("\u00e4")},
+        {"id": "torn\ud800", "messages": problem("x", answer="y" * 100)},
+    ]
+    source = write(tmp_path / "x.jsonl", rows)
+    trim_file(TrimRequest(input=source, output=tmp_path / "y.jsonl", budget_tokens=60))
+    assert read(tmp_path / "y.jsonl")[0]["id"] == "kept\ud800"
+    assert read(tmp_path / f"y.jsonl{REJECTED_SUFFIX}")[0]["id"] == "torn\ud800"

@@ -1,4 +1,4 @@
-"""Sixty ways to get a configuration wrong, each with what its one line must hold."""
+"""Ways to get a configuration wrong, each with what its one line must hold."""
 
 from __future__ import annotations
 

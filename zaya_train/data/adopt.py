@@ -7,7 +7,7 @@ are hashed, so that a change of theirs is noticed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from zaya_train.config.errors import DataError
@@ -44,7 +44,7 @@ def adopt(request: AdoptRequest) -> Corpus:
         raise DataError(f"{request.output}: exists; not replaced")
     sources = {name: _with_ending(request.prefix, end) for name, end in _ENDINGS.items()}
     index = open_index(sources[IDX])
-    tokenizer = load_tokenizer(request.tokenizer)
+    tokenizer = replace(load_tokenizer(request.tokenizer), own_template=None)
     if not len(index):
         raise DataError(f"{sources[IDX]}: holds no document")
     with whole_directory(request.output) as folder:

@@ -9,6 +9,7 @@ Targets are the assistant's: think markers, reasoning, answer and the closing en
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,12 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """JSON of a row, escaped where it could not be written otherwise."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if is_unicode(line) else json.dumps(row)
 
 
 def final_answer(content: str) -> str:

@@ -18,10 +18,10 @@ import json
 import re
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from jinja2 import TemplateError, Undefined
-from jinja2.ext import loopcontrols
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from zaya_train.config.errors import DataError, first_line
@@ -30,16 +30,18 @@ from zaya_train.data.segments import Segment
 from zaya_train.data.tokenizer import THINK_CLOSE, THINK_OPEN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from jinja2 import Template
+    from jinja2.parser import Parser
 
     from zaya_train.data.tokenizer import Tokenizer
 
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 _THINK_TAG = re.compile(f"({re.escape(THINK_OPEN)}|{re.escape(THINK_CLOSE)})")
-_ROLE_NAMES = {Role.SYSTEM: "system", Role.USER: "user", Role.ASSISTANT: "assistant"}
-_ROLE_NAMES |= {Role.TOOL: "tool"}
+_ROLE_NAMES = {
+    role: role.name.lower() for role in (Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL)
+}
 """What templates call them."""
 
 
@@ -57,6 +59,25 @@ _FAILURES = (
 
 class TemplateRefusal(TemplateError):
     """The template's own `raise_exception`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}`, by which templates mark what an assistant says; its text passes through.
+
+    Names set inside are unknown outside, as with transformers.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """Of a block the call that gives its text."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_passed"), [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _passed(caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class _OpenTurn(Exception):
@@ -96,7 +117,10 @@ class ChatTemplate:
             return _mismatch(str(error))
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        return self.template.render(messages=messages, add_generation_prompt=False)
+        # None, as transformers gives them: templates ask whether they are none, not whether given.
+        return self.template.render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=False
+        )
 
     def _tiled(self, gaps: Sequence[str], parts: Sequence[Segment]) -> Iterator[Segment]:
         """Segments of the rendered text: gap, part, gap, ..., part, gap."""
@@ -195,11 +219,9 @@ def compile_template(tokenizer: Tokenizer) -> ChatTemplate:
             "chat_template.jinja beside tokenizer.json; the shipped format needs none"
         )
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], undefined=Undefined
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, ensure_ascii=False, indent=options.get("indent")
-    )
+    environment.filters["tojson"] = _to_json
     # No strftime_now, which others give: a corpus must not depend on the day it was made.
     environment.globals |= {"raise_exception": _refuse, **dict(source.variables)}
     try:
@@ -282,6 +304,23 @@ def _with_trimmed_ends(text: str) -> list[str]:
 
 def _mismatch(detail: str) -> Rejected:
     return Rejected(RejectReason.TEMPLATE_MISMATCH, detail)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """What transformers gives templates in place of jinja's filter, which escapes HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> NoReturn:

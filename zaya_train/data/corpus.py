@@ -31,7 +31,7 @@ from zaya_train.data.sections import (
     text_sections,
 )
 from zaya_train.data.token_index import TokenIndex, open_index
-from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.data.tokenizer import TemplateSource, Tokenizer, load_tokenizer, read_template
 from zaya_train.runtime.files import file_sha256
 
 if TYPE_CHECKING:
@@ -169,6 +169,11 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the corpus was made with."""
         return load_tokenizer(str(self.tokenizer_path))
+
+    @cached_property
+    def template(self) -> TemplateSource | None:
+        """Chat template that its conversations are in; None of plain text."""
+        return read_template(self.tokenizer_path) if self.manifest.kind == "chat" else None
 
     @property
     def tokenizer_path(self) -> Path:

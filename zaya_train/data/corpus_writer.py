@@ -67,7 +67,7 @@ def make_block(samples: Iterable[Sample | Rejected], tokenizer: Tokenizer) -> Bl
         if isinstance(sample, Rejected):
             rejects[str(sample.reason)] += 1
             continue
-        _check_ids(sample.tokens, len(kept), tokenizer)
+        _check_ids(sample.tokens, tokenizer)
         kept.append(sample)
     dtype = token_dtype(tokenizer.vocab_size)
     return Block(
@@ -92,12 +92,10 @@ class Contents:
     rejects: Mapping[str, int]
 
 
-def write_manifest(
-    folder: Path, tokenizer: Tokenizer, contents: Contents, own_template: bool = False
-) -> None:
+def write_manifest(folder: Path, tokenizer: Tokenizer, contents: Contents) -> None:
     """Complete a corpus whose tokens are there: its tokenizer's tables and the manifest."""
     (folder / CONTINUES).write_bytes(tokenizer.continues.tobytes())
-    tokenizer.save(folder / TOKENIZER, own_template)
+    tokenizer.save(folder / TOKENIZER)
     manifest = Manifest(
         vocab_size=tokenizer.vocab_size,
         tokenizer_spec=tokenizer.spec,
@@ -113,11 +111,8 @@ def write_manifest(
 class CorpusWriter:
     """Appends blocks to a corpus under construction; made by `fill_corpus`."""
 
-    def __init__(
-        self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind, own_template: bool
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, kind: CorpusKind) -> None:
         self._folder = folder
-        self._own_template = own_template
         self._tokenizer = tokenizer
         self._kind = kind
         self._dtype = token_dtype(tokenizer.vocab_size)
@@ -165,7 +160,7 @@ class CorpusWriter:
             source=dict(source),
             rejects=self.rejects,
         )
-        write_manifest(self._folder, self._tokenizer, contents, self._own_template)
+        write_manifest(self._folder, self._tokenizer, contents)
 
     def close(self) -> None:
         """Close the files of a corpus, finished or not; may be called again."""
@@ -174,18 +169,11 @@ class CorpusWriter:
 
 @contextmanager
 def fill_corpus(
-    folder: Path,
-    tokenizer: Tokenizer,
-    kind: CorpusKind,
-    source: Mapping[str, Any],
-    own_template: bool = False,
+    folder: Path, tokenizer: Tokenizer, kind: CorpusKind, source: Mapping[str, Any]
 ) -> Iterator[CorpusWriter]:
-    """Write a corpus into `folder`, a directory that is being built and not yet in its place.
-
-    With `own_template` the tokenizer's chat template is stored with it, not the shipped one.
-    """
+    """Write a corpus into `folder`, a directory that is being built and not yet in its place."""
     folder.mkdir(exist_ok=True)
-    writer = CorpusWriter(folder, tokenizer, kind, own_template)
+    writer = CorpusWriter(folder, tokenizer, kind)
     try:
         yield writer
         writer.finish(source)
@@ -193,14 +181,13 @@ def fill_corpus(
         writer.close()
 
 
-def _check_ids(ids: Tokens, document: int, tokenizer: Tokenizer) -> None:
+def _check_ids(ids: Tokens, tokenizer: Tokenizer) -> None:
     highest, lowest = int(ids.max()), int(ids.min())
     if highest < tokenizer.vocab_size and lowest >= 0:
         return
     bad = highest if highest >= tokenizer.vocab_size else lowest
     raise DataError(
-        f"document {document}: token id {bad} outside the vocabulary of {tokenizer.vocab_size} "
-        f"({tokenizer.spec})"
+        f"token id {bad} outside the vocabulary of {tokenizer.vocab_size} ({tokenizer.spec})"
     )
 
 

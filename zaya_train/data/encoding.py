@@ -5,15 +5,14 @@ Both are functions of the shard and a small job alone, so that they give the sam
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import encode_conversations, encode_texts, is_unicode
+from zaya_train.data.chat import encode_conversations, encode_texts, is_unicode, json_line
 from zaya_train.data.chat_template import compile_template
 from zaya_train.data.corpus_writer import make_block
 from zaya_train.data.fast_encoder import COMPARE_EVERY, PLAIN, Comparison, fast_tokenizer
@@ -21,7 +20,7 @@ from zaya_train.data.fields import GSM8K_MARKER, Document, Fields, marked_answer
 from zaya_train.data.outcome import SHOWN_REJECTS, describe_reject
 from zaya_train.data.sections import Rejected, Sample
 from zaya_train.data.shards import ShardResult, read_shard, shard_path, write_shard
-from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.runtime.files import storing
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from zaya_train.data.reading import Shard
+    from zaya_train.data.tokenizer import TemplateSource, Tokenizer
 
 TRAIN, HELDOUT = "train", "heldout"
 _BATCH_DOCUMENTS = 64
@@ -60,11 +60,11 @@ class EncodeJob:
     """Where shards go."""
     tokenizer: Path
     """Folder it was saved in."""
+    template: TemplateSource | None
+    """Chat template of conversations; None: the shipped format."""
     fields: Fields
     heldout_below: int
     """Documents whose group hash is smaller are held out."""
-    own_template: bool = False
-    """Conversations in the tokenizer's own chat template, not the shipped format."""
     encoder: str = PLAIN
     """One of fast_encoder.ENCODERS."""
     compare_every: int = COMPARE_EVERY
@@ -87,7 +87,9 @@ def survey_shard(shard: Shard, fields: Fields, hashed: bool) -> ShardSurvey:
     return ShardSurvey(rows, marked, np.array(hashes, dtype=np.uint64))
 
 
-def encoder(job: EncodeJob, tokenizer: Tokenizer | None) -> Callable[[tuple[int, Shard]], None]:
+def shard_encoder(
+    job: EncodeJob, tokenizer: Tokenizer | None
+) -> Callable[[tuple[int, Shard]], None]:
     """A function that tokenises shard i of an input and stores it; with None it loads the tokenizer
     itself, once per process, and can be sent to another one."""
     return partial(_encode_shard, job, tokenizer)
@@ -99,15 +101,17 @@ def _encode_shard(job: EncodeJob, tokenizer: Tokenizer | None, numbered: tuple[i
     if read_shard(path) is not None:
         return
     result = _encode_documents(
-        _documents(shard, job.fields), job, tokenizer or _saved_tokenizer(job.tokenizer)
+        _documents(shard, job.fields),
+        job,
+        tokenizer or _saved_tokenizer(job.tokenizer, job.template),
     )
     with storing(job.output):
         write_shard(path, result)
 
 
 @cache
-def _saved_tokenizer(folder: Path) -> Tokenizer:
-    return load_tokenizer(str(folder))
+def _saved_tokenizer(folder: Path, template: TemplateSource | None) -> Tokenizer:
+    return replace(load_tokenizer(str(folder)), own_template=template)
 
 
 def _encode_documents(
@@ -153,7 +157,7 @@ def _compare(
     wanted = [
         (place, document, sample)
         for (place, document), sample in zip(batch, encoded, strict=True)
-        if comparison.wants(place, _texts(document))
+        if comparison.wants(place, [text for text in _texts(document) if is_unicode(text)])
     ]
     plain = encode([document for _, document, _ in wanted])
     for (place, _, sample), other in zip(wanted, plain, strict=True):
@@ -193,7 +197,7 @@ def _encode(
 ) -> list[Sample | Rejected]:
     if job.fields.kind == "text":
         return encode_texts(tokenizer, [document.text for document in batch])
-    template = compile_template(tokenizer) if job.own_template else None
+    template = compile_template(tokenizer) if tokenizer.own_template else None
     return encode_conversations(tokenizer, [document.messages for document in batch], template)
 
 
@@ -207,8 +211,7 @@ def _heldout_row(document: Document) -> str:
     }
     if document.family:
         row["family"] = document.family
-    line = json.dumps(row, ensure_ascii=False)
-    return line if is_unicode(line) else json.dumps(row)
+    return json_line(row)
 
 
 def stored_shards(folder: Path, count: int) -> Iterator[ShardResult]:

@@ -125,8 +125,7 @@ def _edge(epoch: int, num_rows: int, group: int, names: tuple[object, ...]) -> i
     Those of two epochs in turn are apart: they lie in the lowest eighth of the rows and the next.
     """
     eighth = num_rows // 8
-    places = max(1, eighth - group + 1)
-    return epoch % 2 * eighth + permuted(0, places, *names, epoch, "edge")
+    return epoch % 2 * eighth + permuted(0, eighth - group + 1, *names, epoch, "edge")
 
 
 @lru_cache(maxsize=256)

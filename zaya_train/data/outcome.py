@@ -36,8 +36,10 @@ class Outcome:
     """Documents left out of either corpus, by reason code."""
     examples: tuple[str, ...] = ()
     """The first rejected documents; unknown of an output made earlier."""
-    encoder: str = ""
-    """What a fast encoder was and how many documents of both corpora were compared."""
+    encoder: str | None = None
+    """Name and version of a fast encoder; None: `tokenizers`."""
+    compared: int = 0
+    """Documents of both corpora that both encoders encoded."""
 
     @property
     def rejected(self) -> int:
@@ -60,10 +62,13 @@ class Outcome:
         if self.rejected > len(self.examples) > 0:
             lines.append(f"rejected {self.rejected - len(self.examples):,} more")
         reasons = f" ({_by_reason(self.rejects)})" if self.rejects else ""
+        encoded = ""
+        if self.encoder:
+            encoded = f"; ids by {self.encoder}, {self.compared:,} documents compared"
         lines.append(
             f"{corpus}: {self.documents:,} documents, {self.tokens:,} tokens, "
             f"{self.supervised_tokens:,} supervised; {self.heldout:,} documents held out, "
-            f"{self.rejected:,} rejected{reasons}{self.encoder}"
+            f"{self.rejected:,} rejected{reasons}{encoded}"
             + ("; kept as it was, made earlier from the same input and settings" if kept else "")
         )
         for line in lines:
@@ -75,9 +80,7 @@ def read_outcome(train: Path, heldout: Path, examples: Sequence[str] = ()) -> Ou
     """The outcome that the manifests of two corpora tell; `heldout` may not exist."""
     manifest = read_manifest(train)
     other = read_manifest(heldout) if heldout.is_dir() else None
-    about, encoder = manifest.source.get("encoder"), ""
-    if about:
-        encoder = f"; ids by {about['name']}, {about['compared_documents']:,} documents compared"
+    encoder = manifest.source.get("encoder", {})
     rejects = Counter(manifest.rejects) + Counter(other.rejects if other else {})
     return Outcome(
         documents=manifest.documents,
@@ -86,7 +89,8 @@ def read_outcome(train: Path, heldout: Path, examples: Sequence[str] = ()) -> Ou
         heldout=other.documents if other else 0,
         rejects=dict(sorted(rejects.items())),
         examples=tuple(examples),
-        encoder=encoder,
+        encoder=encoder.get("name"),
+        compared=encoder.get("compared_documents", 0),
     )
 
 

@@ -19,6 +19,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from zaya_train.data.encoding import (
     HELDOUT,
     TRAIN,
     EncodeJob,
-    encoder,
+    shard_encoder,
     stored_shards,
     survey_shard,
 )
@@ -53,10 +54,12 @@ from zaya_train.data.workers import Workers, workers
 from zaya_train.runtime.files import remove_leftovers, whole_directory, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from zaya_train.data.reading import LocatedRow, Shard
 
 __all__ = ["HELDOUT", "TRAIN", "FieldOverrides", "PrepareRequest", "prepare"]
 
@@ -77,7 +80,8 @@ class PrepareRequest:
     tokenizer: str = "bytes"
     """`bytes`, a tokenizer.json, a folder holding one, or a hub name."""
     own_template: bool = False
-    """Conversations in the chat template that came with the tokenizer, not the shipped format."""
+    """Conversations, which it asks for, in the chat template that came with the tokenizer, not the
+    shipped format."""
     fields: FieldOverrides = field(default_factory=FieldOverrides)
     answer_marker: str | None = None
     """Pairs only. Line start that separates worked steps, which become reasoning, from the answer.
@@ -129,6 +133,8 @@ def prepare(request: PrepareRequest, console: Console | None = None) -> Path:
     tokenizer = load_tokenizer(request.tokenizer)
     if request.own_template:
         compile_template(tokenizer)
+    else:
+        tokenizer = replace(tokenizer, own_template=None)
     if request.encoder != PLAIN:
         fast_tokenizer(tokenizer)
     receipt = _receipt(request, source, tokenizer)
@@ -190,7 +196,7 @@ def _document_characters(request: PrepareRequest) -> int:
 
 def _receipt(request: PrepareRequest, source: Input, tokenizer: Tokenizer) -> dict[str, Any]:
     template: dict[str, Any] = {}
-    if request.own_template and tokenizer.own_template is not None:
+    if tokenizer.own_template is not None:
         # Absent otherwise, so that receipts of earlier versions still hold.
         template = {"own_template": asdict(tokenizer.own_template) | {"file": ""}}
     return template | {
@@ -232,19 +238,29 @@ def _already_made(request: PrepareRequest, receipt: dict[str, Any]) -> bool:
 
 def _survey(source: Input, request: PrepareRequest, progress: Progress, pool: Workers) -> Survey:
     """Read and check every row once."""
-    located = next(source.rows(), None)
-    if located is None:
-        raise DataError(f"{request.input}: no rows")
-    place, first = located
+    shards = source.shards()
+    (place, first), passed = _first_row(request, shards)
     fields = detect_fields(first, request.fields, place)
+    if fields.kind == "text" and request.own_template:
+        raise DataError(f"{place}: plain text has no chat template; leave own_template out")
     if fields.layout == "pair":
         fields = replace(fields, answer_marker=request.answer_marker or "")
     look = partial(survey_shard, fields=fields, hashed=bool(request.heldout_fraction))
-    found = list(progress.track(pool.map(look, source.shards()), description="checking"))
+    found = list(progress.track(pool.map(look, chain(passed, shards)), description="checking"))
     if request.answer_marker is None and all(part.marked for part in found):
         fields = replace(fields, answer_marker=GSM8K_MARKER)
     below = _heldout_below([part.hashes for part in found], request)
     return Survey(sum(part.rows for part in found), len(found), fields, below)
+
+
+def _first_row(request: PrepareRequest, shards: Iterator[Shard]) -> tuple[LocatedRow, list[Shard]]:
+    """The first row and the shards up to the one that it is in; others hold blank lines alone."""
+    passed = []
+    for shard in shards:
+        passed.append(shard)
+        if located := next(shard.rows(), None):
+            return located, passed
+    raise DataError(f"{request.input}: no rows")
 
 
 def _heldout_below(hashes: Sequence[NDArray[np.uint64]], request: PrepareRequest) -> int:
@@ -276,15 +292,15 @@ def _encode_shards(
         output=request.output,
         folder=folder,
         tokenizer=saved,
+        template=tokenizer.own_template,
         fields=survey.fields,
         heldout_below=survey.heldout_below,
-        own_template=request.own_template,
         encoder=request.encoder,
         compare_every=request.compare_every,
     )
     if pool.count > 1:
-        tokenizer.save(saved, request.own_template)
-    work = encoder(job, tokenizer if pool.count == 1 else None)
+        tokenizer.save(saved)
+    work = shard_encoder(job, tokenizer if pool.count == 1 else None)
     done = pool.map(work, enumerate(source.shards()))
     for _ in progress.track(done, total=survey.shards, description="tokenising"):
         pass
@@ -312,8 +328,7 @@ def _build(
             about = source.identity() | {"fields": asdict(survey.fields), "part": name}
             if encoder:
                 about["encoder"] = encoder
-            kind, own = survey.fields.kind, request.own_template
-            corpus = fill_corpus(folder / name, tokenizer, kind, about, own)
+            corpus = fill_corpus(folder / name, tokenizer, survey.fields.kind, about)
             writers[name] = stack.enter_context(corpus)
         for result in stored_shards(shards, survey.shards):
             if encoder:

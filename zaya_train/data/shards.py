@@ -5,7 +5,8 @@
     <output>.shards/000000.shard  SHA-256 of all that follows, a JSON line, raw columns
 
 A shard is renamed into place when written and believed only if its hash agrees, which is why it is
-not flushed to disk first.
+not flushed to disk first. Whenever a kill comes, what is left is recognised: job.json and the lock
+are removed last.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zaya_train.config.errors import DataError
+from zaya_train.config.errors import DataError, StorageError
 from zaya_train.data.corpus_writer import Block
 from zaya_train.data.sections import SECTION_DTYPE
 from zaya_train.runtime.files import storing, write_json
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 JOB, LOCK = "job.json", "lock"
+_PART = re.compile(rf"[0-9]+\.shard(\.[0-9]+)?|\.{re.escape(JOB)}\.partial-[0-9]+")
+"""Names of shards, and of files that a kill left unfinished."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +57,13 @@ class ShardResult:
 def shard_folder(output: Path, job: Mapping[str, Any], spare: Path) -> Iterator[Path]:
     """The folder for the shards of `job`, with those that an earlier preparation finished.
 
-    It is removed at the end, unless the block was interrupted (Ctrl-C, a kill) with a shard
-    finished. Where another process prepares the same output now, `spare` is made and used.
+    It is removed at the end, unless the block was ended with a shard finished by what has nothing
+    to do with the input: an interrupt, a file system that refuses, a worker that was killed. Where
+    another process prepares the same output now, `spare` is made and used.
 
     Raises:
         DataError: the folder's name is taken by something else.
+        StorageError: the file system refused.
     """
     folder = output.with_name(f"{output.name}.shards")
     lock = _locked(folder)
@@ -68,36 +74,33 @@ def shard_folder(output: Path, job: Mapping[str, Any], spare: Path) -> Iterator[
         finally:
             shutil.rmtree(spare, ignore_errors=True)
         return
-    keep = False
+    keep = True
     try:
         _adopt(folder, json.loads(json.dumps(job)))
-    except DataError:
-        (folder / LOCK).unlink()
-        os.close(lock)
-        raise
-    try:
+        keep = False
         yield folder
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError, StorageError):
         keep = any(folder.glob("*.shard"))
         if keep:
             _LOG.warning("%s: finished shards kept; the same command goes on from them", folder)
         raise
     finally:
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         os.close(lock)
 
 
 def discard_shards(output: Path) -> None:
     """Remove what a killed preparation of `output` left, unless a live one works there."""
     folder = output.with_name(f"{output.name}.shards")
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not names & {JOB, LOCK}:
+    if not folder.is_dir() or not _is_ours(folder):
         return
     lock = _locked(folder)
     if lock is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        try:
+            _remove(folder)
+        finally:
+            os.close(lock)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -190,21 +193,40 @@ def _locked(folder: Path) -> int | None:
             os.close(descriptor)
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a preparation made a folder, however far it came in making or removing it."""
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    return JOB in names or all(map(_PART.fullmatch, names))
+
+
 def _adopt(folder: Path, job: Mapping[str, Any]) -> None:
     """Keep the shards of this very job, remove those of another."""
-    found = [path for path in folder.iterdir() if path.name != LOCK]
+    if not _is_ours(folder):
+        (folder / LOCK).unlink()
+        raise DataError(f"{folder}: exists and holds no shards of data prepare")
     try:
         same = json.loads((folder / JOB).read_text(encoding="utf-8")) == job
-    except FileNotFoundError:
-        if found:
-            raise DataError(f"{folder}: exists and holds no shards of data prepare") from None
+    except (FileNotFoundError, ValueError):
         same = False
-    except ValueError:
-        same = False
-    count = sum(path.suffix == ".shard" for path in found)
     if same:
+        count = len(list(folder.glob("*.shard")))
         _LOG.warning("%s: going on from %d finished shards", folder, count)
         return
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _empty(folder)
     write_json(folder / JOB, job)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but job.json and the lock."""
+    for path in folder.iterdir():
+        if path.name not in (JOB, LOCK):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _remove(folder: Path) -> None:
+    """Remove the folder as far as the file system allows, what tells that it is ours last."""
+    with suppress(OSError):
+        _empty(folder)
+        (folder / JOB).unlink(missing_ok=True)
+        (folder / LOCK).unlink()
+        folder.rmdir()

@@ -63,7 +63,7 @@ class Tokenizer:
     backend: tokenizers.Tokenizer = field(repr=False)
     spec: str
     own_template: TemplateSource | None = field(default=None, repr=False)
-    """The chat template it came with; see chat_template."""
+    """The chat template it came with; see chat_template. None: the shipped format."""
     fast: FastEncoder | None = field(default=None, repr=False)
     """Encodes batches in place of `backend`; see fast_encoder."""
 
@@ -75,8 +75,9 @@ class Tokenizer:
     @cached_property
     def marker_ids(self) -> dict[str, int]:
         """Id of every string in MARKERS."""
-        ids = {marker: self.backend.token_to_id(marker) for marker in MARKERS}
-        return {marker: index for marker, index in ids.items() if index is not None}
+        added = self.backend.get_added_tokens_decoder().items()
+        ids = {token.content: index for index, token in added}
+        return {marker: ids[marker] for marker in MARKERS}
 
     @property
     def pad_id(self) -> int:
@@ -130,9 +131,10 @@ class Tokenizer:
         """Ids of a format's own text; special tokens in it are found, unlike in documents."""
         if text not in self._markup:
             self.backend.encode_special_tokens = False
-            ids = self.backend.encode(text, add_special_tokens=False).ids
-            self.backend.encode_special_tokens = True
-            self._markup[text] = list(ids)
+            try:
+                self._markup[text] = self.encode(text)
+            finally:
+                self.backend.encode_special_tokens = True
         return self._markup[text]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -151,22 +153,22 @@ class Tokenizer:
         """Text of ids, markers included unless `skip_special`."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def save(self, folder: Path, own_template: bool = False) -> None:
+    def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, loadable by AutoTokenizer.
 
-        With the shipped chat template, or with the tokenizer's own.
+        With the shipped chat template, or with the tokenizer's own and the tokens that it may name:
+        one more would change what it renders.
         """
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END,
-            "pad_token": PAD,
-            "chat_template": CHAT_TEMPLATE,
-        }
-        if own_template and self.own_template is not None:
-            config |= dict(self.own_template.variables)
-            config["chat_template"] = self.own_template.text
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        own = self.own_template
+        if own is None:
+            config |= {"eos_token": END, "pad_token": PAD, "chat_template": CHAT_TEMPLATE}
+        else:
+            # Padding, which generation needs, is no part of a text unless the template says so.
+            padding = {} if "pad_token" in own.text else {"pad_token": PAD}
+            config |= {**padding, **dict(own.variables), "chat_template": own.text}
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -186,7 +188,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.is_file():
-        return Tokenizer(_with_markers(_read_backend(path)), spec, _read_template(path.parent))
+        return Tokenizer(_with_markers(_read_backend(path)), spec, read_template(path.parent))
     if not _HUB_NAME.fullmatch(spec):
         raise DataError(f"tokenizer {spec!r}: no such file or folder; accepted: {_ACCEPTED}")
     backend, template = _hub_backend(spec)
@@ -243,7 +245,7 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: offset {error.start}: not UTF-8: {error.reason}") from error
 
 
-def _read_template(folder: Path) -> TemplateSource | None:
+def read_template(folder: Path) -> TemplateSource | None:
     """The chat template beside a tokenizer.json; DataError where its file is malformed."""
     file, jinja = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config: Any = {}
@@ -261,8 +263,9 @@ def _read_template(folder: Path) -> TemplateSource | None:
 
 def _template_source(file: str, template: Any, config: Mapping[str, Any]) -> TemplateSource | None:
     if isinstance(template, list):  # named ones: [{name, template}, ...]
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
+        if not all(isinstance(entry, dict) for entry in template):
+            raise DataError(f"{file}: chat_template: a text or a list of objects is expected")
+        template = next((e.get("template") for e in template if e.get("name") == "default"), None)
     if not isinstance(template, str):
         return None
     variables = []

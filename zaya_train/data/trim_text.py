@@ -9,7 +9,6 @@ where the shorter text would be tokenised differently, so what is read back is a
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from zaya_train.config.errors import DataError
-from zaya_train.data.chat import ROLE_MARKERS, encode_segments, parse_conversation
+from zaya_train.data.chat import ROLE_MARKERS, encode_segments, json_line, parse_conversation
 from zaya_train.data.fields import FieldOverrides, detect_fields, to_document
 from zaya_train.data.inspect import length_histogram, power_of_two
 from zaya_train.data.reading import open_input
@@ -63,7 +62,7 @@ class TrimRequest:
     fields: FieldOverrides = field(default_factory=FieldOverrides)
     split: str = "train"
     overwrite: bool = False
-    """Replace an output that is there; never the input."""
+    """Replace outputs that are there; never the input."""
 
 
 @dataclass
@@ -117,11 +116,12 @@ def trim_file(request: TrimRequest) -> TrimSummary:
     """
     if request.budget_tokens < 1:
         raise DataError(f"budget: {request.budget_tokens} tokens, at least 1 expected")
-    _check_output(request)
+    rejected = request.output.with_name(request.output.name + REJECTED_SUFFIX)
+    for path in (request.output, rejected):
+        _check_output(request, path)
     tokenizer = load_tokenizer(request.tokenizer)
     source = open_input(request.input, request.split)
     summary = TrimSummary(request.budget_tokens)
-    rejected = request.output.with_name(request.output.name + REJECTED_SUFFIX)
     with ExitStack() as stack:
         kept_file, rejected_file = (
             stack.enter_context(stack.enter_context(whole_file(path)).open("w", encoding="utf-8"))
@@ -137,10 +137,10 @@ def trim_file(request: TrimRequest) -> TrimSummary:
                 left = outcome.left
                 if isinstance(left, Rejected):
                     row |= {"place": place, "reason": left.reason, "detail": left.detail}
-                    rejected_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    rejected_file.write(json_line(row) + "\n")
                 else:
                     row |= {"messages": left.messages, "trim": left.receipt}
-                    kept_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    kept_file.write(json_line(row) + "\n")
         if not summary.rows:
             raise DataError(f"{request.input}: no rows")
         if summary.outcomes["rejected"] == summary.rows:
@@ -152,13 +152,13 @@ def trim_file(request: TrimRequest) -> TrimSummary:
     return summary
 
 
-def _check_output(request: TrimRequest) -> None:
-    if not request.output.exists():
+def _check_output(request: TrimRequest, path: Path) -> None:
+    if not path.exists():
         return
-    if Path(request.input).exists() and request.output.samefile(request.input):
-        raise DataError(f"{request.output}: is the input; trimming never replaces its source")
+    if Path(request.input).exists() and path.samefile(request.input):
+        raise DataError(f"{path}: is the input; trimming never replaces its source")
     if not request.overwrite:
-        raise DataError(f"{request.output}: exists; --overwrite replaces it")
+        raise DataError(f"{path}: exists; --overwrite replaces it")
 
 
 def trim_conversations(
