@@ -137,7 +137,7 @@ def train(config: TrainConfig) -> int:
         stack.callback(incidents.close)
         stack.enter_context(saver := Saver(store, metrics, run_dir, config.checkpoint, ledger.sync))
         # Leaving may wait for the save under way: the supervisor must not call that a hang.
-        stack.callback(heartbeat.mark, "save", 0)
+        stack.callback(heartbeat.mark, "save")
         facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
         context = Context(
             config=config,
@@ -178,9 +178,9 @@ def _run_plan(context: Context) -> int:
     phases = list(config.plan.phases.items())
     first, back = True, None
     while True:
-        context.heartbeat.mark("save", 0)
+        context.heartbeat.mark("save")
         context.saver.settle()
-        context.heartbeat.mark("load", 0)
+        context.heartbeat.mark("load")
         found = starting_point(context.store, config.checkpoint.branch_from, Peers.world())
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:

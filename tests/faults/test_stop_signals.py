@@ -47,9 +47,9 @@ def stop_in(part: str, run_dir: Path, words: list[str], folder: Path) -> None:
     """Start the run, send SIGTERM to one rank when it is in this part, and see all end well."""
     mark, rank = Heartbeat.mark, len(part) % 2
 
-    def marked(heartbeat: Heartbeat, phase: str, step: int) -> None:
+    def marked(heartbeat: Heartbeat, phase: str, step: int | None = None) -> None:
         mark(heartbeat, phase, step)
-        # Step 0: a save that is waited for.
+        # Without a step: a save that is waited for.
         if phase == part and (step or part == "load") and dist.get_rank() == rank:
             os.kill(os.getpid(), signal.SIGTERM)
 

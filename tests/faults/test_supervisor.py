@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -102,6 +103,53 @@ def supervise(folder: Path, body: str, ranks: int = 1, **settings: float) -> tup
     supervisor = Supervisor(launch, SupervisorConfig(**values))
     code = supervisor.run()
     return code, supervisor
+
+
+FAILS_AFTER_THREE_STEPS = """
+from pathlib import Path
+from zaya_train.main import main
+from zaya_train.runtime.heartbeat import Heartbeat
+attempt = len(list((Path({run_dir!r}) / 'logs').glob('attempt-*')))
+if attempt == 3: sys.exit(5)
+done = Heartbeat.step_done
+def failing(heartbeat, *seconds):
+    done(heartbeat, *seconds)
+    if heartbeat._steps_done == 3: raise RuntimeError('no luck')
+Heartbeat.step_done = failing
+sys.exit(main(['train', *{words!r}]))
+"""
+
+
+def test_a_rank_that_fails_further_each_time_is_no_crash_loop(
+    corpora: Path, tmp_path: Path
+) -> None:
+    # The step that a rank failed in is its newest, whatever it does on its way out.
+    run_dir = tmp_path / "run"
+    words = overrides_for(values_for(run_dir, corpora, {**CHANGES, "checkpoint.every_steps": 2}))
+    body = FAILS_AFTER_THREE_STEPS.format(run_dir=str(run_dir), words=words)
+    code, supervisor = supervise(tmp_path, body, same_step_failures=2)
+    assert code == 5
+    assert [failure.step for failure in supervisor._failures] == [3, 5]
+    crashes = [json.loads(line) for line in (run_dir / "incidents.jsonl").read_text().splitlines()]
+    assert [crash["step"] for crash in crashes] == [3, 5]
+
+
+def test_the_step_of_a_failure_is_the_furthest_of_the_attempt(tmp_path: Path) -> None:
+    # A roll back: the rank is seen in step 5, and again in step 2 when it fails.
+    status = tmp_path / "run" / "status.json"
+    body = f"""
+from pathlib import Path
+from zaya_train.runtime.beats import DIRECTORY, Beat
+def mark(step):
+    word = Beat(os.getpid(), step, 1, 1, time.monotonic(), 'data', -1.0, -1.0, 0.0)
+    Path(os.environ[DIRECTORY], 'rank-0').write_bytes(word.packed())
+mark(5)
+while '"step": 5' not in Path({str(status)!r}).read_text(): time.sleep(0.01)
+mark(2)
+sys.exit(1)
+"""
+    _, supervisor = supervise(tmp_path, body, same_step_failures=1)
+    assert [failure.step for failure in supervisor._failures] == [5]
 
 
 def test_the_same_failure_again_and_again_is_a_crash_loop(tmp_path: Path) -> None:

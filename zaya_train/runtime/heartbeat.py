@@ -46,9 +46,10 @@ class Heartbeat:
         if path is not None:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
 
-    def mark(self, phase: str, step: int) -> None:
-        """A part of step number `step` begins."""
-        self._phase, self._step = phase, step
+    def mark(self, phase: str, step: int | None = None) -> None:
+        """A part of step number `step` begins; without a number, of the newest step."""
+        self._phase = phase
+        self._step = self._step if step is None else step
         if phase == "load":
             # The first step of every phase compiles and warms up.
             self._steps_done = 0

@@ -61,7 +61,7 @@ class Failure:
 
     attempt: int
     step: int
-    """Under way."""
+    """The furthest that a rank of this node had under way."""
     reason: str
 
 
@@ -77,6 +77,8 @@ class Supervisor:
         self._signal: signal.Signals | None = None
         self._impatient = False
         self._watched: list[Watched] = []
+        self._step = 0
+        """The furthest of the attempt."""
         self._status_due = 0.0
 
     def run(self) -> int:
@@ -87,7 +89,7 @@ class Supervisor:
                 code = exit_code_of(codes, self._signal is not None)
                 if code is not None:
                     return self._ended(code, reason)
-                failure = Failure(self._attempt, self._step(), reason)
+                failure = Failure(self._attempt, self._step, reason)
                 self._failures.append(failure)
                 self._incident("crash", reason=reason, exit_codes=codes)
                 log.error("attempt %d failed at step %d: %s", self._attempt, failure.step, reason)
@@ -103,7 +105,7 @@ class Supervisor:
         """Start the ranks and stay until all are gone: exit codes, and why it ended if badly."""
         self._attempt += 1
         self._slow.clear()
-        self._watched = []
+        self._watched, self._step = [], 0
         logs = self._launch.run_dir / "logs" / self._named(f"attempt-{self._attempt:04d}")
         with tempfile.TemporaryDirectory(prefix="zaya-beats-") as beats:
             ranks = LocalRanks(self._launch, Path(beats), logs)
@@ -112,6 +114,8 @@ class Supervisor:
                 reason = self._watch(ranks)
             finally:
                 ranks.kill()
+                # Ranks that end by themselves may have said more since the last look.
+                self._note_step(ranks.watched())
             codes = [code or 0 for code in ranks.codes()]
         return codes, reason
 
@@ -133,6 +137,7 @@ class Supervisor:
             if time.monotonic() > limit or self._impatient:
                 return reason or self._late(ranks)
             self._watched = ranks.watched()
+            self._note_step(self._watched)
             if not reason and overdue(self._watched, self._config):
                 return self._hang(ranks)
             self._look_for_stragglers()
@@ -181,8 +186,9 @@ class Supervisor:
                 log.warning("%s", text)
                 self._incident("straggler", reason=text, named=[rank])
 
-    def _step(self) -> int:
-        return max((w.beat.step for w in self._watched if w.beat), default=0)
+    def _note_step(self, watched: list[Watched]) -> None:
+        # A roll back begins again at an older step.
+        self._step = max([self._step, *(w.beat.step for w in watched if w.beat)])
 
     def _waited(self, seconds: float) -> bool:
         """Sleep before the next attempt; False if a stop signal came."""
@@ -212,7 +218,7 @@ class Supervisor:
             **values,
             "requeue": values.get("exit_code") == EXIT_REQUEUE,
             "attempt": self._attempt,
-            "step": self._step(),
+            "step": self._step,
             "host": os.uname().nodename,
             "pid": os.getpid(),
             "wall_time": time.time(),
@@ -225,7 +231,7 @@ class Supervisor:
 
     def _incident(self, kind: str, **values: Any) -> None:
         record = {"wall_time": time.time(), "kind": kind, "attempt": self._attempt}
-        record |= {"step": self._step(), "host": os.uname().nodename, **values}
+        record |= {"step": self._step, "host": os.uname().nodename, **values}
         record["ranks"] = [_row(watched) for watched in self._watched]
         with _in_spite_of_storage():
             append_json_line(self._launch.run_dir / self._named(INCIDENTS_FILE), record)
