@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,11 +19,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from zaya_train.config.build import to_dict
-from zaya_train.config.check import check
 from zaya_train.config.derive import (
     Layout,
     config_hash,
-    launched_ranks,
     layout,
     layout_notes,
     phase_sequences,
@@ -102,9 +99,9 @@ class Context:
 def train(config: TrainConfig) -> int:
     """Run the plan to its end or to a stop signal; returns the exit code (0 or 75).
 
-    ConfigError and friends are raised before anything is allocated.
+    `config` is checked for this launch (config.check), which needs no torch. ConfigError and friends
+    are raised before anything is allocated.
     """
-    check(config, launched_ranks(os.environ))
     check_paths(config)
     with ExitStack() as stack:
         flag = stack.enter_context(StopFlag())
