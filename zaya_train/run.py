@@ -37,6 +37,7 @@ from zaya_train.parallel.apply import chunking_of
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.chain import only_phase_is_done
+from zaya_train.phases.gates import WITHOUT_STEP
 from zaya_train.phases.lineage import lineage
 from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
@@ -99,8 +100,8 @@ class Context:
 def train(config: TrainConfig) -> int:
     """Run the plan to its end or to a stop signal; returns the exit code (0 or 75).
 
-    `config` is checked for this launch (config.check), which needs no torch. ConfigError and friends
-    are raised before anything is allocated.
+    `config` is checked for this launch (config.check), which needs no torch. ConfigError and
+    friends are raised before anything is allocated.
     """
     check_paths(config)
     with ExitStack() as stack:
@@ -272,7 +273,8 @@ def _steps(
 ) -> tuple[TrainState, bool, dict[str, Any]]:
     """Train the phase: the state, whether a stop signal ended it, and what its gate asks for."""
     feed = _feed(context, built, stream)
-    measured: dict[str, Any] = {}
+    rows_left = phase_sequences(built.phase) - state.phase_rows
+    measured: dict[str, Any] = {} if rows_left > 0 else {WITHOUT_STEP: True}
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(context, built.name, built.phase))
         run = _phase_run(context, built, _hooks(context, built, bar, measured), feed)

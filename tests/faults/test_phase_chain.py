@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,11 @@ CHANGES: dict[str, Any] = {
     "logging.eval_every_steps": 4,
 }
 EDGES = list(CHAIN)[:-1]
-ALONE: dict[str, Any] = {**CHANGES, "parallel.context_parallel_limit": 1}
+ALONE: dict[str, Any] = {
+    **CHANGES,
+    "checkpoint.keep_last": 12,
+    "parallel.context_parallel_limit": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +151,30 @@ def test_a_missed_gate_stops_the_run_until_it_is_changed(
     run(run_dir, corpora, tmp_path / "third", wide)
     comparison = compare_runs(run_dir, alone)
     assert comparison.equal, comparison.text()
+
+
+def test_a_phase_shortened_to_a_checkpoint_is_evaluated_for_its_gate(
+    alone: Path, corpora: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone, run_dir)
+    for step in (9, 10, 11):  # 9 was the phase's end
+        shutil.rmtree(run_dir / CHECKPOINTS / f"step-{step:08d}")
+    middle = {**CHAIN["midtrain"], "tokens": 2 * 512}
+    changes = {**ALONE, "plan.phases": {**CHAIN, "midtrain": middle}}
+    gate = "plan.phases.midtrain.exit_gate"
+    asked: dict[str, Any] = {"validation_loss": {"problems": 0.5}, "most_skip_rate": 0.0}
+    launched = run(run_dir, corpora, tmp_path / "strict", {**changes, gate: asked}, code=5)
+    # Its load was not seen: that condition is left out, on record.
+    line = r"exit_gate: validation_loss.problems: [0-9.]+, at most 0.5; change the gate"
+    assert re.search(line, launched.output())
+    found, _ = find_newest(run_dir / CHECKPOINTS)
+    assert found is not None and found.record.train_state["measured"]["without_step"] is True
+    asked["validation_loss"]["problems"] = 50.0
+    run(run_dir, corpora, tmp_path / "wide", {**changes, gate: asked})
+    steps = [row for row in read_metrics(run_dir) if row["kind"] == "step"]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert [row["phase"] for row in steps[6:]] == ["midtrain", "midtrain", "sft", "sft"]
 
 
 def test_a_branch_goes_on_bit_for_bit_and_may_change_what_lies_ahead(
