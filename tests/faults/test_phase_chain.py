@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import PHASE
-from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from tests.integration.runs import Launched, left_alone, overrides_for, values_for
 from zaya_train.main import main
 from zaya_train.run import CHECKPOINTS
 from zaya_train.tools.compare import compare_runs
@@ -44,25 +44,14 @@ ALONE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, corpora: Path) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    words = overrides_for(values_for(folder / "run", corpora, CHANGES))
-    launched = Launched(words, folder, ranks=4)
-    assert launched.wait(300) == [0] * 4, launched.output()
-    return folder / "run"
+    return left_alone(tmp_path_factory.mktemp("unbroken"), corpora, CHANGES, ranks=4)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, corpora: Path) -> Path:
     """The same plan on one rank."""
-    folder = tmp_path_factory.mktemp("alone")
-    run(folder / "run", corpora, folder, ALONE)
-    return folder / "run"
+    return left_alone(tmp_path_factory.mktemp("alone"), corpora, ALONE)
 
 
 def run(
@@ -84,7 +73,7 @@ def killed_at(
         launched._until(lambda p=phase, e=event: _has(run_dir, p, e))  # type: ignore[misc]
         launched.kill()
     last = Launched(words, out / "last", ranks=4)
-    assert last.wait(300) == [0] * 4, last.output()
+    assert last.wait() == [0] * 4, last.output()
     return [row["step"] for row in read_metrics(run_dir) if row["kind"] in ("start", "resume")]
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.faults.supervised import Supervised
-from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from tests.faults.supervised import CHANGES, Supervised
+from tests.integration.runs import Launched, left_alone, overrides_for, values_for
 from zaya_train.config.errors import StorageError
 from zaya_train.config.faults import SupervisorConfig
 from zaya_train.runtime.local_ranks import Launch
@@ -23,31 +23,20 @@ from zaya_train.tools.compare import compare_runs
 if TYPE_CHECKING:
     from pathlib import Path
 
-STEPS = 30
-CHANGES: dict[str, Any] = {
-    "plan.phases.short.tokens": STEPS * 4 * 64,
-    "plan.phases.short.schedule": {"kind": "constant"},
-    "plan.phases.long.tokens": 2 * 2 * 128,
-    "checkpoint.every_steps": 4,
-    "logging.eval_every_steps": 0,
-    "supervisor.backoff_seconds": 0.1,
-    "supervisor.status_seconds": 0.05,
-    "supervisor.hang_seconds": 8.0,
-}
+GRACE_SECONDS = 500.0
+"""For ranks that all end by themselves, however loaded the machine is."""
 
 
-@pytest.fixture(scope="module")
-def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_corpora(tmp_path_factory.mktemp("corpus"))
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of supervisors in this process."""
+    monkeypatch.setattr("zaya_train.runtime.supervisor._GRACE_SECONDS", GRACE_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, corpora: Path) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    words = overrides_for(values_for(folder / "run", corpora, CHANGES))
-    launched = Launched(words, folder, ranks=2)
-    assert launched.wait() == [0, 0], launched.output()
-    return folder / "run"
+    """The supervised run, left alone."""
+    return left_alone(tmp_path_factory.mktemp("unbroken"), corpora, CHANGES, ranks=2)
 
 
 def test_a_stopped_rank_is_named_a_killed_one_replaced_and_a_stop_signal_passed_on(
@@ -68,7 +57,7 @@ def test_a_stopped_rank_is_named_a_killed_one_replaced_and_a_stop_signal_passed_
     hang = incidents[0]
     assert hang["named"] == [1]
     assert "rank 1 hangs in " in hang["reason"] and "stopped by a signal" in hang["reason"]
-    assert "limit 8 s" in hang["reason"]
+    assert "limit 15 s" in hang["reason"]
     assert "rank 0: killed by SIGKILL" in status["failures"][1]["reason"]
     # The rank that waited left its stacks; the stopped one could not.
     stacks = (run_dir / "logs" / "attempt-0001" / "rank-0.stacks").read_text()
