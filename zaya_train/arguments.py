@@ -203,7 +203,7 @@ def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya plan`, `doctor`, `report` and `smoke`."""
+    """`zaya plan`, `supervise`, `doctor`, `report` and `smoke`."""
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )

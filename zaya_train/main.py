@@ -2,7 +2,8 @@
 
 zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
 zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
-zaya import-hf | export-hf | generate | evaluate | plan | supervise | report | smoke
+zaya import-hf | export-hf | generate | evaluate
+zaya plan | supervise | doctor | report | smoke
 zaya checkpoint ls | verify | diff
 zaya submit recipe=zaya1_8b nodes=128 | env | preflight
 zaya kernels verify
@@ -49,7 +50,7 @@ from zaya_train.config.suggest import unknown_key, unknown_name
 from zaya_train.runtime.files import named_failure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
 
@@ -104,21 +105,12 @@ def _typed(values: DictConfig, cls: type[T]) -> T:
 def _train(overrides: list[str]) -> int:
     """`zaya train`: Hydra parses, `run.train` trains. 2 for whatever Hydra itself refuses."""
     if overrides[:1] == ["--frozen"]:
-        if len(overrides) != 2:
-            raise ConfigError("train --frozen FILE: takes one file, and nothing can be overridden")
-        return _started(thaw(Path(overrides[1])))
+        return _checked_and_started(lambda: _thawed(overrides[1:]))
     codes: list[int] = []
 
     def task(values: DictConfig) -> None:
         try:
-            config = _for_job(_typed(values, TrainConfig))
-            check(config, launched_ranks(os.environ))
-        except ConfigError as error:
-            # All ranks find the same; one of each node says it.
-            codes.append(_told(error) if _speaks() else error.exit_code)
-            return
-        try:
-            codes.append(_started(config))
+            codes.append(_checked_and_started(lambda: _for_job(_typed(values, TrainConfig))))
         except ZayaError as error:
             codes.append(_told(error))
         except OSError as error:
@@ -148,7 +140,20 @@ def _train(overrides: list[str]) -> int:
     return max(codes, default=EXIT_OK)
 
 
-def _started(config: TrainConfig) -> int:
+def _thawed(words: Sequence[str]) -> TrainConfig:
+    if len(words) != 1:
+        raise ConfigError("train --frozen FILE: takes one file, and nothing can be overridden")
+    return thaw(Path(words[0]))
+
+
+def _checked_and_started(configuration: Callable[[], TrainConfig]) -> int:
+    """Train with what `configuration` returns, once it is checked for this launch."""
+    try:
+        config = configuration()
+        check(config, launched_ranks(os.environ))
+    except ConfigError as error:
+        # All ranks find the same; one of each node says it.
+        return _told(error) if _speaks() else error.exit_code
     # torch: two seconds of import that a bad configuration does not pay for.
     from zaya_train.run import train
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,11 +19,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from zaya_train.config.build import to_dict
-from zaya_train.config.check import check
 from zaya_train.config.derive import (
     Layout,
     config_hash,
-    launched_ranks,
     layout,
     layout_notes,
     phase_sequences,
@@ -40,6 +37,7 @@ from zaya_train.parallel.apply import chunking_of
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.chain import only_phase_is_done
+from zaya_train.phases.gates import WITHOUT_STEP
 from zaya_train.phases.lineage import lineage
 from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
 from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
@@ -101,9 +99,9 @@ class Context:
 def train(config: TrainConfig) -> int:
     """Run the plan to its end or to a stop signal; returns the exit code (0 or 75).
 
-    ConfigError and friends are raised before anything is allocated.
+    `config` is checked for this launch (config.check), which needs no torch. ConfigError and
+    friends are raised before anything is allocated.
     """
-    check(config, launched_ranks(os.environ))
     check_paths(config)
     with ExitStack() as stack:
         flag = stack.enter_context(StopFlag())
@@ -136,7 +134,7 @@ def train(config: TrainConfig) -> int:
         stack.callback(incidents.close)
         stack.enter_context(saver := Saver(store, metrics, run_dir, config.checkpoint, ledger.sync))
         # Leaving may wait for the save under way: the supervisor must not call that a hang.
-        stack.callback(heartbeat.mark, "save", 0)
+        stack.callback(heartbeat.mark, "save")
         facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
         context = Context(
             config=config,
@@ -177,9 +175,9 @@ def _run_plan(context: Context) -> int:
     phases = list(config.plan.phases.items())
     first, back = True, None
     while True:
-        context.heartbeat.mark("save", 0)
+        context.heartbeat.mark("save")
         context.saver.settle()
-        context.heartbeat.mark("load", 0)
+        context.heartbeat.mark("load")
         found = starting_point(context.store, config.checkpoint.branch_from, Peers.world())
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
         if found:
@@ -274,7 +272,8 @@ def _steps(
 ) -> tuple[TrainState, bool, dict[str, Any]]:
     """Train the phase: the state, whether a stop signal ended it, and what its gate asks for."""
     feed = _feed(context, built, stream)
-    measured: dict[str, Any] = {}
+    rows_left = phase_sequences(built.phase) - state.phase_rows
+    measured: dict[str, Any] = {} if rows_left > 0 else {WITHOUT_STEP: True}
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(context, built.name, built.phase))
         run = _phase_run(context, built, _hooks(context, built, bar, measured), feed)

@@ -15,8 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults.supervised import Supervised
-from tests.faults.test_supervisor import CHANGES
+from tests.faults.supervised import CHANGES, Supervised
 from tests.integration.runs import make_corpora, overrides_for, values_for
 
 HANG_SECONDS = 6.0

@@ -1,4 +1,4 @@
-"""One unbroken run of two ranks that all tests of broken ones compare with."""
+"""The corpora of all runs here, and one unbroken run of two ranks to compare broken ones with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
+from tests.integration.runs import left_alone, make_corpora
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,8 +20,4 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, corpora: Path) -> Path:
     """Run directory; thirteen steps, a checkpoint after every third and at both phases' ends."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    words = overrides_for(values_for(folder / "run", corpora))
-    launched = Launched(words, folder, ranks=2)
-    assert launched.wait() == [0, 0], launched.output()
-    return folder / "run"
+    return left_alone(tmp_path_factory.mktemp("unbroken"), corpora, {}, ranks=2)

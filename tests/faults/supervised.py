@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+STEPS = 30
+CHANGES: dict[str, Any] = {
+    "plan.phases.short.tokens": STEPS * 4 * 64,
+    "plan.phases.short.schedule": {"kind": "constant"},
+    "plan.phases.long.tokens": 2 * 2 * 128,
+    "checkpoint.every_steps": 4,
+    "logging.eval_every_steps": 0,
+    "supervisor.backoff_seconds": 0.1,
+    "supervisor.status_seconds": 0.05,
+    # Hundreds of times what a part of a step takes: whoever is late here stands still.
+    "supervisor.hang_seconds": 15.0,
+}
+
+
 class Supervised:
     """`zaya supervise` as a process of its own, and its ranks below it."""
 

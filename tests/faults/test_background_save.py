@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.faults.states import MODEL, blank, differing, make_mesh, plain_state, record, shard
 from tests.faults.test_guarded_run import CHANGES, Spoiled, in_steps
-from tests.helpers.distributed import run_ranks
+from tests.helpers.distributed import PATIENCE_SECONDS, run_ranks
 from tests.integration.runs import Launched, overrides_for, values_for
 from zaya_train.config.errors import CheckpointError, LostRankError, NumericsError
 from zaya_train.config.schema import CheckpointConfig
@@ -50,7 +50,7 @@ class Gate:
 
         def write(*arguments: Any) -> Any:
             self.entered.set()
-            assert self._opened.wait(60)
+            assert self._opened.wait(PATIENCE_SECONDS)
             return real_write(*arguments)
 
         monkeypatch.setattr(dcp, "write", write)
@@ -73,7 +73,7 @@ def _change_while_saving(root: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
         store.start(state, record(1))
-        assert gate.entered.wait(60)
+        assert gate.entered.wait(PATIENCE_SECONDS)
         change(state)
         gate.open()
         saved = store.finish()
@@ -203,7 +203,7 @@ def _wait_at_the_next_save(run_dir: Path) -> tuple[list[str], bool]:
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
         saver.save(state, record(1), required=False)
-        assert gate.entered.wait(60)
+        assert gate.entered.wait(PATIENCE_SECONDS)
         saver.report()
         still = store.under_way
         real_finish = store.finish
@@ -241,7 +241,7 @@ def _leave(run_dir: Path, error: BaseException | None) -> bool:
         gate = Gate(patch)
         with suppress(type(error)) if error else nullcontext(), saver:
             saver.save(state, record(1), required=False)
-            assert gate.entered.wait(60)
+            assert gate.entered.wait(PATIENCE_SECONDS)
             threading.Timer(0.2, gate.open).start()
             if error:
                 raise error
@@ -293,13 +293,13 @@ def _interrupted(root: Path) -> list[bool]:
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
         store.start(plain_state(1), record(1))
-        assert gate.entered.wait(60)
+        assert gate.entered.wait(PATIENCE_SECONDS)
         store.close()
         free.append(_lock_is_free(store))
         gate.open()
         for thread in threading.enumerate():
             if thread.name.startswith("checkpoint"):
-                thread.join(60)
+                thread.join(PATIENCE_SECONDS)
         free.append(_lock_is_free(store))
     return free
 
@@ -366,7 +366,7 @@ def test_a_roll_back_waits_for_the_save_under_way(
 
     def write(*arguments: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
-            assert waited_for.wait(100)
+            assert waited_for.wait(PATIENCE_SECONDS)
             waited_for.clear()
         return real_write(*arguments)
 
@@ -438,7 +438,7 @@ def test_no_thread_survives_a_closed_store(tmp_path: Path) -> None:
         store.close()
         for thread in threading.enumerate():
             if thread.name.startswith("checkpoint"):
-                thread.join(60)
+                thread.join(PATIENCE_SECONDS)
         return [t.name for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
     assert run_ranks(saved_then_closed, 1, tmp_path) == [[]]

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.faults.states import differing, make_mesh, plain_state, record, shard
-from tests.helpers.distributed import ranks_running, run_ranks
+from tests.helpers.distributed import PATIENCE_SECONDS, ranks_running, run_ranks
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.restore import find_newest, load_full, verify
 
@@ -54,7 +54,7 @@ def test_kill_all_ranks_at_random_moments(tmp_path: Path) -> None:
 
 
 def _wait_for_step(root: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if any(int(path.name[5:]) >= step for path in root.glob("step-????????")):
             return
@@ -108,7 +108,7 @@ SYNCS = ["data file", ".metadata", "MANIFEST.json", "its directory", "the root a
 def test_kill_at_every_point_of_durability(tmp_path: Path, number: int) -> None:
     with ranks_running(_die_at_sync, 2, tmp_path, number) as processes:
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE_SECONDS)
         assert processes[0].exitcode == -signal.SIGKILL, "the save has fewer syncs than listed"
     before = {path.name for path in tmp_path.glob("step-*")}
     assert {"step-00000001", "step-00000002"} <= before, "retention ran before verification"
@@ -132,7 +132,7 @@ def _second_writer(root: Path) -> str:
 def _hold(root: Path) -> None:
     store = CheckpointStore(root, keep_last=2)
     (root / "ready").touch()
-    time.sleep(60)
+    time.sleep(PATIENCE_SECONDS)
     store.close()
 
 

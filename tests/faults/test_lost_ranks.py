@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.dist.harness import Case, Setup
-from tests.helpers.distributed import ranks_running, run_ranks
+from tests.helpers.distributed import PATIENCE_SECONDS, ranks_running, run_ranks
 from zaya_train.config.derive import Layout
 from zaya_train.config.errors import LostRankError
 from zaya_train.parallel.mesh import Mesh
@@ -23,16 +23,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LIMIT_SECONDS = 4.0
+"""Counted from a moment when all ranks have met, so that only the lost one can exceed it."""
 
 
 def train_and_lose(case: Case, lost: int, how: str, folder: Path) -> None:
     """Steps on every rank until `lost` goes; what the others' reports say, in files."""
     setup = Setup.of(case)
     setup.step(0)
-    shorten_timeouts(LIMIT_SECONDS, setup.mesh.groups)
-    if dist.get_rank() == lost:
-        layer = setup.model.layers[1].get_submodule("moe")
-        layer.register_forward_pre_hook(lambda *_: go(how))
+
+    def meet_and_lose(*_: object) -> None:
+        dist.barrier()
+        shorten_timeouts(LIMIT_SECONDS, setup.mesh.groups)
+        if dist.get_rank() == lost:
+            go(how)
+
+    layer = setup.model.layers[1].get_submodule("moe")
+    layer.register_forward_pre_hook(meet_and_lose)
     try:
         with naming_lost_ranks(setup.mesh.layout, LIMIT_SECONDS):
             setup.step(1)
@@ -60,8 +66,8 @@ def go(how: str) -> None:
 def test_the_lost_rank_is_named_by_every_other(
     case: Case, axes: dict[int, str], how: str, tmp_path: Path
 ) -> None:
-    with ranks_running(train_and_lose, 4, case, 2, how, tmp_path, timeout=300):
-        deadline = time.monotonic() + 180
+    with ranks_running(train_and_lose, 4, case, 2, how, tmp_path):
+        deadline = time.monotonic() + PATIENCE_SECONDS
         wanted = {"0", "1", "3"}
         while time.monotonic() < deadline and not wanted <= {p.name for p in tmp_path.iterdir()}:
             time.sleep(0.1)

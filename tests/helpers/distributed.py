@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
 T = TypeVar("T")
+PATIENCE_SECONDS = 540.0
+"""For ranks that need seconds, on a machine that others have loaded."""
 GRACE_SECONDS = 3.0
 """How long the other ranks may take to report once one has failed."""
 
@@ -66,7 +68,9 @@ class _Child:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout: float = 120.0) -> list[T]:
+def run_ranks(
+    fn: Callable[..., T], world_size: int, *args: Any, timeout: float = PATIENCE_SECONDS
+) -> list[T]:
     """Call `fn(*args)` on `world_size` ranks of a gloo process group; their values in rank order.
 
     Args:
@@ -94,7 +98,7 @@ def run_ranks(fn: Callable[..., T], world_size: int, *args: Any, timeout: float 
 
 @contextmanager
 def ranks_running(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE_SECONDS
 ) -> Iterator[list[ForkProcess]]:
     """The processes of `world_size` ranks that run `fn(*args)`, to be signalled by the test.
 

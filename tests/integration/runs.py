@@ -84,6 +84,10 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+PATIENCE_SECONDS = 540.0
+"""For a run of a few seconds, on a machine that others have loaded; pytest ends a test at 600."""
+
+
 class Launched:
     """`zaya train` on one or several ranks, each a fork of this process (no import to pay for).
 
@@ -107,7 +111,7 @@ class Launched:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout: float = 120.0) -> list[int | None]:
+    def wait(self, timeout: float = PATIENCE_SECONDS) -> list[int | None]:
         """Exit codes in rank order."""
         try:
             for process in self.processes:
@@ -129,10 +133,6 @@ class Launched:
         """Returns once the metrics report `step`; AssertionError when the run ends before."""
         return self._until(lambda: last_step(run_dir) >= step)
 
-    def at_row(self, run_dir: Path, kind: str) -> Launched:
-        """Returns once the metrics have a row of `kind`; AssertionError as `at_step`."""
-        return self._until(lambda: any(row["kind"] == kind for row in _rows(run_dir)))
-
     def _until(self, there: Callable[[], bool]) -> Launched:
         while not there():
             alive = all(process.is_alive() for process in self.processes)
@@ -141,13 +141,21 @@ class Launched:
         return self
 
 
+def left_alone(folder: Path, corpora: Path, changes: Mapping[str, Any], ranks: int = 1) -> Path:
+    """The directory, below `folder`, of a run that went to its end."""
+    words = overrides_for(values_for(folder / "run", corpora, changes))
+    launched = Launched(words, folder, ranks)
+    assert launched.wait() == [0] * ranks, launched.output()
+    return folder / "run"
+
+
 def zaya(words: Sequence[str], log: Path, **limits: int) -> int | None:
     """Any `zaya` command in a fork of this process; its exit code."""
     process = multiprocessing.get_context("fork").Process(
         target=_zaya, args=(words, log, {}, limits)
     )
     process.start()
-    process.join(120)
+    process.join(PATIENCE_SECONDS)
     return process.exitcode
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from tests.helpers.bad_configurations import BAD
+from tests.helpers.tiny import tiny
 from tests.integration.runs import ENVIRONMENT
+from zaya_train.config.frozen import frozen
 from zaya_train.config.schema import TrainConfig
 from zaya_train.config.suggest import unknown_key, unknown_name
 from zaya_train.main import main
@@ -79,6 +82,44 @@ def test_one_rank_of_a_node_tells_what_all_find() -> None:
         ["error: parallel.shard: 3 does not divide the 2 ranks of this launch"],
         [],
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "parallel.shard: 3 does not divide the 2 ranks of this launch"),
+        (["run.seed=1"], "train --frozen FILE: takes one file, and nothing can be overridden"),
+    ],
+)
+def test_one_rank_of_a_node_refuses_a_frozen_file(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "frozen.json"
+    path.write_text(json.dumps(frozen(tiny({"parallel.shard": 3}))))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", [f"error: {told}"]), ("1", [])):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["train", "--frozen", str(path), *words]) == 2
+        assert capsys.readouterr().err.splitlines() == lines
+
+
+@pytest.mark.parametrize("master", ["abc", "host:abc", ":29400", "host:0", "host:65536"])
+def test_a_meeting_place_is_looked_at_on_one_node_too(
+    master: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["supervise", "recipe=smoke_cpu", "--master", master]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --master {master}: is not host:port with a port up to 65535"
+
+
+def test_several_nodes_need_a_meeting_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["supervise", "recipe=smoke_cpu", "--nodes", "2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: --master: 2 nodes need host:port of the first one"
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,18 @@ def test_the_configuration_is_that_of_the_attempt_that_wrote_it(
     assert "optim.muon.learning_rate" in out and "0.01" in out and "old" not in out
 
 
+def test_a_damaged_configuration_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a").mkdir()
+    run_ranks(_with_config, 1, tmp_path / "a", {"run": {"seed": 0}})
+    damaged = tmp_path / "a" / "configs" / "attempt-0001.json"
+    damaged.write_text("{")
+    assert main(["checkpoint", "diff", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {damaged}: not JSON")
+
+
 @pytest.mark.parametrize(
     ("size", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (2.5e9, "2.5 GB"), (3e13, "30 TB")],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from zaya_train.config.schema import GateConfig
-from zaya_train.phases.gates import conditions, missed
+from zaya_train.phases.gates import WITHOUT_STEP, conditions, missed
 
 GATE = GateConfig(validation_loss={"a": 2.0}, most_skip_rate=0.1, least_load_entropy=0.9)
 GOOD: dict[str, Any] = {"validation_loss": {"a": 2.0}, "skip_rate": 0.1, "load_entropy": 0.9}
@@ -36,6 +36,12 @@ def test_limits_are_met_where_reached_exactly() -> None:
 )
 def test_what_is_missed_is_one_line(change: dict[str, Any], line: str) -> None:
     assert missed(GATE, {**GOOD, **change}) == [line]
+
+
+def test_a_phase_without_a_step_is_judged_by_its_losses_alone() -> None:
+    assert missed(GATE, {"validation_loss": {"a": 2.0}, WITHOUT_STEP: True}) == []
+    assert len(missed(GATE, {"validation_loss": {"a": 2.5}, WITHOUT_STEP: True})) == 1
+    assert len(missed(GATE, {WITHOUT_STEP: True})) == 1
 
 
 def test_nothing_measured_meets_nothing() -> None:

@@ -57,10 +57,11 @@ def test_a_word_survives_the_file(tmp_path: Path) -> None:
     heartbeat.mark("data", 1)
     heartbeat.step_done(2.0, 0.5)
     heartbeat.mark("forward", 2)
+    heartbeat.mark("backward")
     word = read_beat(path)
     assert word is not None
-    assert (word.pid, word.step, word.marks, word.steps_done) == (os.getpid(), 2, 2, 1)
-    assert (word.phase, word.work_seconds, word.data_seconds) == ("forward", UNKNOWN, UNKNOWN)
+    assert (word.pid, word.step, word.marks, word.steps_done) == (os.getpid(), 2, 3, 1)
+    assert (word.phase, word.work_seconds, word.data_seconds) == ("backward", UNKNOWN, UNKNOWN)
     for waited in [0.5] * 60 + [9.0] * 5:
         heartbeat.step_done(2.0, waited)
     heartbeat.close()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.build import to_dict
 from zaya_train.config.errors import ConfigError
@@ -127,5 +127,10 @@ def sources_drawn(phases: Iterable[PhaseConfig]) -> list[str]:
 
 def config_hash(config: TrainConfig) -> str:
     """Short sha256 of the whole configuration."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+    return hash_of(to_dict(config))
+
+
+def hash_of(values: Mapping[str, Any]) -> str:
+    """`config_hash` of a configuration as plain dictionaries, also after JSON."""
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

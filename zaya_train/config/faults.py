@@ -18,8 +18,9 @@ class GuardConfig:
     """Norms of the newest applied steps of the phase that are compared with; none is a spike until
     half as many are there."""
     most_skipped: int = 5
-    """Steps skipped in a row after which `at_limit` happens. None of them is saved, so they rotate
-    no good checkpoint away."""
+    """Steps skipped in a row after which `at_limit` happens. While they last no periodic checkpoint
+    is saved, so they rotate none away; a stop signal or a phase's end among them does save, the
+    weights of the last applied step."""
     at_limit: Literal["stop", "roll_back"] = "stop"
     """stop: exit code 5. roll_back: go on from the newest checkpoint and pass over the rows of the
     skipped steps when they come again."""
@@ -44,6 +45,6 @@ class SupervisorConfig:
     most_backoff_seconds: float = 300.0
     straggler_factor: float = 2.0
     """A rank is slow when its own work, or its waiting for data, takes this many times the median
-    of all ranks'; it is reported, not ended."""
+    of the node's other ranks'; it is reported, not ended."""
     status_seconds: float = 5.0
     """Time between updates of status.json."""

@@ -100,9 +100,11 @@ class GateConfig:
     validation_loss: dict[str, float] = field(default_factory=dict)
     """Name in data.validation -> highest loss at the end of the phase."""
     most_skip_rate: float | None = None
-    """Highest share of tokens that chose the skip class in the phase's last step, 0 to 1."""
+    """Highest share of tokens that chose the skip class, 0 to 1, in the last step of the phase that
+    the process which ended it has applied. A process that only skipped steps has measured none, so
+    the gate is missed; one with no step left to make is not judged by its load."""
     least_load_entropy: float | None = None
-    """Lowest H(p) / ln E over the experts, mean over layers, in the phase's last step, 0 to 1."""
+    """Lowest H(p) / ln E over the experts, mean over layers, in the same step, 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

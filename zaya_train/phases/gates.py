@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import GateConfig
 
 
+WITHOUT_STEP = "without_step"
+"""In the measurements of a phase that was shortened to end at an existing checkpoint: the process
+that ended it made no step of it, so its load was not seen."""
+
+
 def missed(gate: GateConfig, measured: Mapping[str, Any]) -> list[str]:
     """Conditions of a gate that a phase's last measurements do not meet, one line each.
 
     measured: `validation_loss` by name, `skip_rate`, `load_entropy`; what is missing, as after a
-    phase that began before gates were known, does not meet a condition about it.
+    phase that began before gates were known, does not meet a condition about it. WITHOUT_STEP: the
+    conditions about the load are not judged; nothing could ever meet them.
     """
     losses = measured.get("validation_loss", {})
     found = [
@@ -27,6 +33,8 @@ def missed(gate: GateConfig, measured: Mapping[str, Any]) -> list[str]:
         for name, limit in gate.validation_loss.items()
         if not _number(losses.get(name)) <= limit
     ]
+    if measured.get(WITHOUT_STEP):
+        return found
     skip, entropy = measured.get("skip_rate"), measured.get("load_entropy")
     if gate.most_skip_rate is not None and not _number(skip) <= gate.most_skip_rate:
         found.append(f"most_skip_rate: {_shown(skip)}, at most {gate.most_skip_rate}")

@@ -101,26 +101,13 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def append_json_line(path: Path, values: Any) -> None:
-    """Append one line of JSON to a file that other processes append to as well.
-
-    Raises:
-        StorageError: the file system refused.
-    """
-    line = json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n"
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode is whole beside other processes' ones.
-        with path.open("ab", buffering=0) as file:
-            file.write(line.encode())
-
-
 class Records:
     """Appends lines to the file at `path`, in order; it is made by the first.
 
     What the file system refuses waits in memory and is tried again with the next line. One process
     of a run writes records: an error there would end it alone, and its peers by its loss, for the
-    sake of a line.
+    sake of a line. A line is one write in append mode, which is whole beside other processes' ones
+    wherever the file system takes it whole.
     """
 
     def __init__(self, path: Path) -> None:

@@ -13,19 +13,20 @@ Incidents (hangs, crashes, stragglers) are lines of `<run_dir>/incidents.jsonl`.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import EXIT_CRASH_LOOP, EXIT_OK, EXIT_REQUEUE, StorageError
 from zaya_train.runtime.beats import UNKNOWN
-from zaya_train.runtime.files import INCIDENTS_FILE, append_json_line, write_json
+from zaya_train.runtime.files import INCIDENTS_FILE, Records, write_json
 from zaya_train.runtime.local_ranks import LocalRanks
 from zaya_train.runtime.signals import STOP_SIGNALS
 from zaya_train.runtime.verdict import (
@@ -61,7 +62,7 @@ class Failure:
 
     attempt: int
     step: int
-    """Under way."""
+    """The furthest that a rank of this node had under way."""
     reason: str
 
 
@@ -77,17 +78,20 @@ class Supervisor:
         self._signal: signal.Signals | None = None
         self._impatient = False
         self._watched: list[Watched] = []
+        self._step = 0
+        """The furthest of the attempt."""
         self._status_due = 0.0
+        self._incidents = Records(launch.run_dir / self._named(INCIDENTS_FILE))
 
     def run(self) -> int:
         """Until the run is done, stopped or given up; returns the exit code."""
-        with self._hearing_signals():
+        with self._hearing_signals(), closing(self._incidents):
             while True:
                 codes, reason = self._one_attempt()
                 code = exit_code_of(codes, self._signal is not None)
                 if code is not None:
                     return self._ended(code, reason)
-                failure = Failure(self._attempt, self._step(), reason)
+                failure = Failure(self._attempt, self._step, reason)
                 self._failures.append(failure)
                 self._incident("crash", reason=reason, exit_codes=codes)
                 log.error("attempt %d failed at step %d: %s", self._attempt, failure.step, reason)
@@ -103,7 +107,7 @@ class Supervisor:
         """Start the ranks and stay until all are gone: exit codes, and why it ended if badly."""
         self._attempt += 1
         self._slow.clear()
-        self._watched = []
+        self._watched, self._step = [], 0
         logs = self._launch.run_dir / "logs" / self._named(f"attempt-{self._attempt:04d}")
         with tempfile.TemporaryDirectory(prefix="zaya-beats-") as beats:
             ranks = LocalRanks(self._launch, Path(beats), logs)
@@ -112,6 +116,8 @@ class Supervisor:
                 reason = self._watch(ranks)
             finally:
                 ranks.kill()
+                # Ranks that end by themselves may have said more since the last look.
+                self._note_step(ranks.watched())
             codes = [code or 0 for code in ranks.codes()]
         return codes, reason
 
@@ -130,9 +136,12 @@ class Supervisor:
                 ranks.send(self._signal)
                 passed_on = True
                 limit = min(limit, time.monotonic() + self._config.stop_seconds)
-            if time.monotonic() > limit or self._impatient:
+            if self._impatient:
+                return reason or "asked twice to stop"
+            if time.monotonic() > limit:
                 return reason or self._late(ranks)
             self._watched = ranks.watched()
+            self._note_step(self._watched)
             if not reason and overdue(self._watched, self._config):
                 return self._hang(ranks)
             self._look_for_stragglers()
@@ -181,8 +190,9 @@ class Supervisor:
                 log.warning("%s", text)
                 self._incident("straggler", reason=text, named=[rank])
 
-    def _step(self) -> int:
-        return max((w.beat.step for w in self._watched if w.beat), default=0)
+    def _note_step(self, watched: list[Watched]) -> None:
+        # A roll back begins again at an older step.
+        self._step = max([self._step, *(w.beat.step for w in watched if w.beat)])
 
     def _waited(self, seconds: float) -> bool:
         """Sleep before the next attempt; False if a stop signal came."""
@@ -212,7 +222,7 @@ class Supervisor:
             **values,
             "requeue": values.get("exit_code") == EXIT_REQUEUE,
             "attempt": self._attempt,
-            "step": self._step(),
+            "step": self._step,
             "host": os.uname().nodename,
             "pid": os.getpid(),
             "wall_time": time.time(),
@@ -220,15 +230,18 @@ class Supervisor:
             "slow_ranks": sorted({rank for rank, _ in self._slow}),
             "failures": [vars(failure) for failure in self._failures],
         }
-        with _in_spite_of_storage():
+        try:
             write_json(self._launch.run_dir / self._named(STATUS_FILE), status)
+        except StorageError as error:
+            # Ranks that train must not end because a note about them cannot be written.
+            log.warning("%s; training goes on", error)
 
     def _incident(self, kind: str, **values: Any) -> None:
         record = {"wall_time": time.time(), "kind": kind, "attempt": self._attempt}
-        record |= {"step": self._step(), "host": os.uname().nodename, **values}
+        record |= {"step": self._step, "host": os.uname().nodename, **values}
         record["ranks"] = [_row(watched) for watched in self._watched]
-        with _in_spite_of_storage():
-            append_json_line(self._launch.run_dir / self._named(INCIDENTS_FILE), record)
+        line = json.dumps(record, allow_nan=False, separators=(",", ":"))
+        self._incidents.append(line.encode())
 
     def _named(self, name: str) -> str:
         """Every node but the first has files of its own: `status-node3.json`."""
@@ -260,15 +273,6 @@ def _attempts(launch: Launch) -> int:
     names = [path.name for path in (launch.run_dir / "logs").glob(f"attempt-*{suffix}")]
     numbers = [name.removeprefix("attempt-").removesuffix(suffix) for name in names]
     return max((int(number) for number in numbers if number.isdecimal()), default=0)
-
-
-@contextmanager
-def _in_spite_of_storage() -> Iterator[None]:
-    """Ranks that train must not end because a note about them cannot be written."""
-    try:
-        yield
-    except StorageError as error:
-        log.warning("%s; training goes on", error)
 
 
 def _row(watched: Watched) -> dict[str, Any]:

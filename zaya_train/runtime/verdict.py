@@ -91,8 +91,8 @@ def waits_for_ranks(stacks: str) -> bool:
 
 
 def stragglers(ranks: list[Watched], factor: float) -> list[tuple[int, str, float, float]]:
-    """Ranks whose own work, or wait for data, is `factor` times the median of all ranks, as (rank,
-    what, seconds, median)."""
+    """Ranks whose own work, or wait for data, is `factor` times the median of the others on this
+    node, as (rank, what, seconds, median)."""
     found = []
     for what in ("work_seconds", "data_seconds"):
         values = {w.rank: getattr(w.beat, what) for w in ranks if w.beat}

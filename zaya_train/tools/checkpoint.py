@@ -21,7 +21,7 @@ from zaya_train.config.errors import (
 from zaya_train.run import CHECKPOINTS
 from zaya_train.train import manifest as manifests
 from zaya_train.train.peers import Peers
-from zaya_train.train.restore import Found, brief, find_newest, inspect, verified
+from zaya_train.train.restore import Found, brief, find_newest, inspect, layout_problems, verified
 from zaya_train.train.storage import BAD_NAME, LEFTOVER_NAME, STEP_NAME, list_names
 
 if TYPE_CHECKING:
@@ -147,9 +147,7 @@ def _listed(path: Path) -> Listed:
         manifest = manifests.read(path)
     except CheckpointError as error:
         return Listed(path, None, (str(error),))
-    match = STEP_NAME.fullmatch(path.name)
-    step = int(match.group(1)) if match else manifest.record.step
-    problems = manifests.layout_problems(path, manifest, step)
+    problems = layout_problems(path, manifest)
     for entry in manifest.files:
         problem = manifests.size_problem(path, entry)
         problems += [problem] if problem else []

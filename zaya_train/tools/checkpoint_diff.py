@@ -6,8 +6,6 @@ memory; every file is read once for its hash and once for its tensors.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,11 +14,12 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from zaya_train.config.derive import hash_of
 from zaya_train.config.diff import differences
 from zaya_train.config.errors import EXIT_OK
 from zaya_train.tools.checkpoint import checkpoint_at
 from zaya_train.train import dcp
-from zaya_train.train.attempts import CONFIG_DIR
+from zaya_train.train.attempts import CONFIG_DIR, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,6 +111,7 @@ def diff_checkpoints(first: Path, second: Path, rows: int, console: Console) -> 
 
     Raises:
         CheckpointError: one of them does not verify.
+        ConfigError, StorageError: a configuration that its run kept is none, or cannot be read.
     """
     found = [checkpoint_at(path) for path in (first, second)]
     for name, checkpoint in zip("AB", found, strict=True):
@@ -206,9 +206,8 @@ def _config_of(path: Path, record: CheckpointRecord) -> dict[str, Any]:
     """The configuration of the attempt that wrote the checkpoint, if the run kept it: the one of
     the record's hash."""
     for file in sorted((path.parent.parent / CONFIG_DIR).glob("attempt-*.json")):
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        text = json.dumps(values, sort_keys=True)
-        if hashlib.sha256(text.encode()).hexdigest()[:16] == record.config_hash:
+        values = read_config(file)
+        if hash_of(values) == record.config_hash:
             return values
     return {}
 

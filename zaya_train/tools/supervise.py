@@ -57,10 +57,10 @@ def _launch(request: SuperviseRequest) -> Launch:
             "least one rank a node, and nodes count from 0"
         )
     host, _, port = (request.master or "").rpartition(":")
-    if request.nodes > 1 and not (host and port.isdecimal()):
-        raise ConfigError(
-            f"--master {request.master}: {request.nodes} nodes need host:port of the first one"
-        )
+    if request.master is None and request.nodes > 1:
+        raise ConfigError(f"--master: {request.nodes} nodes need host:port of the first one")
+    if request.master is not None and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"--master {request.master}: is not host:port with a port up to 65535")
     return Launch(
         command=(sys.executable, "-m", "zaya_train", "train", *request.overrides),
         run_dir=Path(request.config.run.dir),

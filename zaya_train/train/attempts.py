@@ -89,13 +89,14 @@ def record_attempt(
         StorageError: the file system refused.
     """
     newest = run_dir / CONFIG_FILE
-    changed = differences(_read(newest), config) if newest.exists() else {}
+    changed = differences(read_config(newest), config) if newest.exists() else {}
     write_json(run_dir / CONFIG_DIR / f"attempt-{attempt:04d}.json", config)
     write_json(newest, config)
     return changed
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A kept configuration; ConfigError where it is none, StorageError where it cannot be read."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 _LEAST_SPREAD = 0.05
 """Of the mean; see GuardConfig.sigma."""
 _SHOWN = 16
-"""Names and ranks that a record lists at most."""
+"""Parameters that a record names at most. What it says of ranks and their rows is whole, tens of
+kilobytes on 1,024 ranks: it is what tells them apart, and only skipped steps leave one."""
 
 
 class RollBack(Exception):

@@ -102,12 +102,16 @@ def run_phase(run: PhaseRun, batches: BatchSource, state: TrainState) -> tuple[T
     """Train to the end of the phase.
 
     Returns the state and whether a stop signal ended it early; then a checkpoint has been saved.
-    While steps are being skipped nothing is saved: it would be the weights before them again.
+    While steps are being skipped only a stop signal saves: another save would rotate an older
+    checkpoint away for the weights before them again. A phase that was shortened to end where it
+    stands makes no step, and is evaluated for its gate.
 
     NumericsError naming the step, or RollBack, after `guard.most_skipped` skipped steps in a row;
     NumericsError where replicas differ.
     """
     first, owed = True, False
+    if state.phase_rows >= phase_sequences(run.phase) and run.eval_every_steps:
+        run.hooks.evaluate(state)
     while state.phase_rows < phase_sequences(run.phase):
         rows = batch_sequences(run.phase, state.phase_rows, run.unit)
         state, result = _one_step(run, batches, state, rows)

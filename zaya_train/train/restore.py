@@ -124,13 +124,18 @@ def inspect(path: Path, peers: Peers) -> tuple[Manifest | None, list[str]]:
         manifest = manifests.decode(data)
     except CheckpointError as error:
         return None, [str(error)]
-    match = STEP_NAME.fullmatch(path.name)
-    step = int(match.group(1)) if match else manifest.record.step
-    problems = manifests.layout_problems(path, manifest, step) if peers.rank == 0 else []
+    problems = layout_problems(path, manifest) if peers.rank == 0 else []
     for entry in _share(manifest, peers.rank, peers.size):
         problem = manifests.file_problem(path, entry)
         problems += [problem] if problem else []
     return manifest, sorted({line for part in peers.gather(problems) for line in part})
+
+
+def layout_problems(path: Path, manifest: Manifest) -> list[str]:
+    """What shows without reading the files; a directory's name tells its step before the record."""
+    match = STEP_NAME.fullmatch(path.name)
+    step = int(match.group(1)) if match else manifest.record.step
+    return manifests.layout_problems(path, manifest, step)
 
 
 def _share(manifest: Manifest, rank: int, size: int) -> list[FileEntry]:
