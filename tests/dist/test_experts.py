@@ -168,7 +168,7 @@ def others_start_when_rank_0_is_between() -> list[str]:
 
 
 def test_work_between_start_and_finish_runs_while_rows_travel() -> None:
-    for said in run_ranks(others_start_when_rank_0_is_between, 2, timeout=60):
+    for said in run_ranks(others_start_when_rank_0_is_between, 2):
         assert said == ["dispatch", "combine", "gradients"]
 
 

@@ -54,7 +54,7 @@ def alone() -> dict[str, Outcome]:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, list[Outcome]]:
-    ranks = run_ranks(run_grids, 4, LAYOUTS, timeout=300)
+    ranks = run_ranks(run_grids, 4, LAYOUTS)
     return {grid.name: [rank[grid.name] for rank in ranks] for grid in LAYOUTS}
 
 

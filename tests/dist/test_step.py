@@ -124,7 +124,7 @@ def struck(case: Case, faults: list[Fault]) -> tuple[str, float, bool]:
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_replica_with_another_gradient_stops_all_ranks(factor: float, rank: int) -> None:
     faults = [Fault(rank, SCALE, factor)]
-    outcomes = run_ranks(struck, 4, Case(replicate=2, shard=2), faults, timeout=30)
+    outcomes = run_ranks(struck, 4, Case(replicate=2, shard=2), faults)
     message = outcomes[0][0]
     assert outcomes == [(message, 0.0, True)] * 4
     norms = re.findall(r"norm (\S+) on replica (\d)", message)
