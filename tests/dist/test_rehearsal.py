@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import tiny
-from zaya_train.config.derive import layout
+from zaya_train.config.derive import layout, sequences_per_step
 from zaya_train.parallel.apply import parallelize
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
@@ -51,7 +51,7 @@ def real(config: TrainConfig, name: str, ranks: int) -> Figures:
     phase = config.plan.phases[name]
     mesh = Mesh.build(layout(phase, config.parallel, ranks), "cpu")
     batch = rehearsal._batch(config, phase, mesh)
-    count = 4 * 64 // 64 // mesh.layout.data if name == "short" else 2 // mesh.layout.data
+    count = sequences_per_step(phase) // (mesh.layout.data * phase.micro_batch_sequences)
     meter = RealMeter(rehearsal._axes(mesh), {})
     with meter.counting():
         with meter.labelled(WEIGHTS):
