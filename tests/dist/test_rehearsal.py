@@ -16,6 +16,7 @@ from zaya_train.parallel.mesh import Mesh
 from zaya_train.tools import rehearsal
 from zaya_train.tools.rehearsal_meter import Meter, Peak
 from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
+from zaya_train.train.built import groups_of, optimizer_of
 from zaya_train.train.step import Rates, train_step
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def real(config: TrainConfig, name: str, ranks: int) -> Figures:
             model = parallelize(config, config.model, mesh, rehearsal.CPU)
         rehearsal._give_routing(model, batch, 1.0)
         with meter.labelled(STATE):
-            optimizer = rehearsal._optimizer(config, model, mesh)
+            optimizer = optimizer_of(config, model, groups_of(mesh))
         rates = Rates(muon=0.1, adamw=0.1, clip_norm=0.0)
         least: dict[str, Peak] = {}
         for _ in range(STEPS):

@@ -214,14 +214,22 @@ def muon_plan(
 ) -> Plan:
     """Muon's plan where stacks are sharded between matrices, experts over `expert` ranks first."""
     table = assign(shapes)
-    muon = {name: shape for name, shape in shapes.items() if table[name].optimizer == "muon"}
-    counts = [
-        matrices_held(shape[0], shards, expert if table[name].what == "experts" else 1)
-        for name, shape in muon.items()
-    ]
-    held = [[count[column] for count in counts] for column in range(shards)]
-    places = matrices_of(list(muon.values()), held)
+    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
+    places = matrices_of(muon, stacks_held(shapes, shards, expert))
     return plan([place.matrix for place in places], replicas, shards)
+
+
+def stacks_held(shapes: Mapping[str, tuple[int, ...]], shards: int, expert: int) -> list[list[int]]:
+    """[column][parameter of Muon's]: matrices of each stack on a column; 0 where the parameter is
+    one matrix."""
+    table = assign(shapes)
+    counts = []
+    for name, shape in shapes.items():
+        view = table[name].view
+        if view is not None:
+            own = expert if table[name].what == "experts" else 1
+            counts.append(matrices_held(shape[0], shards, own) if view.is_stack else [0] * shards)
+    return [[count[column] for count in counts] for column in range(shards)]
 
 
 def matrices_held(count: int, shards: int, expert: int) -> list[int]:
