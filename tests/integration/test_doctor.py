@@ -236,6 +236,11 @@ def test_layouts_cover_every_axis(config: TrainConfig) -> None:
     assert {t.expert for t in trials_of(three, SHORT, 4)} == {1}
 
 
+def test_triton_kernels_are_refused_by_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "recipe=smoke_cpu", "kernels.norm_residual=triton"]) == 2
+    assert "add kernels.norm_residual=eager" in capsys.readouterr().err
+
+
 def test_bad_ranks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "recipe=smoke_cpu", "--ranks", "3"]) == 2
     assert "--ranks: 3" in capsys.readouterr().err

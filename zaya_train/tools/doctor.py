@@ -17,7 +17,7 @@ from rich.table import Table
 
 import zaya_train
 from zaya_train.config.build import to_dict
-from zaya_train.config.check import model_problems
+from zaya_train.config.check import host_problems, model_problems, refuse
 from zaya_train.config.derive import config_hash
 from zaya_train.config.errors import EXIT_OK, ConfigError
 from zaya_train.runtime.files import write_text
@@ -80,9 +80,8 @@ def doctor(request: DoctorRequest, console: Console) -> int:
     """Examine, print, write the receipt; 0, or 1 where a check failed."""
     if request.ranks not in (2, 4, 8):
         raise ConfigError(f"--ranks: {request.ranks} is not 2, 4 or 8")
-    broken = list(model_problems(request.config.model))
-    if broken:
-        raise ConfigError("; ".join(broken))
+    config = request.config
+    refuse([*model_problems(config.model), *host_problems(config.kernels, "zaya doctor")])
     findings = examine(request)
     console.print(_leak_table(findings.leaks))
     console.print(_layout_table(findings.verdicts))

@@ -134,7 +134,7 @@ def rehearse(config: TrainConfig, name: str, ranks: int, busiest: float = 1.0) -
     started = time.monotonic()
     phase = config.plan.phases[name]
     degrees = layout(phase, config.parallel, ranks)
-    count = sequences_per_step(phase) // (degrees.data * phase.micro_batch_sequences)
+    count = micro_batches(config, name, ranks)
     with _alone(ranks):
         mesh = Mesh.build(degrees, "cpu")
         peaks, flows = _step(config, phase, mesh, (count, busiest))
@@ -147,6 +147,13 @@ def rehearse(config: TrainConfig, name: str, ranks: int, busiest: float = 1.0) -
         flows=flows,
         seconds=time.monotonic() - started,
     )
+
+
+def micro_batches(config: TrainConfig, name: str, ranks: int) -> int:
+    """Of a step of phase `name` on every rank."""
+    phase = config.plan.phases[name]
+    data = layout(phase, config.parallel, ranks).data
+    return sequences_per_step(phase) // (data * phase.micro_batch_sequences)
 
 
 @contextmanager
