@@ -63,10 +63,9 @@ class Findings:
             if not leak.ok
         ]
         lines += [
-            f"layout {v.trial.name} ({v.trial.words()}), rows of {v.context.row_tokens}: {v.worst}"
-            + "".join(f"; {k} {e:.1e}" for k, e in v.errors.items())
+            f"{v.words}" + "".join(f"; {k} {e:.1e}" for k, e in v.errors.items())
             for v in self.verdicts
-            if not v.ok
+            if v.tried and not v.ok
         ]
         lines += [
             f"kernels {k.op}={k.backend}: {k.worst} differs by {k.error:.1e}, limit {k.limit:.1e}"
@@ -89,10 +88,14 @@ def doctor(request: DoctorRequest, console: Console) -> int:
     if request.receipt is not None:
         write_text(request.receipt, json.dumps(receipt(request, findings), indent=1) + "\n")
         console.print(f"receipt: {request.receipt}", highlight=False, soft_wrap=True)
+    for verdict in findings.verdicts:
+        if not verdict.tried:
+            console.print(f"not possible {verdict.words}", highlight=False, soft_wrap=True)
     culprits = findings.culprits()
     for line in culprits:
         console.print(f"FAILED {line}", highlight=False, markup=False, soft_wrap=True)
-    checks = len(findings.leaks) + len(findings.verdicts) + len(findings.kernels)
+    tried = sum(verdict.tried for verdict in findings.verdicts)
+    checks = len(findings.leaks) + tried + len(findings.kernels)
     console.print(
         f"{checks - len(culprits)} of {checks} checks passed in {findings.seconds:.0f} s",
         highlight=False,
@@ -108,7 +111,7 @@ def examine(request: DoctorRequest) -> Findings:
     for context in contexts_of(request.config):
         trials = doctor_layouts.trials_of(small, context, request.ranks)
         leaks += doctor_leaks.probe(small, context, doctor_layouts.SERIAL)
-        shared = [trial for trial in trials if trial.context > 1]
+        shared = [trial for trial in trials if trial.context > 1 and not trial.impossible]
         if shared:
             most = max(shared, key=lambda trial: trial.context)
             leaks += doctor_leaks.probe(small, context, Trial(most.name, 1, 1, most.context))
@@ -164,7 +167,8 @@ def _layout_table(verdicts: list[Verdict]) -> Table:
     for verdict in verdicts:
         cells = [f"{verdict.errors[kind]:.1e}" if kind in verdict.errors else "-" for kind in kinds]
         phases = ", ".join(verdict.context.phases)
-        table.add_row(phases, verdict.trial.name, *cells, _mark(verdict.ok))
+        mark = _mark(verdict.ok) if verdict.tried else "not possible"
+        table.add_row(phases, verdict.trial.name, *cells, mark)
     return table
 
 

@@ -113,6 +113,8 @@ class Trial:
     recompute: str = "none"
     accumulation: str = "keep_unsharded"
     reshard: bool = False
+    impossible: str = ""
+    """Why the ranks at hand cannot form it; it is reported and not run."""
 
     @property
     def layout(self) -> Layout:
