@@ -92,7 +92,7 @@ CHANGES = (
         {"accumulation": "all_reduce_last", "recompute": "selective"},
         None,
         None,
-        "both of the above",
+        "a reduce-scatter every micro-batch; norms, convolutions and router computed twice",
     ),
     Change({"recompute": "full"}, None, None, "every layer's forward pass computed twice"),
     Change(
@@ -102,9 +102,11 @@ CHANGES = (
         "every layer's forward pass computed twice, a reduce-scatter every micro-batch",
     ),
     Change(_LEAN, None, None, "weights gathered and layers computed twice, reduced at once"),
-    Change(_LEAN, 1, None, "the same, on smaller products"),
-    Change(_LEAN, 1, 2, "the same, and twice the ranks to a row"),
-    Change(_LEAN, 1, 4, "the same, and four times the ranks to a row"),
+    Change(_LEAN, 1, None, "weights gathered and layers computed twice, on smaller products"),
+    Change(_LEAN, 1, 2, "weights gathered and layers computed twice, twice the ranks to a row"),
+    Change(
+        _LEAN, 1, 4, "weights gathered and layers computed twice, four times the ranks to a row"
+    ),
 )
 """By rising cost in time."""
 
