@@ -248,7 +248,7 @@ def test_a_layer_works_while_rows_travel() -> None:
         # The order of arrival; what skipped tokens put out; its gradient.
         assert "sort" in there or "argsort" in there
         assert "where" in back and "where" in gradients
-        # Nothing else of a layer waits for neither tokens nor their gradients.
+        # Nothing else of a layer can do without both the tokens and their gradients.
         assert home == []
 
 

@@ -9,13 +9,14 @@ import pytest
 
 from tests.helpers.distributed import run_ranks
 from tests.helpers.tiny import tiny
-from zaya_train.config.derive import layout
+from zaya_train.config.derive import layout, sequences_per_step
 from zaya_train.parallel.apply import parallelize
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.tools import rehearsal
 from zaya_train.tools.rehearsal_meter import Meter, Peak
 from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
+from zaya_train.train.built import groups_of, optimizer_of
 from zaya_train.train.step import Rates, train_step
 
 if TYPE_CHECKING:
@@ -51,14 +52,14 @@ def real(config: TrainConfig, name: str, ranks: int) -> Figures:
     phase = config.plan.phases[name]
     mesh = Mesh.build(layout(phase, config.parallel, ranks), "cpu")
     batch = rehearsal._batch(config, phase, mesh)
-    count = 4 * 64 // 64 // mesh.layout.data if name == "short" else 2 // mesh.layout.data
+    count = sequences_per_step(phase) // (mesh.layout.data * phase.micro_batch_sequences)
     meter = RealMeter(rehearsal._axes(mesh), {})
     with meter.counting():
         with meter.labelled(WEIGHTS):
             model = parallelize(config, config.model, mesh, rehearsal.CPU)
         rehearsal._give_routing(model, batch, 1.0)
         with meter.labelled(STATE):
-            optimizer = rehearsal._optimizer(config, model, mesh)
+            optimizer = optimizer_of(config, model, groups_of(mesh))
         rates = Rates(muon=0.1, adamw=0.1, clip_norm=0.0)
         least: dict[str, Peak] = {}
         for _ in range(STEPS):

@@ -19,7 +19,7 @@ from zaya_train.parallel.experts import AllToAllDispatcher
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.sequence import SharedRows
 from zaya_train.tools import doctor_kernels
-from zaya_train.tools.doctor import DoctorRequest, doctor
+from zaya_train.tools.doctor import DoctorRequest, Findings, _layout_table, doctor
 from zaya_train.tools.doctor_kernels import compare_kernels
 from zaya_train.tools.doctor_layouts import SERIAL, certify, trials_of
 from zaya_train.tools.doctor_leaks import probe
@@ -235,6 +235,32 @@ def test_layouts_cover_every_axis(config: TrainConfig) -> None:
     assert {t.layout.world for t in trials} == {4}
     three = replace(config, model=replace(config.model, num_experts=3))
     assert {t.expert for t in trials_of(three, SHORT, 4)} == {1}
+
+
+def test_settings_that_the_ranks_cannot_form_are_reported() -> None:
+    user = tiny({"model.num_experts": 12, "parallel.expert_parallel": 3, "parallel.shard": 24})
+    config = shrunk(user)
+    *others, own = trials_of(config, SHORT, 4)
+    assert own.impossible == "3 does not divide 12 experts and a group of 4 ranks"
+    assert not any(trial.impossible for trial in others)
+    (verdict,) = certify(config, SHORT, [own])
+    found = Findings([], [verdict], [], 0.0)
+    assert found.culprits() == [] and not verdict.ok
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(_layout_table(found.verdicts))
+    assert "your settings" in shown.get() and "not possible" in shown.get()
+
+
+@pytest.mark.parametrize(("shard", "degrees"), [(0, (1, 4)), (2, (2, 2)), (8, (1, 4))])
+def test_your_settings_have_your_shards(shard: int, degrees: tuple[int, int]) -> None:
+    own = trials_of(shrunk(tiny({"parallel.shard": shard})), SHORT, 4)[-1]
+    assert (own.replicate, own.shard) == degrees and not own.impossible
+
+
+def test_triton_kernels_are_refused_by_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "recipe=smoke_cpu", "kernels.norm_residual=triton"]) == 2
+    assert "add kernels.norm_residual=eager" in capsys.readouterr().err
 
 
 def test_bad_ranks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,7 +161,7 @@ def test_behind_calls_the_kernels_of_a_gpu_rightly() -> None:
 
 
 RULE = (
-    r"kernels\.attention=eager: no flash attention in torch\.float32 on cuda; set "
+    r"kernels\.attention={}: no flash attention in torch\.float32 on cuda; set "
     r"precision\.compute_dtype=bf16, or kernels\.attention=triton, or kernels\.attention=refer"
 )
 
@@ -180,8 +180,9 @@ def test_a_gpu_gets_flash_attention_or_an_error_that_names_the_choice() -> None:
         k = torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16, device="cuda")
         with LargestTensor() as largest:
             out = attention(q, k, k, plan, "eager")
-        with pytest.raises(ValueError, match=RULE):
-            attention(q.float(), k.float(), k.float(), plan, "eager")
+        for backend in ("eager", "sdpa"):
+            with pytest.raises(ValueError, match=RULE.format(backend)):
+                attention(q.float(), k.float(), k.float(), plan, backend)
     assert out.shape == q.shape
     assert largest.names.count("_scaled_dot_product_flash_attention") == 2
     assert largest.elements < 1000 * 1000

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.models import TINY, packed, random_model, random_tokens
-from zaya_train.model.interfaces import Surroundings, count_classes
+from zaya_train.model.counts import count_classes
+from zaya_train.model.interfaces import Surroundings
 from zaya_train.model.zaya import ZayaModel
 
 BATCH, SEQUENCE = 2, 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as funcol
 
+from zaya_train.config.errors import ConfigError
+from zaya_train.optim.shards import Shard
 from zaya_train.tools.rehearsal import _alone
 from zaya_train.tools.rehearsal_meter import Meter, UncountedError
+from zaya_train.train.step import _reduce, global_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,6 +67,25 @@ def test_operators_that_may_communicate_uncounted_are_refused(
         pytest.raises(UncountedError, match=rule),
     ):
         call()
+
+
+def test_a_refusal_is_told_across_processes() -> None:
+    error = UncountedError.of("elsewhere.send", ("aten", "c10d"))
+    again = pickle.loads(pickle.dumps(error))
+    assert isinstance(again, ConfigError) and str(again) == str(error)
+
+
+def test_what_follows_the_backward_pass_is_the_optimizer_stage() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1000))
+    parameter.grad = torch.ones(1000)
+    loss, load = torch.ones(()), torch.ones(2, 3)
+    meter = Meter({"0": "world"}, {})
+    with _alone(1), meter.counting():
+        norm = global_norm([Shard.of("weight", parameter)], 1)
+        _reduce(loss, load, 0)
+    assert norm == pytest.approx(1000**0.5)
+    assert set(meter.peaks) == {"optimizer"}
+    assert meter.peaks["optimizer"].components["optimizer step"] >= 8 * 1000
 
 
 def test_known_ones_are_counted() -> None:

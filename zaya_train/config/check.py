@@ -12,10 +12,11 @@ from zaya_train.config.derive import context_degree, layout
 from zaya_train.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from zaya_train.config.faults import GuardConfig, SupervisorConfig
     from zaya_train.config.schema import (
+        KernelsConfig,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
@@ -28,6 +29,27 @@ def check(config: TrainConfig, world: int) -> None:
     """Raise ConfigError with the first broken rule for a run on `world` ranks."""
     for problem in problems(config, world):
         raise ConfigError(problem)
+
+
+def check_all(config: TrainConfig, world: int, besides: Iterable[str] = ()) -> None:
+    """Raise ConfigError with every broken rule for a run on `world` ranks, and those `besides`."""
+    refuse([*problems(config, world), *besides])
+
+
+def refuse(broken: Iterable[str]) -> None:
+    """Raise ConfigError with all of them, if there are any."""
+    if said := "; ".join(broken):
+        raise ConfigError(said)
+
+
+def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
+    """Back ends that `command` cannot run, since it computes on the host."""
+    for key, name in vars(kernels).items():
+        if name == "triton":
+            yield (
+                f"kernels.{key}=triton: {command} computes on the host, Triton kernels need a GPU; "
+                f"add kernels.{key}=eager"
+            )
 
 
 def problems(config: TrainConfig, world: int) -> Iterator[str]:

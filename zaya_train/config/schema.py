@@ -255,7 +255,7 @@ class ParallelConfig:
     """How the gradients of a step's micro-batches are added up. With P parameters, an FSDP group of
     S ranks, and bytes of fp32 besides the 4 P / S of the sharded gradient:
 
-    keep_unsharded: each rank adds up whole gradients, one reduction per step; + 4 P bytes (33 GiB
+    keep_unsharded: each rank adds up whole gradients, one reduction per step; + 4 P bytes (35 GB
     for 8.8B parameters; of experts only those this rank computes).
     all_reduce_last: reduce-scatter after every micro-batch, all-reduce over replicas once;
     + 4 P / S bytes.

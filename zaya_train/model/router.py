@@ -14,7 +14,7 @@ from torch.nn.functional import gelu
 from zaya_kernels.norm_residual.op import rms_norm
 from zaya_kernels.products import linear
 
-from zaya_train.model.interfaces import count_classes
+from zaya_train.model.counts import count_classes
 from zaya_train.model.recompute import RoutingTape
 
 if TYPE_CHECKING:

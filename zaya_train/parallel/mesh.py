@@ -87,14 +87,17 @@ class Mesh:
             return self.sparse["expert_shard"]
         return self.sparse["replicate", "expert_shard"]
 
-    @property
-    def groups(self) -> list[ProcessGroup]:
-        """Every group that training communicates over, besides the world."""
+    def named_groups(self) -> list[tuple[str, ProcessGroup]]:
+        """Axes with this rank's groups; axes of the same ranks may share one."""
         views = [(self.device_mesh, DENSE_AXES), (self.sharding, ("replicate", "fsdp"))]
         if self.sparse is not None:
             views.append((self.sparse, SPARSE_AXES))
-        named = [view.get_group(axis) for view, axes in views for axis in axes]
-        return list(dict.fromkeys(named))
+        return [(axis, view.get_group(axis)) for view, axes in views for axis in axes]
+
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """Every group that training communicates over, besides the world."""
+        return list(dict.fromkeys(group for _, group in self.named_groups()))
 
     @property
     def context_group(self) -> ProcessGroup:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import zaya_train
 from zaya_train.config.build import to_dict
-from zaya_train.config.check import model_problems
+from zaya_train.config.check import host_problems, model_problems, refuse
 from zaya_train.config.derive import config_hash
 from zaya_train.config.errors import EXIT_OK, ConfigError
 from zaya_train.runtime.files import write_text
@@ -63,10 +63,9 @@ class Findings:
             if not leak.ok
         ]
         lines += [
-            f"layout {v.trial.name} ({v.trial.words()}), rows of {v.context.row_tokens}: {v.worst}"
-            + "".join(f"; {k} {e:.1e}" for k, e in v.errors.items())
+            f"{v.words}" + "".join(f"; {k} {e:.1e}" for k, e in v.errors.items())
             for v in self.verdicts
-            if not v.ok
+            if v.tried and not v.ok
         ]
         lines += [
             f"kernels {k.op}={k.backend}: {k.worst} differs by {k.error:.1e}, limit {k.limit:.1e}"
@@ -80,9 +79,8 @@ def doctor(request: DoctorRequest, console: Console) -> int:
     """Examine, print, write the receipt; 0, or 1 where a check failed."""
     if request.ranks not in (2, 4, 8):
         raise ConfigError(f"--ranks: {request.ranks} is not 2, 4 or 8")
-    broken = list(model_problems(request.config.model))
-    if broken:
-        raise ConfigError("; ".join(broken))
+    config = request.config
+    refuse([*model_problems(config.model), *host_problems(config.kernels, "zaya doctor")])
     findings = examine(request)
     console.print(_leak_table(findings.leaks))
     console.print(_layout_table(findings.verdicts))
@@ -90,10 +88,14 @@ def doctor(request: DoctorRequest, console: Console) -> int:
     if request.receipt is not None:
         write_text(request.receipt, json.dumps(receipt(request, findings), indent=1) + "\n")
         console.print(f"receipt: {request.receipt}", highlight=False, soft_wrap=True)
+    for verdict in findings.verdicts:
+        if not verdict.tried:
+            console.print(f"not possible {verdict.words}", highlight=False, soft_wrap=True)
     culprits = findings.culprits()
     for line in culprits:
         console.print(f"FAILED {line}", highlight=False, markup=False, soft_wrap=True)
-    checks = len(findings.leaks) + len(findings.verdicts) + len(findings.kernels)
+    tried = sum(verdict.tried for verdict in findings.verdicts)
+    checks = len(findings.leaks) + tried + len(findings.kernels)
     console.print(
         f"{checks - len(culprits)} of {checks} checks passed in {findings.seconds:.0f} s",
         highlight=False,
@@ -109,7 +111,7 @@ def examine(request: DoctorRequest) -> Findings:
     for context in contexts_of(request.config):
         trials = doctor_layouts.trials_of(small, context, request.ranks)
         leaks += doctor_leaks.probe(small, context, doctor_layouts.SERIAL)
-        shared = [trial for trial in trials if trial.context > 1]
+        shared = [trial for trial in trials if trial.context > 1 and not trial.impossible]
         if shared:
             most = max(shared, key=lambda trial: trial.context)
             leaks += doctor_leaks.probe(small, context, Trial(most.name, 1, 1, most.context))
@@ -165,7 +167,8 @@ def _layout_table(verdicts: list[Verdict]) -> Table:
     for verdict in verdicts:
         cells = [f"{verdict.errors[kind]:.1e}" if kind in verdict.errors else "-" for kind in kinds]
         phases = ", ".join(verdict.context.phases)
-        table.add_row(phases, verdict.trial.name, *cells, _mark(verdict.ok))
+        mark = _mark(verdict.ok) if verdict.tried else "not possible"
+        table.add_row(phases, verdict.trial.name, *cells, mark)
     return table
 
 

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from zaya_kernels.attention.op import attention
-from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.cca.op import CCAContext
 from zaya_kernels.dtypes import DTYPES
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
+from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
 
 from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.model.layout import SequenceLayout
 from zaya_train.model.rope import rotary_tables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -39,19 +39,14 @@ FLOOR = {"fp32": 1e-6, "bf16": 8e-3}
 MOST_EXPERTS, MOST_VOCABULARY, MOST_MATRIX = 2, 4096, 256
 """Larger numbers change no kernel's arithmetic, only its time."""
 
-Run = "Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]"
-
 
 @dataclass(frozen=True)
-class Case:
-    """One operation on given inputs; all of them get gradients."""
+class Check:
+    """A case, and the back end to run it."""
 
-    op: str
+    case: Case
     backend: str
     shape: str
-    run: Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]
-    inputs: Mapping[str, Tensor]
-    differentiable: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,49 +70,24 @@ class Agreement:
 def compare_kernels(config: TrainConfig) -> list[Agreement]:
     """Every operation of a step in the configuration's compute precision."""
     precision = config.precision.compute_dtype
-    return [_agreement(case, precision) for case in _cases(config)]
+    return [_agreement(check, precision) for check in _checks(config)]
 
 
-def _agreement(case: Case, precision: str) -> Agreement:
-    dtype = DTYPES[precision]
+def _agreement(check: Check, precision: str) -> Agreement:
+    case, dtype = check.case, DTYPES[precision]
     rounded = {name: value.to(dtype) for name, value in case.inputs.items()}
-    exact = _passed(case, "reference", {n: v.double() for n, v in rounded.items()})
+    exact = passed(case, "reference", {n: v.double() for n, v in rounded.items()})
     errors = {
-        name: {
-            key: _error(value, exact[key]) for key, value in _passed(case, name, rounded).items()
-        }
-        for name in ("reference", case.backend)
+        name: {key: error(x, exact[key]) for key, x in passed(case, name, rounded).items()}
+        for name in ("reference", check.backend)
     }
-    own, reference = errors[case.backend], max(errors["reference"].values())
+    own, reference = errors[check.backend], max(errors["reference"].values())
     worst = max(own, key=lambda key: own[key] if own[key] == own[key] else float("inf"))
     limit = max(SLACK * reference, FLOOR[precision])
-    return Agreement(case.op, case.backend, case.shape, own[worst], reference, limit, worst)
+    return Agreement(case.name, check.backend, check.shape, own[worst], reference, limit, worst)
 
 
-def _passed(case: Case, backend: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs, and the gradients of a fixed projection of them."""
-    leaves = {n: v.detach().clone().requires_grad_(case.differentiable) for n, v in inputs.items()}
-    outputs = list(case.run(backend, leaves))
-    found = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    if case.differentiable:
-        weights = [_random(*out.shape, seed=50 + i).to(out.dtype) for i, out in enumerate(outputs)]
-        total = torch.stack([(o * w).sum() for o, w in zip(outputs, weights, strict=True)]).sum()
-        gradients = torch.autograd.grad(total, list(leaves.values()))
-        found |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
-    return found
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    gap = (found.double() - expected).norm()
-    return float(gap / expected.norm().clamp_min(1e-3))
-
-
-def _random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def _cases(config: TrainConfig) -> list[Case]:
+def _checks(config: TrainConfig) -> list[Check]:
     model, kernels = config.model, config.kernels
     return [
         _cca(model, kernels.cca),
@@ -134,7 +104,7 @@ def _layout() -> SequenceLayout:
     return SequenceLayout.of_documents([list(DOCUMENTS)], TOKENS, CPU)
 
 
-def _cca(model: ModelConfig, backend: str) -> Case:
+def _cca(model: ModelConfig, backend: str) -> Check:
     heads, d = model.num_query_heads + model.num_kv_heads, model.head_dim
     channels, half = heads * d, model.num_kv_heads * d // 2
     layout = _layout()
@@ -142,111 +112,98 @@ def _cca(model: ModelConfig, backend: str) -> Case:
     cos, sin = rotary_tables(layout.positions, model.rope_base, rotated)
     fan_in = d * model.conv_grouped_taps
     inputs = {
-        "qk": _random(1, TOKENS, channels, seed=1),
-        "v_now": _random(1, TOKENS, half, seed=2),
-        "v_delayed": _random(1, TOKENS, half, seed=3),
-        "depthwise": _random(channels, model.conv_depthwise_taps, seed=4),
-        "depthwise_bias": _random(channels, seed=5, scale=0.1),
-        "grouped": _random(heads, d, fan_in, seed=6, scale=fan_in**-0.5),
-        "grouped_bias": _random(channels, seed=7, scale=0.1),
-        "temperature": _random(model.num_kv_heads, seed=8) + 2.0,
+        "qk": random(1, TOKENS, channels, seed=1),
+        "v_now": random(1, TOKENS, half, seed=2),
+        "v_delayed": random(1, TOKENS, half, seed=3),
+        "depthwise": random(channels, model.conv_depthwise_taps, seed=4),
+        "depthwise_bias": random(channels, seed=5, scale=0.1),
+        "grouped": random(heads, d, fan_in, seed=6, scale=fan_in**-0.5),
+        "grouped_bias": random(channels, seed=7, scale=0.1),
+        "temperature": random(model.num_kv_heads, seed=8) + 2.0,
     }
 
-    def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        context = CCAContext(model.num_query_heads, layout.positions, cos, sin, None, None)
-        weights = CCAWeights(
-            x["depthwise"],
-            x["depthwise_bias"],
-            x["grouped"],
-            x["grouped_bias"],
-            x["temperature"],
-        )
-        return cca(Projections(x["qk"], x["v_now"], x["v_delayed"]), weights, context, name)
-
+    context = CCAContext(model.num_query_heads, layout.positions, cos, sin, None, None)
     shape = f"{heads} heads x {d}, taps {model.conv_depthwise_taps}, {model.conv_grouped_taps}"
-    return Case("cca", backend, shape, run, inputs)
+    return Check(Case("cca", cca_run(context), inputs), backend, shape)
 
 
-def _attention(model: ModelConfig, backend: str) -> Case:
+def _attention(model: ModelConfig, backend: str) -> Check:
     layout = _layout()
     sizes = {"q": model.num_query_heads, "k": model.num_kv_heads, "v": model.num_kv_heads}
     inputs = {
-        name: _random(1, TOKENS, heads, model.head_dim, seed=10 + i)
+        name: random(1, TOKENS, heads, model.head_dim, seed=10 + i)
         for i, (name, heads) in enumerate(sizes.items())
     }
 
-    def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return [attention(x["q"], x["k"], x["v"], layout.attention, name)]
-
     shape = f"{model.num_query_heads} over {model.num_kv_heads} heads x {model.head_dim}"
-    return Case("attention", backend, shape, run, inputs)
+    return Check(Case("attention", attention_run(layout.attention), inputs), backend, shape)
 
 
-def _norm(model: ModelConfig, backend: str) -> Case:
+def _norm(model: ModelConfig, backend: str) -> Check:
     hidden = model.hidden_size
-    inputs = {"x": _random(TOKENS, hidden, seed=20), "weight": _random(hidden, seed=21) + 1.0}
+    inputs = {"x": random(TOKENS, hidden, seed=20), "weight": random(hidden, seed=21) + 1.0}
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [rms_norm(x["x"], x["weight"], model.norm_eps, name)]
 
-    return Case("norm_residual (norm)", backend, f"{hidden} wide", run, inputs)
+    return Check(Case("norm_residual (norm)", run, inputs), backend, f"{hidden} wide")
 
 
-def _residual(model: ModelConfig, backend: str) -> Case:
+def _residual(model: ModelConfig, backend: str) -> Check:
     hidden = model.hidden_size
     names = ("stream_scale", "stream_bias", "branch_scale", "branch_bias")
-    inputs = {n: _random(TOKENS, hidden, seed=22 + i) for i, n in enumerate(("stream", "branch"))}
-    inputs |= {n: _random(hidden, seed=24 + i) for i, n in enumerate(names)}
+    inputs = {n: random(TOKENS, hidden, seed=22 + i) for i, n in enumerate(("stream", "branch"))}
+    inputs |= {n: random(hidden, seed=24 + i) for i, n in enumerate(names)}
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         scales = ResidualScales(*(x[n] for n in names))
         return [residual(x["stream"], x["branch"], scales, name)]
 
-    return Case("norm_residual (residual)", backend, f"{hidden} wide", run, inputs)
+    return Check(Case("norm_residual (residual)", run, inputs), backend, f"{hidden} wide")
 
 
-def _experts(model: ModelConfig, backend: str) -> Case:
+def _experts(model: ModelConfig, backend: str) -> Check:
     experts, width = min(MOST_EXPERTS, model.num_experts), model.expert_ffn_size
     hidden = model.hidden_size
     counts = torch.zeros(experts, dtype=torch.int64)
     counts[-1] = TOKENS // 3
     counts[0] += TOKENS - TOKENS // 3
     inputs = {
-        "rows": _random(TOKENS, hidden, seed=30),
-        "gate_up": _random(experts, 2 * width, hidden, seed=31, scale=hidden**-0.5),
-        "down": _random(experts, hidden, width, seed=32, scale=width**-0.5),
+        "rows": random(TOKENS, hidden, seed=30),
+        "gate_up": random(experts, 2 * width, hidden, seed=31, scale=hidden**-0.5),
+        "down": random(experts, hidden, width, seed=32, scale=width**-0.5),
     }
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [grouped_mlp(x["rows"], counts, x["gate_up"], x["down"], name)]
 
-    return Case("grouped_mlp", backend, f"{hidden} x {width}", run, inputs)
+    return Check(Case("grouped_mlp", run, inputs), backend, f"{hidden} x {width}")
 
 
-def _loss(model: ModelConfig, backend: str) -> Case:
+def _loss(model: ModelConfig, backend: str) -> Check:
     hidden, vocabulary = model.hidden_size, min(MOST_VOCABULARY, model.vocab_size)
     labels = torch.arange(TOKENS) * 7 % vocabulary
     labels[::5] = IGNORE_LABEL
     inputs = {
-        "hidden": _random(TOKENS, hidden, seed=40),
-        "weight": _random(vocabulary, hidden, seed=41, scale=hidden**-0.5),
+        "hidden": random(TOKENS, hidden, seed=40),
+        "weight": random(vocabulary, hidden, seed=41, scale=hidden**-0.5),
     }
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [linear_cross_entropy(x["hidden"], x["weight"], labels, name)]
 
     shape = f"{hidden} x {vocabulary:,} classes"
-    return Case("linear_cross_entropy", backend, shape, run, inputs)
+    return Check(Case("linear_cross_entropy", run, inputs), backend, shape)
 
 
-def _newton_schulz(model: ModelConfig, backend: str) -> Case:
+def _newton_schulz(model: ModelConfig, backend: str) -> Check:
     rows = min(MOST_MATRIX, model.hidden_size)
     columns = max(1, rows * model.expert_ffn_size // model.hidden_size)
-    inputs = {"matrices": _random(2, rows, columns, seed=45)}
+    inputs = {"matrices": random(2, rows, columns, seed=45)}
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         matrices = x["matrices"]
         return [newton_schulz(matrices, 5, matrices.dtype, name)]
 
     shape = f"{rows} x {columns}"
-    return Case("newton_schulz", backend, shape, run, inputs, differentiable=False)
+    return Check(Case("newton_schulz", run, inputs, differentiable=False), backend, shape)

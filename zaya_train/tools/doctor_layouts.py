@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,15 @@ class Verdict:
     """Tensor with the largest error, or why there is nothing to compare."""
 
     @property
+    def words(self) -> str:
+        rows = self.context.row_tokens
+        return f"layout {self.trial.name} ({self.trial.words()}), rows of {rows}: {self.worst}"
+
+    @property
+    def tried(self) -> bool:
+        return not self.trial.impossible
+
+    @property
     def ok(self) -> bool:
         # NaN fails every comparison.
         return bool(self.errors) and all(e <= TOLERANCE for e in self.errors.values())
@@ -70,9 +80,9 @@ class _Recording(Optimizer):
 
 
 def trials_of(config: TrainConfig, context: Context, ranks: int) -> list[Trial]:
-    """Layouts of `ranks` ranks that the configuration allows; `config` is shrunk."""
+    """Layouts of `ranks` ranks that the configuration allows, and the user's own, possible or not;
+    `config` is shrunk."""
     half = max(1, ranks // 2)
-    parallel = config.parallel
     if context.degree == 1:
         found = [
             Trial("replicas and shards", ranks // half, half, micro_rows=1),
@@ -92,36 +102,54 @@ def trials_of(config: TrainConfig, context: Context, ranks: int) -> list[Trial]:
         most = degrees[-1]
         name = f"context over {most}, experts over 2, recompute full"
         found.append(Trial(name, 1, ranks // most, most, 2, 1, "full"))
-    shared = min(ranks, context.degree)
+    possible = [trial for trial in found if not _obstacle(trial, config, context)]
+    return [*possible, _own(config, context, ranks)]
+
+
+def _own(config: TrainConfig, context: Context, ranks: int) -> Trial:
+    """The user's settings, degrees as far as `ranks` allow."""
+    parallel = config.parallel
+    group = math.gcd(parallel.shard, ranks)
+    shared = min(group, context.degree)
     own = Trial(
         "your settings",
-        shard=ranks // shared,
+        replicate=ranks // group,
+        shard=group // shared,
         context=shared,
-        expert=min(ranks, parallel.expert_parallel),
+        expert=min(group, parallel.expert_parallel),
         micro_rows=1,
         recompute=parallel.recompute,
         accumulation=parallel.accumulation,
         reshard=parallel.reshard_after_forward,
     )
-    found.append(own)
-    return [trial for trial in found if _possible(trial, config, context)]
+    if group % shared:
+        why = f"context over {shared} does not divide a group of {group} of {ranks} ranks"
+        return replace(own, impossible=why)
+    return replace(own, impossible=_obstacle(own, config, context))
 
 
-def _possible(trial: Trial, config: TrainConfig, context: Context) -> bool:
-    experts = config.model.num_experts
+def _obstacle(trial: Trial, config: TrainConfig, context: Context) -> str:
+    """Why a trial is not possible, or nothing."""
+    experts, group = config.model.num_experts, trial.layout.fsdp
     chunks = trial.context * (2 if config.parallel.context_chunks == "head_tail" else 1)
     reach = config.model.conv_depthwise_taps + config.model.conv_grouped_taps - 2
-    fits = trial.context == 1 or context.row_tokens // chunks >= max(1, reach)
-    return fits and experts % trial.expert == 0 and trial.layout.fsdp % trial.expert == 0
+    if trial.context > 1 and context.row_tokens // chunks < max(1, reach):
+        return (
+            f"{context.row_tokens} tokens in {chunks} chunks are fewer each than the {reach} that "
+            "the convolutions reach back"
+        )
+    if experts % trial.expert or group % trial.expert:
+        return f"{trial.expert} does not divide {experts} experts and a group of {group} ranks"
+    return ""
 
 
 def certify(config: TrainConfig, context: Context, trials: list[Trial]) -> list[Verdict]:
     """Every trial against one process; `config` is shrunk."""
+    verdicts = [Verdict(t, context, {}, t.impossible) for t in trials if t.impossible]
+    possible = [trial for trial in trials if not trial.impossible]
     reference: Outcome = on_ranks(_trained, 1, config, context, [SERIAL])[0][0]
-    worlds = sorted({trial.layout.world for trial in trials})
-    verdicts = []
-    for world in worlds:
-        members = [trial for trial in trials if trial.layout.world == world]
+    for world in sorted({trial.layout.world for trial in possible}):
+        members = [trial for trial in possible if trial.layout.world == world]
         verdicts += _compared(config, context, members, reference)
     return verdicts
 
@@ -223,5 +251,6 @@ def figures(verdict: Verdict) -> dict[str, Any]:
         "phases": list(verdict.context.phases),
         "errors": verdict.errors,
         "worst": verdict.worst,
+        "tried": verdict.tried,
         "ok": verdict.ok,
     }

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from zaya_train.config.labels import IGNORE_LABEL
+from zaya_train.optim.shards import Shard
 from zaya_train.parallel.fsdp import reshard
 from zaya_train.tools.doctor_layouts import relative
 from zaya_train.tools.doctor_ranks import RanksFailed, on_ranks
@@ -38,20 +39,17 @@ _LENGTHS = (9, 1, 13, 6)
 
 @dataclass(frozen=True)
 class Change:
-    """Tokens [start, end) of the row get other values; `kept` are places that must not move."""
+    """Tokens [start, end) of the row get other values."""
 
     what: str
     start: int
     end: int
-    kept: tuple[int, int]
-    """[start, end) of the places that must not move; for documents all others' as well."""
     others: bool
+    """The range is one document of others; False: it reaches to the row's end."""
 
     def protects(self, place: int) -> bool:
         """Whether the logits at a place must stay."""
-        if self.others:
-            return not self.start <= place < self.end
-        return self.kept[0] <= place < self.kept[1]
+        return not self.start <= place < self.end
 
 
 @dataclass(frozen=True)
@@ -116,12 +114,12 @@ def _changes(row: RandomRow, chunks: int) -> Iterator[Change]:
     # First, last, and some between, one-token documents among them.
     for number in sorted({0, 1, 2, len(spans) // 2, len(spans) - 1}):
         start, end = spans[number]
-        yield Change(f"document {number} [{start}, {end})", start, end, (0, 0), True)
+        yield Change(f"document {number} [{start}, {end})", start, end, True)
     length = len(row.tokens)
     # The last token of each chunk is what neighbours see of it.
     cuts = [(i + 1) * length // chunks for i in range(chunks)]
     for place in sorted({1, *(cut - 1 for cut in cuts), length // 2, length // 2 + 3}):
-        yield Change(f"everything from token {place} on", place, length, (0, place), False)
+        yield Change(f"everything from token {place} on", place, length, False)
 
 
 def _changed(row: RandomRow, change: Change, vocabulary: int) -> RandomRow:
@@ -180,7 +178,7 @@ def _gradients(subject: Subject, row: RandomRow) -> tuple[float, str]:
         labels = row.labels.copy()
         labels[start:end] = IGNORE_LABEL
         silent = RandomRow(row.tokens, labels, row.document_lengths)
-        change = Change("", start, end, (0, 0), True)
+        change = Change("", start, end, True)
         other = _changed(silent, change, subject.config.model.vocab_size)
         before, after = _backward(subject, silent), _backward(subject, other)
         if not any(gradient.any() for gradient in before.values()):
@@ -197,7 +195,8 @@ def _backward(subject: Subject, row: RandomRow) -> dict[str, Tensor]:
     batch = subject.batch([row])
     subject.reduction.prepare(subject.model, last=True)
     subject.model(batch.tokens, batch.labels, batch.layout).loss.backward()
-    gradients = {name: shard.grad.clone() for name, shard in subject.optimizer().shards.items()}
+    named = subject.model.named_parameters()
+    gradients = {name: Shard.of(name, p).grad.clone() for name, p in named}
     subject.model.zero_grad(set_to_none=True)
     dist.barrier()
     return gradients

@@ -22,6 +22,7 @@ from zaya_train.parallel.mesh import Mesh
 from zaya_train.parallel.sequence import Chunking
 from zaya_train.tools.random_rows import RandomRow, random_row
 from zaya_train.train.batch import Batch, make_batch
+from zaya_train.train.built import groups_of, optimizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,6 +113,8 @@ class Trial:
     recompute: str = "none"
     accumulation: str = "keep_unsharded"
     reshard: bool = False
+    impossible: str = ""
+    """Why the ranks at hand cannot form it; it is reported and not run."""
 
     @property
     def layout(self) -> Layout:
@@ -162,14 +165,7 @@ class Subject:
 
     def optimizer(self, kind: type[Optimizer] = Optimizer) -> Optimizer:
         """A new one, fp32."""
-        return kind(
-            dict(self.model.named_parameters()),
-            [buffer for _, buffer in self.model.named_buffers()],
-            self.config.model.num_experts,
-            self.config.optim,
-            self.groups,
-            self.config.kernels.newton_schulz,
-        )
+        return optimizer_of(self.config, self.model, self.groups, kind)
 
     def batch(self, rows: Sequence[RandomRow]) -> Batch:
         """This rank's part of a micro-batch."""
@@ -211,7 +207,7 @@ def _shared(trial: Trial, config: TrainConfig, context: Context) -> Subject:
         chunking_of(mesh, config),
         (mesh.data_rank, mesh.context_rank),
         Reduction.of(mesh, config.parallel),
-        Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate")),
+        groups_of(mesh),
     )
 
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.table import Table
 
-from zaya_train.config.check import problems
+from zaya_train.config.check import check_all
 from zaya_train.config.derive import layout, layout_notes, phase_sequences
-from zaya_train.config.errors import ConfigError
 from zaya_train.model.flops import model_size, train_flops_per_token
 from zaya_train.model.zaya import ZayaModel
 from zaya_train.optim.owners import matrices_of, plan
@@ -22,14 +21,14 @@ from zaya_train.phases.carry import carry_over
 from zaya_train.phases.plan import steps_in
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
     from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
     from zaya_train.optim.owners import Plan
 
-_GIB, _MIB = 2**30, 2**20
+GB, MB = 10**9, 10**6
 _FP32_BYTES, _BF16_BYTES = 4, 2
 
 
@@ -43,16 +42,15 @@ class PlanRequest:
 
 def show_plan(request: PlanRequest, console: Console) -> None:
     """Print model, phases, state memory and carry-over; ConfigError with every broken rule."""
-    broken = list(problems(request.config, request.ranks))
-    if broken:
-        raise ConfigError("; ".join(broken))
+    check_all(request.config, request.ranks)
     size = model_size(request.config.model)
     console.print(
         f"model: {size.total:,} parameters, {size.embedding:,} of them embedding, "
         f"{size.active:,} active per token without it",
         highlight=False,
     )
-    console.print(_phase_table(request))
+    phases = request.config.plan.phases.values()
+    console.print(phase_table(request, [_phase_column(request, phase) for phase in phases]))
     for note in layout_notes(request.config, request.ranks):
         console.print(f"note: {note}", highlight=False)
     console.print(_memory_table(request))
@@ -73,14 +71,13 @@ def edge_table(title: str, before: PhaseConfig, after: PhaseConfig) -> Table:
     return table
 
 
-def _phase_table(request: PlanRequest) -> Table:
-    """A column per phase, which eighty characters hold for plans of some phases."""
+def phase_table(request: PlanRequest, columns: Sequence[Mapping[str, str]]) -> Table:
+    """A column per phase, which eighty characters hold for plans of some phases; `columns` have
+    the same rows."""
     table = Table(title=f"phases on {request.ranks:,} ranks", title_justify="left")
     table.add_column("")
-    columns = []
-    for name, phase in request.config.plan.phases.items():
+    for name in request.config.plan.phases:
         table.add_column(name, justify="right")
-        columns.append(_phase_column(request, phase))
     for item in columns[0]:
         table.add_row(item, *(column[item] for column in columns))
     return table
@@ -115,7 +112,7 @@ def _traffic_table(request: PlanRequest) -> Table:
     table = Table(title="handed to collectives per rank and step", title_justify="left")
     for column in ("phase", "what", "collective", "axis"):
         table.add_column(column)
-    table.add_column("MiB", justify="right")
+    table.add_column("MB", justify="right")
     for name, phase in config.plan.phases.items():
         degrees = layout(phase, config.parallel, request.ranks)
         rows, length = phase.micro_batch_sequences, phase.context_tokens
@@ -125,10 +122,10 @@ def _traffic_table(request: PlanRequest) -> Table:
         traffic = Traffic(config.model, config.parallel, config.precision, degrees, work)
         flows = traffic.flows()
         for flow in flows:
-            if flow.bytes >= _MIB:
-                table.add_row(name, flow.what, flow.kind, flow.axis, f"{flow.bytes / _MIB:,.1f}")
-        rest = sum(flow.bytes for flow in flows if flow.bytes < _MIB)
-        table.add_row(name, "everything below 1 MiB", "", "", f"{rest / _MIB:,.1f}")
+            if flow.bytes >= MB:
+                table.add_row(name, flow.what, flow.kind, flow.axis, f"{flow.bytes / MB:,.1f}")
+        rest = sum(flow.bytes for flow in flows if flow.bytes < MB)
+        table.add_row(name, "everything below 1 MB", "", "", f"{rest / MB:,.1f}")
         table.add_section()
     return table
 
@@ -176,14 +173,14 @@ def _memory_table(request: PlanRequest) -> Table:
     group = request.config.parallel.shard or request.ranks
     table = Table(title=f"state per rank, sharded over {group} ranks", title_justify="left")
     table.add_column("component")
-    table.add_column("GiB", justify="right")
+    table.add_column("GB", justify="right")
     parts = state_bytes(request.config, request.ranks)
     for name, count in parts.items():
-        table.add_row(name, f"{count / _GIB:.2f}")
+        table.add_row(name, f"{count / GB:.2f}")
     table.add_section()
-    table.add_row("sum, activations not included", f"{sum(parts.values()) / _GIB:.2f}")
+    table.add_row("sum, activations not included", f"{sum(parts.values()) / GB:.2f}")
     copies = sum(parts[name] for name in SAVED) if request.config.checkpoint.asynchronous else 0.0
-    table.add_row("host memory, copies for background saves", f"{copies / _GIB:.2f}")
+    table.add_row("host memory, copies for background saves", f"{copies / GB:.2f}")
     return table
 
 
@@ -214,14 +211,22 @@ def muon_plan(
 ) -> Plan:
     """Muon's plan where stacks are sharded between matrices, experts over `expert` ranks first."""
     table = assign(shapes)
-    muon = {name: shape for name, shape in shapes.items() if table[name].optimizer == "muon"}
-    counts = [
-        matrices_held(shape[0], shards, expert if table[name].what == "experts" else 1)
-        for name, shape in muon.items()
-    ]
-    held = [[count[column] for count in counts] for column in range(shards)]
-    places = matrices_of(list(muon.values()), held)
+    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
+    places = matrices_of(muon, stacks_held(shapes, shards, expert))
     return plan([place.matrix for place in places], replicas, shards)
+
+
+def stacks_held(shapes: Mapping[str, tuple[int, ...]], shards: int, expert: int) -> list[list[int]]:
+    """[column][parameter of Muon's]: matrices of each stack on a column; 0 where the parameter is
+    one matrix."""
+    table = assign(shapes)
+    counts = []
+    for name, shape in shapes.items():
+        view = table[name].view
+        if view is not None:
+            own = expert if table[name].what == "experts" else 1
+            counts.append(matrices_held(shape[0], shards, own) if view.is_stack else [0] * shards)
+    return [[count[column] for count in counts] for column in range(shards)]
 
 
 def matrices_held(count: int, shards: int, expert: int) -> list[int]:

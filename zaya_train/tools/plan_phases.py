@@ -5,23 +5,18 @@ from __future__ import annotations
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from zaya_train.config.check import problems
+from zaya_train.config.check import check_all
 from zaya_train.config.derive import layout, layout_notes, phase_sequences
-from zaya_train.config.errors import ConfigError
 from zaya_train.phases.carry import entry_checks
 from zaya_train.phases.gates import conditions
 from zaya_train.phases.plan import schedule_factor, steps_in
-from zaya_train.tools.plan import edge_table, state_bytes
+from zaya_train.tools.plan import GB, edge_table, phase_table, state_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from zaya_train.config.schema import PhaseConfig
     from zaya_train.tools.plan import PlanRequest
-
-_GIB = 2**30
 
 
 def show_phases(request: PlanRequest, console: Console) -> None:
@@ -30,43 +25,30 @@ def show_phases(request: PlanRequest, console: Console) -> None:
     Raises:
         ConfigError: with every broken rule.
     """
-    broken = list(problems(request.config, request.ranks))
-    if broken:
-        raise ConfigError("; ".join(broken))
-    console.print(_phases(request))
+    check_all(request.config, request.ranks)
+    phases = request.config.plan.phases
+    ends = accumulate(phase_sequences(p) * p.context_tokens for p in phases.values())
+    pairs = zip(phases.values(), ends, strict=True)
+    console.print(phase_table(request, [_column(request, phase, end) for phase, end in pairs]))
+    state = sum(state_bytes(request.config, request.ranks).values()) / GB
+    console.print(f"state per rank, at most: {state:.2f} GB", highlight=False)
     for note in layout_notes(request.config, request.ranks):
         console.print(f"note: {note}", highlight=False)
     start = request.config.checkpoint.branch_from or request.config.checkpoint.initial_weights
     console.print(f"starts from: {start or 'a fresh initialisation'}", highlight=False)
-    for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
+    for (before_name, before), (name, after) in pairwise(phases.items()):
         console.print(edge_table(f"{before_name} -> {name}", before, after))
         for line in entry_checks(before_name, before, name):
             console.print(f"  entry check: {line}", highlight=False, soft_wrap=True)
-    name, last = list(request.config.plan.phases.items())[-1]
+    name, last = list(phases.items())[-1]
     for line in conditions(last.exit_gate):
         console.print(f"  {name} is done if: {line}", highlight=False)
-
-
-def _phases(request: PlanRequest) -> Table:
-    """A column per phase."""
-    table = Table(title=f"phases on {request.ranks:,} ranks", title_justify="left")
-    table.add_column("")
-    phases = request.config.plan.phases
-    ends = accumulate(phase_sequences(p) * p.context_tokens for p in phases.values())
-    columns = []
-    for (name, phase), end in zip(phases.items(), ends, strict=True):
-        table.add_column(name, justify="right")
-        columns.append(_column(request, phase, end))
-    for item in columns[0]:
-        table.add_row(item, *(column[item] for column in columns))
-    return table
 
 
 def _column(request: PlanRequest, phase: PhaseConfig, end_tokens: int) -> dict[str, str]:
     degrees = layout(phase, request.config.parallel, request.ranks)
     rows = phase_sequences(phase)
     total = rows * phase.context_tokens
-    state = sum(state_bytes(request.config, request.ranks).values()) / _GIB
     last = schedule_factor(phase.schedule, total, total) * phase.learning_rate_scale
     return {
         "tokens": _short(total),
@@ -80,7 +62,6 @@ def _column(request: PlanRequest, phase: PhaseConfig, end_tokens: int) -> dict[s
         "LR, of its peak": f"{phase.learning_rate_scale:g} -> {last:g}",
         "schedule": phase.schedule.kind,
         "loss on": phase.loss_on,
-        "state GiB per rank": f"{state:.2f}",
         "exit gate": "; ".join(conditions(phase.exit_gate)) or "none",
     }
 

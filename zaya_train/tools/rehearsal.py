@@ -24,25 +24,23 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from zaya_train.config.derive import layout, sequences_per_step
-from zaya_train.optim.exchange import Groups
-from zaya_train.optim.optimizer import Optimizer
-from zaya_train.optim.table import assign
 from zaya_train.parallel.apply import chunking_of, sharded_on_meta
 from zaya_train.parallel.fsdp import Reduction
-from zaya_train.parallel.mesh import DENSE_AXES, SPARSE_AXES, Mesh
+from zaya_train.parallel.mesh import Mesh
 from zaya_train.runtime.device import usable_cores
+from zaya_train.tools.plan import stacks_held
 from zaya_train.tools.random_rows import RandomRow
 from zaya_train.tools.rehearsal_meter import Flow, Meter, Peak
 from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
 from zaya_train.train.batch import Batch, make_batch
+from zaya_train.train.built import groups_of, optimizer_of
 from zaya_train.train.step import Rates, train_step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -136,7 +134,7 @@ def rehearse(config: TrainConfig, name: str, ranks: int, busiest: float = 1.0) -
     started = time.monotonic()
     phase = config.plan.phases[name]
     degrees = layout(phase, config.parallel, ranks)
-    count = sequences_per_step(phase) // (degrees.data * phase.micro_batch_sequences)
+    count = micro_batches(config, name, ranks)
     with _alone(ranks):
         mesh = Mesh.build(degrees, "cpu")
         peaks, flows = _step(config, phase, mesh, (count, busiest))
@@ -149,6 +147,13 @@ def rehearse(config: TrainConfig, name: str, ranks: int, busiest: float = 1.0) -
         flows=flows,
         seconds=time.monotonic() - started,
     )
+
+
+def micro_batches(config: TrainConfig, name: str, ranks: int) -> int:
+    """Of a step of phase `name` on every rank."""
+    phase = config.plan.phases[name]
+    data = layout(phase, config.parallel, ranks).data
+    return sequences_per_step(phase) // (data * phase.micro_batch_sequences)
 
 
 @contextmanager
@@ -172,30 +177,19 @@ def _step(
     model = sharded_on_meta(config, model_config, mesh, CPU)
     batch = _batch(config, phase, mesh)
     _give_routing(model, batch, busiest)
-    meter = Meter(_axes(mesh), {mesh.fsdp_group.group_name: _held(model, mesh)})
+    meter = Meter(_axes(mesh), {mesh.fsdp_group.group_name: _held(model, mesh.layout)})
     shown = min(count, MICRO_BATCHES)
     with FakeTensorMode(allow_non_fake_inputs=True), meter.counting():
         with meter.labelled(WEIGHTS):
             model.to_empty(device=CPU)
         with meter.labelled(STATE):
-            optimizer = _optimizer(config, model, mesh)
+            optimizer = optimizer_of(config, model, groups_of(mesh))
         meter.flows.clear()
         reduction = Reduction.of(mesh, config.parallel)
         watched = _Watched(**vars(reduction), meter=meter, marks=[])
         rates = Rates(muon=0.1, adamw=0.1, clip_norm=config.optim.clip_norm)
         train_step(model, optimizer, [batch] * shown, rates, watched)
     return dict(meter.peaks), _whole_step(dict(meter.flows), watched.marks, count - shown)
-
-
-def _optimizer(config: TrainConfig, model: ZayaModel, mesh: Mesh) -> Optimizer:
-    return Optimizer(
-        dict(model.named_parameters()),
-        [buffer for _, buffer in model.named_buffers()],
-        config.model.num_experts,
-        config.optim,
-        Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate")),
-        config.kernels.newton_schulz,
-    )
 
 
 def _whole_step(flows: Flows, marks: list[Flows], left_out: int) -> Flows:
@@ -243,42 +237,15 @@ def _give_routing(model: ZayaModel, batch: Batch, busiest: float) -> None:
 def _axes(mesh: Mesh) -> dict[str, str]:
     """What each process group is called: its axis, or axes that are the same ranks."""
     assert dist.group.WORLD is not None
-    views = [(mesh.device_mesh, DENSE_AXES), (mesh.sharding, ("replicate", "fsdp"))]
-    if mesh.sparse is not None:
-        views.append((mesh.sparse, SPARSE_AXES))
     names: dict[str, list[str]] = {dist.group.WORLD.group_name: ["world"]}
-    for view, axes in views:
-        for axis in axes:
-            known = names.setdefault(view.get_group(axis).group_name, [])
-            known += [axis] if axis not in known else []
+    for axis, group in mesh.named_groups():
+        known = names.setdefault(group.group_name, [])
+        known += [axis] if axis not in known else []
     return {group: " = ".join(axes) for group, axes in names.items()}
 
 
-def _held(model: ZayaModel, mesh: Mesh) -> Tensor:
+def _held(model: ZayaModel, degrees: Layout) -> Tensor:
     """[fsdp ranks, Muon's parameters]: matrices of each stack on every rank of an FSDP group, what
     ranks tell each other when the optimizer is made."""
-    parameters: Mapping[str, Any] = dict(model.named_parameters())
-    table = assign(parameters)
-    rows = []
-    for column in range(mesh.layout.fsdp):
-        counts = []
-        for name, parameter in parameters.items():
-            if table[name].optimizer == "muon":
-                view = table[name].view
-                assert view is not None
-                counts.append(_rows_on(parameter, column) if view.is_stack else 0)
-        rows.append(counts)
-    return torch.tensor(rows)
-
-
-def _rows_on(parameter: Any, column: int) -> int:
-    """Rows of a sharded parameter on a rank of the FSDP group."""
-    mesh = parameter.device_mesh
-    sizes = list(mesh.shape)
-    place, coordinate = column, [0] * len(sizes)
-    for axis in reversed(range(len(sizes))):
-        place, coordinate[axis] = divmod(place, sizes[axis])
-    shape, _ = _compute_local_shape_and_global_offset(
-        parameter.shape, sizes, coordinate.__getitem__, parameter.placements
-    )
-    return int(shape[0])
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return torch.tensor(stacks_held(shapes, degrees.fsdp, degrees.expert))

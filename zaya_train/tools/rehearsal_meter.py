@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zaya_train.config.errors import ConfigError
 from zaya_train.tools.rehearsal_places import place_of
 
 if TYPE_CHECKING:
@@ -48,11 +49,13 @@ _NAMESPACES = ("aten", "prim", "prims", "profiler", "c10d", "fsdp", "mkldnn")
 """Operators that move nothing between ranks, or that are counted."""
 
 
-class UncountedError(RuntimeError):
+class UncountedError(ConfigError):
     """The step calls an operator that may communicate and is not counted."""
 
-    def __init__(self, func: Any, known: Iterable[str]) -> None:
-        super().__init__(
+    @staticmethod
+    def of(func: Any, known: Iterable[str]) -> UncountedError:
+        """Not `__init__`: errors of one argument pass between processes."""
+        return UncountedError(
             f"{func}: a rehearsal counts no such operator, it might communicate; known are "
             f"{', '.join(known)}"
         )
@@ -100,7 +103,7 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
             return args[0].fake_device
         if func.namespace not in _NAMESPACES:
-            raise UncountedError(func, _NAMESPACES)
+            raise UncountedError.of(func, _NAMESPACES)
         tensors = _tensors((args, kwargs.values()))
         if any(type(x) not in _KNOWN for x in tensors):
             # DTensor works on local tensors, which come here in turn.
@@ -203,7 +206,7 @@ def _collective(func: Any, args: Any) -> tuple[str, ProcessGroup]:
     """Kind and group of a c10d operator's call."""
     kind = _KINDS.get(func._schema.name.split("::")[1])
     if kind is None:
-        raise UncountedError(func, _KINDS)
+        raise UncountedError.of(func, _KINDS)
     group = next(a for a in args if isinstance(a, torch.ScriptObject))
     return kind, ProcessGroup.unbox(group)
 
@@ -250,4 +253,4 @@ def _number(func: Any, args: Any) -> Any:
     if func is _aten.nonzero.default:
         # Only the step's stop signals are looked for among numbers: nobody sent one.
         return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
-    return bool(1) if args[0].dtype == torch.bool else 1.0
+    return True if args[0].dtype == torch.bool else 1.0

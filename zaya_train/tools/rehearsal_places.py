@@ -40,7 +40,8 @@ _PLACES = (
     ("_fully_shard/_fsdp_collectives.py", "foreach_reduce", GRADIENTS),
     ("linear_cross_entropy/eager.py", "", LOSS),
     ("zaya_train/optim/", "", STEP),
-    ("newton_schulz/eager.py", "", STEP),
+    ("zaya_train/train/step.py", "global_norm", STEP),
+    ("zaya_train/train/step.py", "_reduce", STEP),
 )
 _ENGINE = ("torch/autograd/graph.py", "_engine_run_backward")
 _CHECKPOINT = ("torch/utils/checkpoint.py", "unpack_hook")

@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from zaya_train.config.check import problems
+from zaya_train.config.check import check_all, host_problems, problems
 from zaya_train.config.errors import ConfigError
-from zaya_train.tools.rehearsal import RESERVE, Rehearsal, rehearse_phases
+from zaya_train.tools.plan import GB, MB
+from zaya_train.tools.rehearsal import RESERVE, Rehearsal, micro_batches, rehearse_phases
 from zaya_train.tools.rehearsal_places import COMPONENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from rich.console import Console
 
     from zaya_train.config.schema import TrainConfig
-
-GB, MB = 10**9, 10**6
 
 
 @dataclass(frozen=True)
@@ -58,26 +57,31 @@ class Change:
     """A factor."""
     cost: str
 
-    def words(self, name: str) -> str:
-        """As overrides for phase `name`."""
-        words = [f"parallel.{key}={_yaml(value)}" for key, value in self.parallel.items()]
-        phase = f"plan.phases.{name}"
-        if self.micro_batch_sequences:
-            words.append(f"{phase}.micro_batch_sequences={self.micro_batch_sequences}")
-        if self.context_parallel:
-            words.append(f"{phase}.context_parallel x {self.context_parallel}")
-        return " ".join(words)
-
-    def applied(self, config: TrainConfig, name: str) -> TrainConfig:
-        """`config` with the change, in phase `name` where it is a phase's affair."""
-        phase = config.plan.phases[name]
-        phase = replace(
-            phase,
-            micro_batch_sequences=self.micro_batch_sequences or phase.micro_batch_sequences,
-            context_parallel=phase.context_parallel * (self.context_parallel or 1),
-        )
-        plan = replace(config.plan, phases={**config.plan.phases, name: phase})
+    def applied(self, config: TrainConfig, names: Sequence[str]) -> TrainConfig:
+        """`config` with the change, in phases `names` where it is a phase's affair."""
+        phases = dict(config.plan.phases)
+        for name in names:
+            phase = phases[name]
+            phases[name] = replace(
+                phase,
+                micro_batch_sequences=self.micro_batch_sequences or phase.micro_batch_sequences,
+                context_parallel=phase.context_parallel * (self.context_parallel or 1),
+            )
+        plan = replace(config.plan, phases=phases)
         return replace(config, plan=plan, parallel=replace(config.parallel, **self.parallel))
+
+
+def overrides(before: TrainConfig, after: TrainConfig) -> str:
+    """What `Change.applied` changed, as words for the command line."""
+    pairs: list[tuple[str, Any, Any]] = [("parallel", before.parallel, after.parallel)]
+    for name, phase in after.plan.phases.items():
+        pairs.append((f"plan.phases.{name}", before.plan.phases[name], phase))
+    return " ".join(
+        f"{group}.{key}={_yaml(value)}"
+        for group, old, new in pairs
+        for key, value in vars(new).items()
+        if value != getattr(old, key)
+    )
 
 
 _LEAN = {"accumulation": "reduce_each", "reshard_after_forward": True, "recompute": "full"}
@@ -88,7 +92,7 @@ CHANGES = (
         {"accumulation": "all_reduce_last", "recompute": "selective"},
         None,
         None,
-        "both of the above",
+        "a reduce-scatter every micro-batch; norms, convolutions and router computed twice",
     ),
     Change({"recompute": "full"}, None, None, "every layer's forward pass computed twice"),
     Change(
@@ -98,28 +102,28 @@ CHANGES = (
         "every layer's forward pass computed twice, a reduce-scatter every micro-batch",
     ),
     Change(_LEAN, None, None, "weights gathered and layers computed twice, reduced at once"),
-    Change(_LEAN, 1, None, "the same, on smaller products"),
-    Change(_LEAN, 1, 2, "the same, and twice the ranks to a row"),
-    Change(_LEAN, 1, 4, "the same, and four times the ranks to a row"),
+    Change(_LEAN, 1, None, "weights gathered and layers computed twice, on smaller products"),
+    Change(_LEAN, 1, 2, "weights gathered and layers computed twice, twice the ranks to a row"),
+    Change(
+        _LEAN, 1, 4, "weights gathered and layers computed twice, four times the ranks to a row"
+    ),
 )
 """By rising cost in time."""
 
 
 def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
     """Print memory and traffic of a step; ConfigError where a rule is broken or memory is short."""
-    broken = list(problems(request.config, request.ranks))
-    unknown = [name for name in request.names if name not in request.config.plan.phases]
-    broken += [f"plan.phases: no phase {name}" for name in unknown]
-    if broken:
-        raise ConfigError("; ".join(broken))
+    phases = request.config.plan.phases
+    unknown = [f"plan.phases: no phase {name}" for name in request.names if name not in phases]
+    on_host = host_problems(request.config.kernels, "a rehearsal")
+    check_all(request.config, request.ranks, [*unknown, *on_host])
     found = rehearse_phases(request.config, request.ranks, request.names, request.busiest)
     console.print(_memory(request, found))
     console.print(_traffic(found))
     console.print(_summary(request, found), highlight=False, soft_wrap=True)
     refused = [r for r in found.values() if not request.fits(r)]
     if refused:
-        worst = max(refused, key=lambda r: r.peak.bytes)
-        raise ConfigError(_refusal(request, worst))
+        raise ConfigError(_refusal(request, sorted(refused, key=lambda r: -r.peak.bytes)))
 
 
 def _memory(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> Table:
@@ -151,7 +155,7 @@ def _traffic(found: Mapping[str, Rehearsal]) -> Table:
     table.add_column("MB", justify="right")
     for name, rehearsal in found.items():
         for (kind, axis), flow in sorted(rehearsal.flows.items()):
-            size = f"{rehearsal.layout_of(axis)}"
+            size = rehearsal.layout_of(axis)
             table.add_row(name, kind, size, f"{flow.calls:,}", f"{flow.bytes / MB:,.2f}")
         table.add_section()
     return table
@@ -166,33 +170,46 @@ def _summary(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> str:
     )
 
 
-def _refusal(request: RehearsalRequest, worst: Rehearsal) -> str:
+def _refusal(request: RehearsalRequest, refused: Sequence[Rehearsal]) -> str:
+    """`refused` by falling peak."""
+    worst, *others = refused
     said = (
         f"phase {worst.phase}: a peak of {worst.peak.bytes / GB:.1f} GB exceeds "
         f"{request.usable_bytes / GB:.1f} GB, {1 - RESERVE:.0%} of --memory-gb "
         f"{request.memory_gb:g}"
     )
-    for change, rehearsal in _tried(request, worst):
-        if request.fits(rehearsal):
+    if others:
+        peaks = ", ".join(f"{r.phase} ({r.peak.bytes / GB:.1f})" for r in others)
+        said += f", and so does that of {peaks}"
+    for cost, config, found in _tried(request, [r.phase for r in refused]):
+        if all(request.fits(rehearsal) for rehearsal in found):
+            peak = max(rehearsal.peak.bytes for rehearsal in found)
             return (
-                f"{said}; the cheapest change that fits: {change.words(worst.phase)} "
-                f"({rehearsal.peak.bytes / GB:.1f} GB; costs {change.cost})"
+                f"{said}; the cheapest change that fits: {overrides(request.config, config)} "
+                f"({peak / GB:.1f} GB; costs {cost})"
             )
     return f"{said}; no setting of parallel.* makes it fit: more ranks to a shard or more memory"
 
 
-def _tried(request: RehearsalRequest, worst: Rehearsal) -> Iterator[tuple[Change, Rehearsal]]:
-    """Changes that are valid and change something, by rising cost, with their rehearsals."""
+def _tried(
+    request: RehearsalRequest, names: Sequence[str]
+) -> Iterator[tuple[str, TrainConfig, list[Rehearsal]]]:
+    """Changes that are valid and change something, by rising cost: cost, configuration with it,
+    and phases `names` under it."""
     seen = [request.config]
     for change in CHANGES:
-        config = change.applied(request.config, worst.phase)
-        if config in seen or any(problems(config, request.ranks)):
+        config = change.applied(request.config, names)
+        if any(problems(config, request.ranks)):
             continue
-        if set(change.parallel) == {"accumulation"} and worst.micro_batches == 1:
+        if all(micro_batches(config, name, request.ranks) == 1 for name in names):
+            # Nothing to add up.
+            kept = request.config.parallel.accumulation
+            config = replace(config, parallel=replace(config.parallel, accumulation=kept))
+        if config in seen:
             continue
         seen.append(config)
-        names = (worst.phase,)
-        yield change, rehearse_phases(config, request.ranks, names, request.busiest)[worst.phase]
+        found = rehearse_phases(config, request.ranks, names, request.busiest)
+        yield change.cost, config, list(found.values())
 
 
 def _yaml(value: Any) -> str:

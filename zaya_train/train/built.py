@@ -54,6 +54,25 @@ class Built:
                 write_full(targets[name], full.to(targets[name].device, torch.float32))
 
 
+def groups_of(mesh: Mesh) -> Groups:
+    """The company of the mesh's shards."""
+    return Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate"))
+
+
+def optimizer_of(
+    config: TrainConfig, model: ZayaModel, groups: Groups, kind: type[Optimizer] = Optimizer
+) -> Optimizer:
+    """A new optimizer of the whole model, as the configuration says; collective."""
+    return kind(
+        dict(model.named_parameters()),
+        [buffer for _, buffer in model.named_buffers()],
+        config.model.num_experts,
+        config.optim,
+        groups,
+        config.kernels.newton_schulz,
+    )
+
+
 def build_phase(
     config: TrainConfig, row: tuple[str, PhaseConfig], mesh: Mesh, device: torch.device
 ) -> Built:
@@ -61,14 +80,7 @@ def build_phase(
     name, phase = row
     model_config = replace(config.model, rope_base=phase.rope_base)
     model = parallelize(config, model_config, mesh, device)
-    optimizer = Optimizer(
-        dict(model.named_parameters()),
-        [buffer for _, buffer in model.named_buffers()],
-        model_config.num_experts,
-        config.optim,
-        Groups(mesh.fsdp_group, mesh.sharding.get_group("replicate")),
-        config.kernels.newton_schulz,
-    )
+    optimizer = optimizer_of(config, model, groups_of(mesh))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     log.info(
         "phase %s: %d tokens of context, mesh %s\n%s",

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from zaya_kernels.attention.behind import behind
 from zaya_kernels.attention.blocks import causal, worthwhile
-from zaya_kernels.attention.flash import flash_causal
+from zaya_kernels.attention.flash import check_flash, flash_causal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,11 +97,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attention_eager(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """See `zaya_kernels.attention.op.attention`."""
+    check_flash(q, "eager")
     return _grouped((q, k, v), plan, _causal)
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """See `zaya_kernels.attention.op.attention`; torch's own attention for every group."""
+    check_flash(q, "sdpa")
     return _grouped((q, k, v), plan, _sdpa)
 
 

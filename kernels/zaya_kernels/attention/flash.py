@@ -27,13 +27,17 @@ REFUSAL = (
 """What is said of numbers that a device's flash kernel does not take."""
 
 
+def check_flash(q: Tensor, backend: str) -> None:
+    """ValueError in the name of `backend` where q's device has no flash kernel for its dtype."""
+    if q.device.type != "cpu" and q.dtype.itemsize != 2:
+        raise ValueError(REFUSAL.format(backend=backend, dtype=str(q.dtype), device=q.device.type))
+
+
 def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """q [1, H, Q, d], k and v [1, K, L, d] -> output [1, H, Q, d], log of sums [1, H, Q]."""
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out, lse
-    if q.dtype.itemsize != 2:
-        raise ValueError(REFUSAL.format(backend="eager", dtype=str(q.dtype), device=q.device.type))
     out, lse, *_ = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return out, lse
 
@@ -73,8 +77,5 @@ class _Causal(torch.autograd.Function):
 
 
 def flash_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [N, H, L, d], k and v [N, K, L, d] -> [N, H, L, d]; softmax scale 1 / sqrt(d).
-
-    ValueError where the device has no flash kernel for the dtype.
-    """
+    """q [N, H, L, d], k and v [N, K, L, d] -> [N, H, L, d]; softmax scale 1 / sqrt(d)."""
     return _Causal.apply(q, k, v)

@@ -93,8 +93,8 @@ BUDGETS = {
         waves=1,
         matrix=True,
         scalar_spills=51,
-        why="waves: two gradients and two operands stay in registers, AMD's tuning chose one too; "
-        "scalars: buffer descriptors of both loops",
+        why="waves: two gradients and two operands stay in registers; scalars: buffer "
+        "descriptors of both loops",
     ),
 }
 

@@ -10,48 +10,31 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from triton.runtime.errors import InterpreterError
 
-from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import Segment, plan_attention
-from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.cca.op import CCAContext
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
+from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
 from zaya_kernels.workshop.interpreter import install
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-
-    Run = Callable[[str, Mapping[str, Tensor]], Sequence[Tensor]]
 
 FEW = 16
 """Of so few numbers an error is chance."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One operation on named inputs."""
-
-    name: str
-    run: Run
-    inputs: Mapping[str, Tensor]
-
-
-def _random(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def _norm_residual() -> Case:
     vectors = (*ResidualScales.__dataclass_fields__, "weight")
-    inputs = {"stream": _random(1, 33, 256, seed=1), "branch": _random(1, 33, 256, seed=2)}
-    inputs |= {name: _random(256, seed=3 + i) for i, name in enumerate(vectors)}
+    inputs = {"stream": random(1, 33, 256, seed=1), "branch": random(1, 33, 256, seed=2)}
+    inputs |= {name: random(256, seed=3 + i) for i, name in enumerate(vectors)}
 
     def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         scales = ResidualScales(*(x[name] for name in vectors[:4]))
@@ -77,15 +60,11 @@ def _cca() -> Case:
         "grouped_bias": (channels,),
         "temperature": (kv_heads,),
     }
-    inputs = {name: _random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    inputs = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     inputs["grouped"] /= size**0.5
     context = CCAContext(heads, positions, angles.cos(), angles.sin(), None, None)
 
-    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        weights = CCAWeights(*(x[name] for name in CCAWeights.__dataclass_fields__))
-        return cca(Projections(x["qk"], x["v_now"], x["v_delayed"]), weights, context, backend)
-
-    return Case("cca", run, inputs)
+    return Case("cca", cca_run(context), inputs)
 
 
 def _attention() -> Case:
@@ -94,44 +73,27 @@ def _attention() -> Case:
     segments = [Segment(0, 2, 0, 2), Segment(2, 78, 2, 78), Segment(80, 290, 2, 428)]
     segments.append(Segment(370, 1, 430, 1))
     plan = plan_attention(segments, 371, torch.device("cpu"), whole_rows=False)
-    inputs = {"q": _random(1, 371, 2, 32, seed=1)}
-    inputs |= {name: _random(1, 440, 1, 32, seed=2 + i) for i, name in enumerate("kv")}
+    inputs = {"q": random(1, 371, 2, 32, seed=1)}
+    inputs |= {name: random(1, 440, 1, 32, seed=2 + i) for i, name in enumerate("kv")}
 
-    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return [attention(x["q"], x["k"], x["v"], plan, backend)]
-
-    return Case("attention", run, inputs)
+    return Case("attention", attention_run(plan), inputs)
 
 
 CASES = (_norm_residual, _cca, _attention)
-
-
-def passed(run: Run, backend: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs, and gradients of a fixed random projection of them, by name."""
-    leaves = {name: value.detach().clone().requires_grad_(True) for name, value in inputs.items()}
-    outputs = list(run(backend, leaves))
-    weights = [_random(*out.shape, seed=100 + i).to(out.dtype) for i, out in enumerate(outputs)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
-    named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    return named | dict(zip(leaves, gradients, strict=True))
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-3))
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """Triton's error beside eager's where their ratio is worst, and every fault found."""
     inputs = {name: value.to(dtype) for name, value in case.inputs.items()}
     result: dict[str, Any] = {"op": case.name, "dtype": str(dtype).removeprefix("torch.")}
-    exact = passed(case.run, "reference", {name: x.double() for name, x in inputs.items()})
-    usual = passed(case.run, "eager", inputs)
+    exact = passed(case, "reference", {name: x.double() for name, x in inputs.items()})
+    usual = passed(case, "eager", inputs)
     try:
-        first, second = (passed(case.run, "triton", inputs) for _ in range(2))
+        first, second = (passed(case, "triton", inputs) for _ in range(2))
     except InterpreterError as fault:
         return {**result, "worst": None, "faults": [str(fault)]}
     errors = {
-        name: (_error(x, exact[name]), _error(usual[name], exact[name]))
+        name: (error(x, exact[name]), error(usual[name], exact[name]))
         for name, x in first.items()
         if x.numel() > FEW
     }
