@@ -16,7 +16,13 @@ FIELDS = ("messages", "prompt", "response", "text")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults are shown where there are any."""
+    """Defaults are shown where there are any, and commands beside what they do."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER:
+            # argparse leaves no room for the step by which it moves commands to the right.
+            self._action_max_length += self._indent_increment
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.required or action.default is None or action.default is False:
@@ -39,9 +45,9 @@ def add_command(commands: Any, name: str, run: Handler, text: str) -> argparse.A
 
 def add_data(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya data ...`; `handlers` by subcommand, those of `ledger` as `ledger verify`."""
-    data = commands.add_parser("data", help="make and look at corpora").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+    data = commands.add_parser(
+        "data", help="make and look at corpora", formatter_class=Help
+    ).add_subparsers(metavar="COMMAND", required=True)
     _prepare(add_command(data, "prepare", handlers["prepare"], "tokenize a dataset into a corpus"))
     _trim(add_command(data, "trim", handlers["trim"], "fit conversations into a token budget"))
     _synth(add_command(data, "synth", handlers["synth"], "generate reasoning problems as JSONL"))
@@ -139,9 +145,9 @@ def _aggregate(parser: argparse.ArgumentParser) -> None:
 
 
 def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
-    ledger = data.add_parser("ledger", help="which document made which step").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+    ledger = data.add_parser(
+        "ledger", help="which document made which step", formatter_class=Help
+    ).add_subparsers(metavar="COMMAND", required=True)
     parser = add_command(
         ledger,
         "verify",
@@ -247,9 +253,9 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 def add_checkpoint(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya checkpoint ...`."""
-    checkpoint = commands.add_parser("checkpoint", help="look at checkpoints").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+    checkpoint = commands.add_parser(
+        "checkpoint", help="look at checkpoints", formatter_class=Help
+    ).add_subparsers(metavar="COMMAND", required=True)
     place = "run directory, its checkpoints, or one of them"
     parser = add_command(checkpoint, "ls", handlers["checkpoint ls"], "list them, unread")
     parser.add_argument("path", type=Path, help=place)
@@ -296,9 +302,9 @@ def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya kernels ...`."""
-    kernels = commands.add_parser("kernels", help="check the Triton kernels").add_subparsers(
-        metavar="COMMAND", required=True
-    )
+    kernels = commands.add_parser(
+        "kernels", help="check the Triton kernels", formatter_class=Help
+    ).add_subparsers(metavar="COMMAND", required=True)
     parser = add_command(
         kernels,
         "verify",

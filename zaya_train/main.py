@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import zaya_train
 from zaya_train.arguments import (
+    Help,
     add_checkpoint,
     add_cluster,
     add_data,
@@ -252,7 +253,10 @@ def _compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="zaya", description="Train ZAYA1-class language models.", allow_abbrev=False
+        prog="zaya",
+        description="Train ZAYA1-class language models.",
+        allow_abbrev=False,
+        formatter_class=Help,
     )
     parser.add_argument("--version", action="version", version=zaya_train.__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -165,7 +165,7 @@ def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWr
 def _describe(context: Context) -> None:
     name, world = context.config.run.name, context.ranks.world_size
     device = describe(context.ranks.device)
-    log.info("run %s in %s: %d ranks, %s", name, context.run_dir, world, device)
+    log.info("run %s in %s: ranks %d, %s", name, context.run_dir, world, device)
     for note in layout_notes(context.config, world):
         log.info("%s", note)
 

@@ -8,12 +8,13 @@
 # MI300X workload optimization (ROCm documentation)]
 export HIP_FORCE_DEV_KERNARG="${HIP_FORCE_DEV_KERNARG:-1}"
 
-# More channels, hence more compute units moving data, per RCCL collective than by default. [AMD,
-# Instinct MI300X workload optimization (ROCm documentation)]
+# More channels, hence more compute units moving data, per RCCL collective than by default. Sums may
+# be taken in another order, so bits may differ. [AMD, Instinct MI300X workload optimization (ROCm
+# documentation)]
 export NCCL_MIN_NCHANNELS="${NCCL_MIN_NCHANNELS:-112}"
 
-# Matrix products through hipBLASLt rather than rocBLAS. [AMD, Instinct MI300X workload optimization
-# (ROCm documentation)]
+# Matrix products through hipBLASLt rather than rocBLAS, so bits may differ. [AMD, Instinct MI300X
+# workload optimization (ROCm documentation)]
 export TORCH_BLAS_PREFER_HIPBLASLT="${TORCH_BLAS_PREFER_HIPBLASLT:-1}"
 
 # Collectives get a high-priority stream, so that they overlap with compute instead of queueing.
@@ -28,9 +29,10 @@ export GPU_MAX_HW_QUEUES="${GPU_MAX_HW_QUEUES:-2}"
 # for CPU runs. [ours]
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# Torch's flight recorder keeps the last collectives of each rank, to be dumped when one hangs.
-# [PyTorch, flight recorder tutorial]
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"
+# Pinned, torch 2.13's own default. Its flight recorder keeps the last collectives of each rank, to
+# be dumped when one hangs; 0, an earlier default, turns it off. [torch 2.13, FlightRecorder.hpp,
+# where TORCH_NCCL_TRACE_BUFFER_SIZE is the older name]
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 
 # The watchdog writes the flight recorder when a collective times out, so that a hang leaves
 # evidence. [PyTorch, flight recorder tutorial]

@@ -61,3 +61,15 @@ def test_no_corpus_is_named(tmp_path: Path) -> None:
         DataError, match=r"not a corpus directory: manifest.json .* `zaya data prepare` makes"
     ):
         shown(tmp_path, 0)
+
+
+def test_the_corpora_inside_are_named(corpora: CorpusFactory) -> None:
+    path = corpora.text("t", ["abc"])
+    with pytest.raises(
+        DataError, match=f"{path.parent}: not a corpus directory.* it holds .*{path}"
+    ):
+        shown(path.parent, 0)
+
+
+def test_a_long_line_is_not_broken(corpora: CorpusFactory) -> None:
+    assert "y" * 300 in shown(corpora.text("t", ["y" * 300]), 0)

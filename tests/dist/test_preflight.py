@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,6 @@ from zaya_train.tools import preflight, preflight_compute, preflight_disk, prefl
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Plant = Callable[[int], None]
 
@@ -158,6 +158,42 @@ def other_environment(rank: int) -> None:
 def slow_device(rank: int) -> None:
     if rank == 1:
         preflight_compute.best_seconds = lambda work, device, repeats: 1e6
+
+
+def killed(rank: int) -> None:
+    """Every file is written, and then all ranks are gone."""
+    preflight_disk._neighbour = lambda *arguments: os._exit(9)
+
+
+def own_disk(rank: int) -> None:
+    """Node b's directory is a local one: what its ranks write stays there."""
+    preflight_disk.VISIBLE_SECONDS = 0.2
+    if rank > 1:
+        preflight_disk._write = lambda path, block, size_mib: 1.0
+
+
+def test_a_file_is_read_on_another_node_and_must_be_new(tmp_path: Path) -> None:
+    nodes = ["a", "a", "b", "b"]
+    assert 9 in Ran(tmp_path, nodes, killed).codes
+    (left,) = (tmp_path / "shared").iterdir()
+    assert {path.name for path in left.iterdir()} == {f"rank-{rank}" for rank in range(4)}
+    ran = Ran(tmp_path, nodes, own_disk)
+    check = "shared folder seen by others"
+    # Node a's ranks miss those of b; b's read a's files, and not each other's, which are missing.
+    assert ran.failed() == {(check, "a", 0), (check, "a", 1)}, ran.output
+
+
+def stale(rank: int) -> None:
+    """Rank 1's file is that of another preflight."""
+    if rank == 1:
+        write, other = preflight_disk._write, preflight_disk._content(Path("old") / "rank-1")
+        preflight_disk._write = lambda path, block, size_mib: write(path, other, size_mib)
+
+
+def test_bytes_of_another_preflight_do_not_pass(tmp_path: Path) -> None:
+    ran = Ran(tmp_path, ["a", "a"], stale)
+    assert ran.failed() == {("shared folder seen by others", "a", 0)}, ran.output
+    assert "other bytes" in ran.output
 
 
 DISK = ("--minimum", "disk_mb_per_second=0.01")

@@ -116,6 +116,14 @@ def test_nothing_usable_is_exit_3(root: Path, capsys: pytest.CaptureFixture[str]
         assert (code, out) == (3, f"error: {root / 'nowhere'}: no such directory\n")
 
 
+def test_a_run_without_checkpoints_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert main(["checkpoint", "ls", str(tmp_path)]) == 3
+    assert capsys.readouterr().out.strip() == f"{tmp_path / 'checkpoints'}: no checkpoint"
+
+
 def test_verify_reads_what_ls_does_not(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(["verify", str(root / "run"), str(root / "other")], capsys)
     assert code == 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +21,9 @@ from zaya_train.config.derive import config_hash, context_degree, layout
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.schema import KernelsConfig, ParallelConfig, TrainConfig
 from zaya_train.main import compose, compose_submission, config_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml"))
 WORLDS = {"smoke_cpu": (1, 2), "zaya1_300m": (1,), "zaya1_8b": (8, 64, 1024)}
@@ -54,6 +59,19 @@ def test_every_yaml_is_reachable_from_a_recipe_or_by_its_group() -> None:
             overrides.append(f"{group}={name}")
         config = compose(overrides)
         assert isinstance(config, TrainConfig), path
+
+
+def test_the_documented_site_file_composes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (REPOSITORY / "docs" / "cluster.md").read_text()
+    (site,) = re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    monkeypatch.setattr("zaya_train.main.config_dir", lambda: tmp_path / "configs")
+    shutil.copytree(config_dir(), tmp_path / "configs")
+    (tmp_path / "configs" / "cluster" / "mysite.yaml").write_text(site)
+    chosen, _ = compose_submission(["cluster=mysite", "nodes=1"])
+    base, _ = compose_submission(["cluster=mi300x_pollara", "nodes=1"])
+    assert (chosen.partition, chosen.container.mounts) == ("gpu", "/data,/scratch")
+    assert chosen.environment.keys() == base.environment.keys()
+    assert chosen.environment["NCCL_IB_TC"].value != base.environment["NCCL_IB_TC"].value
 
 
 def test_published_recipe_is_the_published_model() -> None:

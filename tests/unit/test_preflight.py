@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.helpers.paths import REPOSITORY
 from zaya_train.config.errors import ConfigError
+from zaya_train.main import compose_submission
 from zaya_train.tools import preflight_smi as smi
 from zaya_train.tools.preflight_findings import (
     Finding,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+CLUSTERS = sorted(path.stem for path in (REPOSITORY / "configs" / "cluster").glob("*.yaml"))
 PLACES = [Place(f"n{rank // 2}", rank, rank % 2) for rank in range(8)]
 
 
@@ -278,3 +281,10 @@ def test_facts_that_must_agree(tmp_path: Path) -> None:
     environment = {"NCCL_IB_TC": "104", "HOME": "x", "HIP_VISIBLE_DEVICES": "1"}
     assert environment_that_matters(environment) == {"NCCL_IB_TC": "104"}
     assert os.environ.keys() >= environment_that_matters(os.environ).keys()
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_every_variable_of_a_table_must_agree(cluster: str) -> None:
+    table = compose_submission([f"cluster={cluster}", "nodes=1"])[0].environment
+    values = {name: variable.value for name, variable in table.items()}
+    assert environment_that_matters(values) == values

@@ -328,6 +328,15 @@ def test_every_rank_logs_to_its_file_and_rank_0_to_the_console(tmp_path: Path) -
     assert logging.getLogger().handlers == handlers
 
 
+def test_a_record_is_one_line_unless_on_a_terminal(tmp_path: Path) -> None:
+    for terminal in (False, True):
+        console = Console(file=StringIO(), width=40, force_terminal=terminal)
+        with logging_to(tmp_path, 0, console):
+            logging.getLogger("zaya_train").info("step %d | %s", 7, "loss 1.0 | " * 9)
+        assert isinstance(console.file, StringIO)
+        assert (len(console.file.getvalue().splitlines()) == 1) != terminal
+
+
 def test_a_resumed_run_continues_its_log(tmp_path: Path) -> None:
     for line in ("first", "second"):
         with logging_to(tmp_path, 1):

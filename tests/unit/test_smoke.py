@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import pytest
+
+from zaya_train.main import main
 from zaya_train.tools.evaluate import EvalSample
 from zaya_train.tools.smoke import _sample_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def sample(reply: str) -> EvalSample:
@@ -30,3 +38,24 @@ def test_a_long_reply_is_shortened() -> None:
     assert len(line) < 300
     assert "that that ..." in line
     assert line.endswith("(expected 03)")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "./nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--data", "{here}", "--tokenizer", "./none.json"], "none.json': no such file"),
+    ],
+)
+def test_a_misspelt_dataset_does_not_cost_the_earlier_run(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    earlier = tmp_path / "smoke" / "report.html"
+    earlier.parent.mkdir()
+    earlier.touch()
+    (earlier.parent / ".zaya-smoke").touch()
+    words = [word.format(here=data) for word in words]
+    assert main(["smoke", "--output", str(earlier.parent), *words]) == 2
+    assert said in capsys.readouterr().err and earlier.exists()

@@ -46,6 +46,7 @@ CONTINUES, TOKENIZER, MANIFEST = "continues.bin", "tokenizer", "manifest.json"
 CorpusKind = Literal["text", "chat"]
 Verify = Literal["sizes", "tokens", "hashes"]
 
+_NO_CORPUS = "`zaya data prepare` makes corpora, `make smoke` those of recipe=smoke_cpu"
 _SCAN_TOKENS = 1 << 22
 _SCAN_DOCUMENTS = 1 << 18
 
@@ -208,9 +209,10 @@ def read_manifest(path: Path) -> Manifest:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        inside = ", ".join(sorted(str(found.parent) for found in path.glob(f"*/{MANIFEST}")))
         raise DataError(
-            f"{path}: not a corpus directory: {MANIFEST} is missing; `zaya data prepare` makes "
-            "corpora, `make smoke` those of recipe=smoke_cpu"
+            f"{path}: not a corpus directory: {MANIFEST} is missing; "
+            + (f"it holds {inside}" if inside else _NO_CORPUS)
         ) from None
     except NotADirectoryError:
         raise DataError(f"{path}: not a directory") from None

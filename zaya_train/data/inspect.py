@@ -66,7 +66,8 @@ def inspect_corpus(
     kept = trim(corpus.sample(index), budget) if budget else None
     if budget:
         console.print(Text(_outcome(kept, int(corpus.lengths[index]), budget)))
-    console.print(_document_text(corpus, index, kept))
+    # A line broken at the terminal's edge would pass for one of the document.
+    console.print(_document_text(corpus, index, kept), soft_wrap=True)
     legend = [Text(f" {kind.name.lower()} ", style) for kind, style in STYLES.items()]
     console.print(Text.assemble(*legend, Text(" removed ", REMOVED_STYLE)))
 

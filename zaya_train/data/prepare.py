@@ -232,7 +232,7 @@ def _already_made(request: PrepareRequest, receipt: dict[str, Any]) -> bool:
         return False
     differs = [key for key in receipt if found.get(key) != receipt[key]]
     raise DataError(
-        f"{output}: was prepared differently ({', '.join(differs)}); not replaced without overwrite"
+        f"{output}: was prepared differently ({', '.join(differs)}); --overwrite replaces it"
     )
 
 
@@ -357,4 +357,6 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        # It would leave an empty line.
+        disable=not console.is_terminal,
     )

@@ -29,6 +29,11 @@ class DeviceFacts:
     hip_version: str | None
     cuda_version: str | None
 
+    def __str__(self) -> str:
+        """In a line of a log."""
+        memory = f"{self.memory_bytes / 2**30:.0f} GiB"
+        return f"{self.name}, {memory}, {self.cores} cores, torch {self.torch_version}"
+
 
 def usable_cores() -> int:
     """Cores this process may run on; a Slurm or container limit counts, the machine's total not."""

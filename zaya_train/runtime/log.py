@@ -39,7 +39,7 @@ def logging_to(run_dir: Path, rank: int, console: Console | None = None) -> Iter
     """
     handlers: list[logging.Handler] = [_file_handler(log_path(run_dir, rank))]
     if rank == 0:
-        handlers.append(_console_handler(console or Console(stderr=True)))
+        handlers.append(console_handler(console or Console(stderr=True)))
     root, package = logging.getLogger(), logging.getLogger(PACKAGE)
     level = package.level
     package.setLevel(logging.INFO)
@@ -58,8 +58,15 @@ def logging_to(run_dir: Path, rank: int, console: Console | None = None) -> Iter
                 handler.close()
 
 
-def _console_handler(console: Console) -> logging.Handler:
-    handler = RichHandler(console=console, show_path=False, markup=False)
+def console_handler(console: Console) -> logging.Handler:
+    """For a terminal; where `console` is none, a line per record as in the ranks' files: a job's
+    log would else be broken at 80 columns."""
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False)
+    else:
+        handler = logging.StreamHandler(console.file)
+        handler.setFormatter(logging.Formatter(FILE_FORMAT))
     handler.addFilter(lambda record: not getattr(record, "file_only", False))
     return handler
 

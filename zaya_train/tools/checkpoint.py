@@ -86,7 +86,11 @@ def show_checkpoints(path: Path, console: Console) -> int:
     table = Table(*COLUMNS)
     for entry in listed:
         table.add_row(*_cells(entry))
-    for name in [*list_names(root, LEFTOVER_NAME), *list_names(root, BAD_NAME)]:
+    leftovers = [*list_names(root, LEFTOVER_NAME), *list_names(root, BAD_NAME)]
+    if not listed and not leftovers:
+        console.print(f"{root}: no checkpoint", markup=False, soft_wrap=True)
+        return EXIT_NO_CHECKPOINT
+    for name in leftovers:
         suffix = "." + name.split(".")[1].split("-")[0]
         table.add_row(name, *_EMPTY, Text(_STATES[suffix], "yellow"))
     console.print(table)

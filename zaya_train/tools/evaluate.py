@@ -114,7 +114,9 @@ def read_rows(path: Path) -> list[Row]:
     """Rows of a JSONL file written by `data.synth`; DataError names the file and the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     rows = []
     for number, line in enumerate(lines, start=1):

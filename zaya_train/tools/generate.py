@@ -226,7 +226,9 @@ def _device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     # Without this file transformers makes up an empty tokenizer for the model type.
     if not (model_dir / "tokenizer.json").is_file():
-        raise DataError(f"{model_dir}: no tokenizer.json")
+        raise DataError(
+            f"{model_dir}: no tokenizer.json, not a model folder; `zaya export-hf` makes one"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), padding_side="left")
     except (OSError, ValueError) as error:

@@ -57,7 +57,8 @@ def show_environment(
     now: the environment of this process, which wins over the table.
     """
     table = Table(title="environment of every rank", title_justify="left")
-    for column in ("variable", "value", "from", "reason", "source"):
+    table.add_column("variable", no_wrap=True)
+    for column in ("value", "from", "reason", "source"):
         table.add_column(column, overflow="fold")
     for name, variable in environment.items():
         ours = now.get(name, variable.value) == variable.value

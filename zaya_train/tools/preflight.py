@@ -172,8 +172,13 @@ def _check(request: PreflightRequest, machine: Machine) -> Report:
     repeat, bits = repeatable(machine.place, machine.device, machine.sizes)
     findings.append(repeat)
     measured = measure(machine.place, machine.device, machine.sizes, machine.name)
-    shared = request.directory / f".preflight-{os.environ.get('SLURM_JOB_ID', 'local')}"
-    found, written = shared_findings(machine.place, shared, machine.sizes.disk_mib, machine.name)
+    found, written = shared_findings(
+        machine.place,
+        request.directory,
+        machine.sizes.disk_mib,
+        machine.name,
+        machine.local_ranks,
+    )
     findings += found
     measured += written
     rows = _gather(machine, (machine.place, findings, measured, bits, _facts(machine)))

@@ -4,6 +4,7 @@ disk."""
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -25,19 +26,20 @@ _BLOCK = 1 << 20
 
 
 def shared_findings(
-    place: Place, folder: Path, size_mib: int, device: str
+    place: Place, directory: Path, size_mib: int, device: str, local_ranks: int
 ) -> tuple[list[Finding], list[Measured]]:
-    """Collective: every rank writes, syncs and renames a file of its own, then reads its right
-    neighbour's. A checkpoint does the same.
+    """Collective: every rank writes, syncs and renames a file of its own, then reads one of the
+    next node. A checkpoint does the same.
 
-    size_mib: of each file.
+    size_mib: of each file; local_ranks: ranks of each node.
     """
     ranks = dist.get_world_size()
+    folder = directory / f".preflight-{os.environ.get('SLURM_JOB_ID', 'local')}-{_token()}"
     mine = folder / f"rank-{place.rank}"
     failed, seconds = "", 0.0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        seconds = _write(mine, _content(place.rank), size_mib)
+        seconds = _write(mine, _content(mine), size_mib)
     except OSError as error:
         failed = f"{error.strerror}: {error.filename}"
     rule = "a file can be written, synced and renamed"
@@ -49,7 +51,8 @@ def shared_findings(
     if not failed:
         rate = size_mib * _BLOCK / 1e6 / seconds
         measured.append(Measured("shared folder writing", place, rate, "MB/s", device))
-    neighbour = (place.rank + 1) % ranks
+    # Of another node, where there is one: this node's cache holds what its own ranks wrote.
+    neighbour = (place.rank + (local_ranks if local_ranks < ranks else 1)) % ranks
     if not wrote[neighbour]:
         findings.append(_neighbour(place, folder / f"rank-{neighbour}", neighbour))
     # Nobody removes what somebody may still read.
@@ -61,8 +64,16 @@ def shared_findings(
     return findings, measured
 
 
-def _content(rank: int) -> bytes:
-    return (f"rank {rank} ".encode() * _BLOCK)[:_BLOCK]
+def _token() -> str:
+    """The same on all ranks and new each time: what a killed preflight left passes for nothing."""
+    drawn = [secrets.token_hex(4)]
+    dist.broadcast_object_list(drawn, src=0)
+    return drawn[0]
+
+
+def _content(path: Path) -> bytes:
+    """Of the file at `path`, whose folder's name is this preflight's alone."""
+    return (f"{path.parent.name}/{path.name} ".encode() * _BLOCK)[:_BLOCK]
 
 
 def _write(path: Path, block: bytes, size_mib: int) -> float:
@@ -94,7 +105,7 @@ def _neighbour(place: Place, path: Path, other: int) -> Finding:
         time.sleep(0.05)
     try:
         with path.open("rb") as file:
-            same = file.read(_BLOCK) == _content(other)
+            same = file.read(_BLOCK) == _content(path)
     except OSError as error:
         return Finding.judged(check, place, False, f"{path}: {error.strerror}", rule)
     waited = f"after {time.monotonic() - begin:.2f} s"

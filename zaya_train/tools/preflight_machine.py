@@ -23,7 +23,10 @@ OPEN_FILES = 4096
 SHARED_MEMORY_GIB = 8.0
 """RCCL maps host buffers for every pair of local ranks; a container's default of 64 MB is too
 small. Ours."""
-_MATTER = ("NCCL_", "RCCL_", "HSA_", "HIP_", "TORCH_NCCL_", "GPU_MAX_HW_QUEUES", "OMP_NUM_THREADS")
+_MATTER = (
+    *("NCCL_", "RCCL_", "NET_", "HSA_", "HIP_", "TORCH_NCCL_", "TORCH_FR_", "TORCH_BLAS_"),
+    *("GPU_MAX_HW_QUEUES", "OMP_NUM_THREADS"),
+)
 # Differ between ranks by design.
 _MAY_DIFFER = ("HIP_VISIBLE_DEVICES", "NCCL_HOSTID")
 

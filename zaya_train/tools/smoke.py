@@ -25,6 +25,8 @@ from rich.table import Table
 
 from zaya_train.config.derive import layout, phase_sequences
 from zaya_train.config.errors import DataError
+from zaya_train.data.reading import open_input
+from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub.convert import to_hf
 from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
@@ -110,6 +112,10 @@ def smoke(request: SmokeRequest, compose: Compose, console: Console) -> int:
     # Decoding a tiny model is thousands of small operations: threads would wait for each other.
     torch.set_num_threads(1)
     out = request.output
+    if request.data:
+        # Before an earlier run is removed for it.
+        open_input(request.data)
+        load_tokenizer(request.tokenizer)
     _make_room(out)
     _say(console, 1, "data")
     data = given_data(out, request, console) if request.data else synthetic_data(out, console)

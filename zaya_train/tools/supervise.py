@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from zaya_train.config.check import check
 from zaya_train.config.errors import ConfigError
 from zaya_train.runtime.local_ranks import Launch
+from zaya_train.runtime.log import console_handler
 from zaya_train.runtime.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def supervise(request: SuperviseRequest) -> int:
     launch = _launch(request)
     check(request.config, request.ranks * request.nodes)
     logger = logging.getLogger("zaya_train")
-    handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    handler = console_handler(Console(stderr=True))
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
