@@ -177,6 +177,9 @@ def _stand(path: Path, step: int) -> tuple[PhaseEntry | None, int, int]:
     done = size = reached = 0
     for entry, offset in _entries(path):
         if isinstance(entry, PhaseEntry):
+            if size == 0 and pending is None:
+                # A branched run's ledger begins where its checkpoint stands.
+                reached = entry.step
             pending = entry
             continue
         if entry.step > step:
