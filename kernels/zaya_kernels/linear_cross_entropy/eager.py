@@ -38,7 +38,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(hidden.dtype)
-        torch.mm(hidden, block.t(), out=out[:, start : start + _VOCAB_BLOCK])
+        out[:, start : start + _VOCAB_BLOCK] = product(hidden, block.t())
     return out
 
 
@@ -49,7 +49,7 @@ def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(grad_logits.dtype)
-        out.addmm_(grad_logits[:, start : start + _VOCAB_BLOCK], block)
+        out += product(grad_logits[:, start : start + _VOCAB_BLOCK], block)
     return out
 
 
