@@ -20,9 +20,10 @@ ROW = 24
 def test_loss_and_gradients_agree_with_eager() -> None:
     config = replace(TINY, num_layers=2, num_kv_heads=1, head_dim=32, num_query_heads=2)
     eager = random_model(config)
-    triton = with_kernels(
-        eager, KernelsConfig(cca="triton", norm_residual="triton", attention="triton")
+    kernels = KernelsConfig(
+        cca="triton", norm_residual="triton", attention="triton", linear_cross_entropy="triton"
     )
+    triton = with_kernels(eager, kernels)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
     labels = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)

@@ -75,6 +75,11 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         2,
         ["kernels.attention=triton", "model.head_dim 256", "16, 32, 64 or 128"],
     ),
+    (
+        {"kernels.linear_cross_entropy": "triton", "model.hidden_size": 72},
+        2,
+        ["kernels.linear_cross_entropy=triton", "model.hidden_size 72", "multiple of 16"],
+    ),
     ({"model.num_query_heads": 3}, 2, ["model.num_query_heads", "3", "num_kv_heads 2"]),
     (
         {"model.num_kv_heads": 1, "model.head_dim": 7, "model.rope_fraction": 1.0},

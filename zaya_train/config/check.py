@@ -65,6 +65,11 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
             f"kernels.attention=triton: model.head_dim {config.model.head_dim} must be 16, 32, 64 "
             "or 128"
         )
+    if config.kernels.linear_cross_entropy == "triton" and config.model.hidden_size % 16:
+        yield (
+            f"kernels.linear_cross_entropy=triton: model.hidden_size {config.model.hidden_size} "
+            "must be a multiple of 16"
+        )
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"

@@ -283,7 +283,7 @@ class KernelsConfig:
     attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
     grouped_mlp: KernelName = "eager"
-    linear_cross_entropy: KernelName = "eager"
+    linear_cross_entropy: TritonKernelName = "eager"
     newton_schulz: NewtonSchulzName = "eager"
 
 

@@ -96,6 +96,13 @@ BUDGETS = {
         why="waves: two gradients and two operands stay in registers; scalars: buffer "
         "descriptors of both loops",
     ),
+    "loss_scores": Budget(waves=2, matrix=True),
+    "loss_gradient": Budget(
+        waves=6, narrow_loads=2, why="loads: one maximum per block of 128 probabilities"
+    ),
+    "loss_grad_hidden": Budget(waves=2, matrix=True),
+    "loss_grad_weight": Budget(waves=2, matrix=True),
+    "loss_finish": Budget(waves=6),
 }
 
 

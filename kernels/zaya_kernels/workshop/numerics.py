@@ -18,9 +18,11 @@ from triton.runtime.errors import InterpreterError
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
+from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
 from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
 from zaya_kernels.workshop.interpreter import install
+from zaya_train.config.labels import IGNORE_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,7 +81,19 @@ def _attention() -> Case:
     return Case("attention", attention_run(plan), inputs)
 
 
-CASES = (_norm_residual, _cca, _attention)
+def _loss() -> Case:
+    """The last block of classes is not whole, every fifth token is not supervised."""
+    inputs = {"hidden": _random(70, 32, seed=1), "weight": _random(300, 32, seed=2) / 32**0.5}
+    labels = torch.arange(70) * 7 % 300
+    labels[::5] = IGNORE_LABEL
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [linear_cross_entropy(x["hidden"], x["weight"], labels, backend, 1e-4)]
+
+    return Case("linear_cross_entropy", run, inputs)
+
+
+CASES = (_norm_residual, _cca, _attention, _loss)
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Shapes are one layer of ZAYA1-8B (arXiv 2605.05365) on 8 sequences of 4,096 tokens.
 
-Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d.
+Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d, V
+classes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.launch import Launch, recording
+from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
 B, S, D, H, K, HEAD_DIM, TAPS, ROTATED = 8, 4096, 2048, 8, 2, 128, 2, 64
 C = (H + K) * HEAD_DIM
+V, LOSS_TOKENS = 262_272, 2048
+"""The loss's classes and tokens: several chunks, of whose launches the last, which adds, is
+compiled."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,14 @@ def _attention(
     return lambda backend: [attention(q, k, v, plan, backend)], [q, k, v]
 
 
+def _loss(
+    device: torch.device, vocab: int, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    hidden, weight = (_tensor(device, rows, D, dtype=dtype) for rows in (LOSS_TOKENS, vocab))
+    labels = torch.arange(LOSS_TOKENS, device=device) % vocab
+    return lambda backend: [linear_cross_entropy(hidden, weight, labels, backend)], [hidden, weight]
+
+
 REGISTRY = (
     Shipped("norm_residual", "fused", _norm_residual),
     Shipped("norm_residual", "residual", _residual),
@@ -125,14 +138,20 @@ REGISTRY = (
     Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
     Shipped("attention", "64", lambda device: _attention(device, 64, torch.bfloat16)),
     Shipped("attention", "fp32", lambda device: _attention(device, 128, torch.float32)),
+    Shipped(
+        "linear_cross_entropy", "262272", lambda device: _loss(device, 262_272, torch.bfloat16)
+    ),
+    # Of the full vocabulary a fp32 weight is over 2 GiB, which is slower to address.
+    Shipped("linear_cross_entropy", "fp32", lambda device: _loss(device, 65_536, torch.float32)),
 )
 
 
 def launches(arch: str) -> list[tuple[str, Launch]]:
-    """(case, launch) of every kernel of the registry as made for `arch`."""
+    """(case, launch) of every kernel of the registry as made for `arch`, its last one in a case."""
     found = []
     for shipped in REGISTRY:
         with recording(arch) as recorded:
             shipped.run("triton", torch.device("meta"))
-        found += [(shipped.name, launch) for launch in recorded]
+        last = {launch.name: launch for launch in recorded}
+        found += [(shipped.name, launch) for launch in last.values()]
     return found
