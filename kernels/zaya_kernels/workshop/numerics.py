@@ -83,7 +83,7 @@ def _attention() -> Case:
 
 def _loss() -> Case:
     """The last block of classes is not whole, every fifth token is not supervised."""
-    inputs = {"hidden": _random(70, 32, seed=1), "weight": _random(300, 32, seed=2) / 32**0.5}
+    inputs = {"hidden": random(70, 32, seed=1), "weight": random(300, 32, seed=2) / 32**0.5}
     labels = torch.arange(70) * 7 % 300
     labels[::5] = IGNORE_LABEL
 
