@@ -21,7 +21,12 @@ def test_loss_and_gradients_agree_with_eager() -> None:
     config = replace(TINY, num_layers=2, num_kv_heads=1, head_dim=32, num_query_heads=2)
     eager = random_model(config)
     kernels = KernelsConfig(
-        cca="triton", norm_residual="triton", attention="triton", linear_cross_entropy="triton"
+        cca="triton",
+        norm_residual="triton",
+        attention="triton",
+        grouped_mlp="triton",
+        grouped_mlp_recompute=True,
+        linear_cross_entropy="triton",
     )
     triton = with_kernels(eager, kernels)
     generator = torch.Generator().manual_seed(3)

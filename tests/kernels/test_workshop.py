@@ -96,6 +96,19 @@ SHARES = {
         "loss_grad_hidden": 0.70,
         "loss_grad_weight": 0.68,
     },
+    "grouped_mlp/many": {
+        "grouped_mlp_up": 0.70,
+        "grouped_mlp_down": 0.70,
+        "grouped_mlp_grad_hidden": 0.70,
+        "grouped_mlp_grad_rows": 0.70,
+        "grouped_mlp_grad_gate_up": 0.68,
+        "grouped_mlp_grad_down": 0.68,
+    },
+    "grouped_mlp/main": {
+        "grouped_mlp_up_again": 0.70,
+        "grouped_mlp_grad_gate_up": 0.68,
+        "grouped_mlp_grad_down": 0.68,
+    },
 }
 """Of the matrix pipe on gfx942: what the best probes reached before any of these kernels was
 written."""

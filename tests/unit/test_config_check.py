@@ -71,6 +71,11 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         ["kernels.cca=triton", "model.rope_fraction 0.25", "8 channels", "multiple of 16"],
     ),
     (
+        {"kernels.grouped_mlp_recompute": True},
+        2,
+        ["kernels.grouped_mlp_recompute", "kernels.grouped_mlp=eager", "needs triton"],
+    ),
+    (
         {"kernels.attention": "triton", "model.head_dim": 256},
         2,
         ["kernels.attention=triton", "model.head_dim 256", "16, 32, 64 or 128"],

@@ -70,6 +70,12 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
             f"kernels.linear_cross_entropy=triton: model.hidden_size {config.model.hidden_size} "
             "must be a multiple of 16"
         )
+    if config.kernels.grouped_mlp_recompute and config.kernels.grouped_mlp != "triton":
+        yield (
+            "kernels.grouped_mlp_recompute: "
+            f"kernels.grouped_mlp={config.kernels.grouped_mlp} keeps the pre-activation; it needs "
+            "triton"
+        )
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"

@@ -36,8 +36,11 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [R, D] sorted by local expert, counts [E_local] -> [R, D]."""
         own = self.around.dispatcher.own_experts
-        backend = self.around.kernels.grouped_mlp
-        return grouped_mlp(rows, counts, own(self.gate_up), own(self.down), backend)
+        kernels = self.around.kernels
+        return grouped_mlp(
+            rows, counts, own(self.gate_up), own(self.down), kernels.grouped_mlp,
+            recompute=kernels.grouped_mlp_recompute,
+        )  # fmt: skip
 
 
 class MoE(nn.Module):

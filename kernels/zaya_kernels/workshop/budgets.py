@@ -43,6 +43,8 @@ def _both(number: int) -> dict[str, int]:
     return dict.fromkeys(LDS_BYTES, number)
 
 
+_PRODUCT = Budget(waves=2, matrix=True)
+
 BUDGETS = {
     "norm_residual_forward": Budget(
         waves=6, narrow_lds_reads=_both(2), why="LDS: the row's sum across waves"
@@ -103,6 +105,14 @@ BUDGETS = {
     "loss_grad_hidden": Budget(waves=2, matrix=True),
     "loss_grad_weight": Budget(waves=2, matrix=True),
     "loss_finish": Budget(waves=6),
+    "grouped_mlp_plan": Budget(waves=8),
+    "grouped_mlp_up": _PRODUCT,
+    "grouped_mlp_up_again": _PRODUCT,
+    "grouped_mlp_down": _PRODUCT,
+    "grouped_mlp_grad_hidden": _PRODUCT,
+    "grouped_mlp_grad_rows": _PRODUCT,
+    "grouped_mlp_grad_gate_up": _PRODUCT,
+    "grouped_mlp_grad_down": _PRODUCT,
 }
 
 

@@ -17,6 +17,7 @@ from triton.runtime.errors import InterpreterError
 
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext
+from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
@@ -93,7 +94,23 @@ def _loss() -> Case:
     return Case("linear_cross_entropy", run, inputs)
 
 
-CASES = (_norm_residual, _cca, _attention, _loss)
+def _grouped_mlp() -> Case:
+    """An over-full expert, one without rows, widths that no tile divides."""
+    counts = torch.tensor([290, 0, 70, 1])
+    experts, hidden, width = len(counts), 72, 40
+    inputs = {
+        "rows": random(int(counts.sum()), hidden, seed=1),
+        "gate_up": random(experts, 2 * width, hidden, seed=2) / hidden**0.5,
+        "down": random(experts, hidden, width, seed=3) / width**0.5,
+    }
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [grouped_mlp(x["rows"], counts, x["gate_up"], x["down"], backend)]
+
+    return Case("grouped_mlp", run, inputs)
+
+
+CASES = (_norm_residual, _cca, _attention, _loss, _grouped_mlp)
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:

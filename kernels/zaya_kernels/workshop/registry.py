@@ -3,7 +3,7 @@
 Shapes are one layer of ZAYA1-8B (arXiv 2605.05365) on 8 sequences of 4,096 tokens.
 
 Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d, V
-classes.
+classes, E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.grouped_mlp.op import grouped_mlp
+from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
@@ -30,6 +32,7 @@ C = (H + K) * HEAD_DIM
 V, LOSS_TOKENS = 262_272, 2048
 """The loss's classes and tokens: several chunks, of whose launches the last, which adds, is
 compiled."""
+E, F = 16, 2048
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,23 @@ def _loss(
     return lambda backend: [linear_cross_entropy(hidden, weight, labels, backend)], [hidden, weight]
 
 
+def _grouped_mlp(
+    device: torch.device, rows: int, dtype: torch.dtype, main: bool = False
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    """With main gradients the pre-activation is made again, too."""
+    shapes = (rows, D), (E, 2 * F, D), (E, D, F)
+    x, gate_up, down = (_tensor(device, *shape, dtype=dtype) for shape in shapes)
+    counts = torch.full((E,), rows // E, device=device)
+    sums = None
+    if main:
+        sums = MainGradients(*(torch.zeros(shape, device=device) for shape in shapes[1:]))
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        return [grouped_mlp(x, counts, gate_up, down, backend, recompute=main, main=sums)]
+
+    return forward, [x] if main else [x, gate_up, down]
+
+
 REGISTRY = (
     Shipped("norm_residual", "fused", _norm_residual),
     Shipped("norm_residual", "residual", _residual),
@@ -143,6 +163,12 @@ REGISTRY = (
     ),
     # Of the full vocabulary a fp32 weight is over 2 GiB, which is slower to address.
     Shipped("linear_cross_entropy", "fp32", lambda device: _loss(device, 65_536, torch.float32)),
+    Shipped("grouped_mlp", "many", lambda device: _grouped_mlp(device, B * S, torch.bfloat16)),
+    Shipped(
+        "grouped_mlp", "main", lambda device: _grouped_mlp(device, B * S, torch.bfloat16, True)
+    ),
+    Shipped("grouped_mlp", "few", lambda device: _grouped_mlp(device, S, torch.bfloat16)),
+    Shipped("grouped_mlp", "fp32", lambda device: _grouped_mlp(device, S, torch.float32)),
 )
 
 
