@@ -285,7 +285,7 @@ class KernelsConfig:
     grouped_mlp: TritonKernelName = "eager"
     grouped_mlp_recompute: bool = False
     """Make the experts' pre-activation, 2 x expert_ffn_size numbers a token, again in the backward
-    pass instead of keeping it: a sixth of the experts' products more. triton only."""
+    pass instead of keeping it: two ninths of the experts' products more. triton only."""
     linear_cross_entropy: TritonKernelName = "eager"
     newton_schulz: NewtonSchulzName = "eager"
 
