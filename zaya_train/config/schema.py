@@ -280,6 +280,7 @@ class KernelsConfig:
     cca: TritonKernelName = "eager"
     attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
+    router: TritonKernelName = "eager"
     grouped_mlp: KernelName = "eager"
     linear_cross_entropy: TritonKernelName = "eager"
     newton_schulz: NewtonSchulzName = "eager"

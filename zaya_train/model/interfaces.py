@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from zaya_kernels.counts import count_classes
 
 from zaya_train.config.schema import KernelsConfig, RecomputeKind
 
@@ -100,16 +101,6 @@ class TokenDispatcher(Protocol):
         """A parameter that stacks all experts along dim 0 -> [E_local, ...], those whose rows
         are brought here, as a plain tensor."""
         ...
-
-
-def count_classes(choice: Tensor, num_classes: int, counted: Tensor | None = None) -> Tensor:
-    """choice of any shape, int64 below num_classes -> [num_classes] int64: how often each occurs,
-    where `counted` (bool, same shape) says so. bincount would wait for the device for its size."""
-    flat = choice.flatten()
-    ones = torch.ones_like(flat) if counted is None else counted.flatten().to(flat.dtype)
-    return torch.zeros(num_classes, dtype=flat.dtype, device=flat.device).scatter_add_(
-        0, flat, ones
-    )
 
 
 class Permute(torch.autograd.Function):

@@ -17,6 +17,7 @@ from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
+from zaya_kernels.router.op import RouterContext, RouterWeights, router
 
 from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.model.layout import SequenceLayout
@@ -124,6 +125,7 @@ def _cases(config: TrainConfig) -> list[Case]:
         _attention(model, kernels.attention),
         _norm(model, kernels.norm_residual),
         _residual(model, kernels.norm_residual),
+        _router(model, kernels.router),
         _experts(model, kernels.grouped_mlp),
         _loss(model, kernels.linear_cross_entropy),
         _newton_schulz(model, kernels.newton_schulz),
@@ -203,6 +205,38 @@ def _residual(model: ModelConfig, backend: str) -> Case:
         return [residual(x["stream"], x["branch"], scales, name)]
 
     return Case("norm_residual (residual)", backend, f"{hidden} wide", run, inputs)
+
+
+def _router(model: ModelConfig, backend: str) -> Case:
+    """The choice is given: of two classes almost alike either may be right."""
+    hidden, size = model.hidden_size, model.router_size
+    classes = model.num_experts + int(model.skip_class)
+    inputs = {
+        "x": _random(1, TOKENS, hidden, seed=60),
+        "previous": _random(1, TOKENS, size, seed=61),
+        "down": _random(size, hidden, seed=62, scale=hidden**-0.5),
+        "norm": _random(size, seed=63) + 1.0,
+        "depth_scale": _random(size, seed=64),
+    }
+    inputs |= {
+        name: _random(rows, size, seed=65 + i, scale=size**-0.5)
+        for i, (name, rows) in enumerate((("fc1", size), ("fc2", size), ("out", classes)))
+    }
+    names = ("down_bias", "fc1_bias", "fc2_bias")
+    inputs |= {name: _random(size, seed=68 + i, scale=0.1) for i, name in enumerate(names)}
+    choice = torch.arange(TOKENS).view(1, TOKENS) % classes
+    valid = torch.ones(1, TOKENS, dtype=torch.bool)
+    context = RouterContext(
+        torch.zeros(classes), valid, model.norm_eps, choice, torch.zeros(classes)
+    )
+
+    def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        weights = RouterWeights(*(x[n] for n in RouterWeights.__dataclass_fields__))
+        wide = torch.promote_types(x["x"].dtype, torch.float32)
+        routed = router(x["x"], x["previous"].to(wide), weights, context, name)
+        return [routed.probability, routed.state]
+
+    return Case("router", backend, f"{hidden} to {size} to {classes} classes", run, inputs)
 
 
 def _experts(model: ModelConfig, backend: str) -> Case:

@@ -22,6 +22,7 @@ from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
+from zaya_kernels.router.op import RouterContext, RouterWeights, router
 from zaya_kernels.workshop.interpreter import install
 from zaya_train.config.labels import IGNORE_LABEL
 
@@ -117,7 +118,43 @@ def _loss() -> Case:
     return Case("linear_cross_entropy", run, inputs)
 
 
-CASES = (_norm_residual, _cca, _attention, _loss)
+def _router() -> Case:
+    """The last block of tokens is not whole; the choice is given, for of two classes almost alike
+    either may be right."""
+    shapes = {
+        "x": (1, 70, 48),
+        "previous": (1, 70, 32),
+        "down": (32, 48),
+        "down_bias": (32,),
+        "depth_scale": (32,),
+        "norm": (32,),
+        "fc1": (32, 32),
+        "fc1_bias": (32,),
+        "fc2": (32, 32),
+        "fc2_bias": (32,),
+        "out": (5, 32),
+    }
+    inputs = {name: _random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    for name in ("down", "fc1", "fc2", "out"):
+        inputs[name] /= inputs[name].shape[1] ** 0.5
+    context = RouterContext(
+        torch.zeros(5),
+        torch.ones(1, 70, dtype=torch.bool),
+        1e-5,
+        torch.arange(70).view(1, 70) % 5,
+        torch.full((5,), 14.0),
+    )
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        weights = RouterWeights(*(x[name] for name in RouterWeights.__dataclass_fields__))
+        work = torch.promote_types(x["x"].dtype, torch.float32)
+        routed = router(x["x"], x["previous"].to(work), weights, context, backend)
+        return [routed.probability, routed.state]
+
+    return Case("router", run, inputs)
+
+
+CASES = (_norm_residual, _cca, _attention, _router, _loss)
 
 
 def passed(run: Run, backend: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
