@@ -120,29 +120,29 @@ def _loss() -> Case:
 
 def _router() -> Case:
     """The last block of tokens is not whole; the choice is given, for of two classes almost alike
-    either may be right."""
+    either may be right. Sums over fewer tokens would err by chance."""
     shapes = {
-        "x": (1, 70, 48),
-        "previous": (1, 70, 32),
-        "down": (32, 48),
-        "down_bias": (32,),
-        "depth_scale": (32,),
-        "norm": (32,),
-        "fc1": (32, 32),
-        "fc1_bias": (32,),
-        "fc2": (32, 32),
-        "fc2_bias": (32,),
-        "out": (5, 32),
+        "x": (1, 150, 48),
+        "previous": (1, 150, 128),
+        "down": (128, 48),
+        "down_bias": (128,),
+        "depth_scale": (128,),
+        "norm": (128,),
+        "fc1": (128, 128),
+        "fc1_bias": (128,),
+        "fc2": (128, 128),
+        "fc2_bias": (128,),
+        "out": (5, 128),
     }
     inputs = {name: _random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     for name in ("down", "fc1", "fc2", "out"):
         inputs[name] /= inputs[name].shape[1] ** 0.5
     context = RouterContext(
         torch.zeros(5),
-        torch.ones(1, 70, dtype=torch.bool),
+        torch.ones(1, 150, dtype=torch.bool),
         1e-5,
-        torch.arange(70).view(1, 70) % 5,
-        torch.full((5,), 14.0),
+        torch.arange(150).view(1, 150) % 5,
+        torch.full((5,), 30.0),
     )
 
     def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
