@@ -81,6 +81,16 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         ["kernels.attention=triton", "model.head_dim 256", "16, 32, 64 or 128"],
     ),
     (
+        {"kernels.router": "triton", "model.router_size": 24},
+        2,
+        ["kernels.router=triton", "model.router_size 24", "power of two from 16"],
+    ),
+    (
+        {"kernels.router": "triton", "model.router_size": 16, "model.hidden_size": 72},
+        2,
+        ["kernels.router=triton", "model.hidden_size 72", "multiple of 16"],
+    ),
+    (
         {"kernels.linear_cross_entropy": "triton", "model.hidden_size": 72},
         2,
         ["kernels.linear_cross_entropy=triton", "model.hidden_size 72", "multiple of 16"],

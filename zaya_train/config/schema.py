@@ -282,6 +282,7 @@ class KernelsConfig:
     cca: TritonKernelName = "eager"
     attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
+    router: TritonKernelName = "eager"
     grouped_mlp: TritonKernelName = "eager"
     grouped_mlp_recompute: bool = False
     """Make the experts' pre-activation, 2 x expert_ffn_size numbers a token, again in the backward

@@ -9,7 +9,7 @@ exact in it (fp32 LM head; arXiv 2605.05365, II-A). Unsupervised tokens are drop
 
 The weight's gradient is a sum over chunks. A bf16 one cannot hold it and a fp32 copy of it takes
 2 GiB, so between chunks it has 24 bits: its own 16, and 8 beside it (`low`). After 32 chunks the
-error is 2e-5 of the sum, a hundredth of what rounding the result to bf16 costs. The hidden
+error is 3e-5 of the sum, a fiftieth of what rounding the result to bf16 costs. The hidden
 states' gradient is a sum over all classes, split over programs: partial sums are stored and added
 in one order. No atomics: two runs agree bitwise.
 

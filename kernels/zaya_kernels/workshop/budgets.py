@@ -98,6 +98,17 @@ BUDGETS = {
         why="waves: two gradients and two operands stay in registers; scalars: buffer "
         "descriptors of both loops",
     ),
+    "router_product": Budget(
+        waves=2, matrix=True, narrow_loads=8, why="loads: the norm's weight, a number a column"
+    ),
+    "router_choice": Budget(waves=2, matrix=True),
+    "router_grad_choice": Budget(
+        waves=6, matrix=True, narrow_loads=12, why="loads: 17 probabilities a row"
+    ),
+    "router_grad_state": Budget(waves=2, matrix=True),
+    "router_grad_weight": Budget(
+        waves=2, matrix=True, narrow_loads=8, why="loads: the norm's factor, a number a row"
+    ),
     "loss_scores": Budget(waves=2, matrix=True),
     "loss_gradient": Budget(
         waves=6, narrow_loads=2, why="loads: one maximum per block of 128 probabilities"

@@ -3,13 +3,13 @@
 Shapes are one layer of ZAYA1-8B (arXiv 2605.05365) on 8 sequences of 4,096 tokens.
 
 Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d, V
-classes, E experts, F expert width.
+classes, E experts, F expert width, R router width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,17 +21,19 @@ from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
+from zaya_kernels.router.op import RouterContext, RouterWeights, router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
 B, S, D, H, K, HEAD_DIM, TAPS, ROTATED = 8, 4096, 2048, 8, 2, 128, 2, 64
 C = (H + K) * HEAD_DIM
+R, CLASSES = 256, 17
 V, LOSS_TOKENS = 262_272, 2048
-"""The loss's classes and tokens: several chunks, of whose launches the last, which adds, is
-compiled."""
+"""The loss's classes and tokens: several chunks, of which the first sets the weight's gradient and
+the others add to it."""
 E, F = 16, 2048
 
 
@@ -149,6 +151,23 @@ def _grouped_mlp(
     return forward, [x] if main else [x, gate_up, down]
 
 
+def _router(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    x = _tensor(device, B, S, D, dtype=dtype)
+    previous = _tensor(device, B, S, R, dtype=torch.float32)
+    shapes = [(R, D), (R,), (R,), (R,), (R, R), (R,), (R, R), (R,), (CLASSES, R)]
+    weights = [_tensor(device, *shape, dtype=dtype) for shape in shapes]
+    balancing = torch.zeros(CLASSES, device=device)
+    context = RouterContext(balancing, torch.ones(B, S, dtype=torch.bool, device=device), 1e-5)
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        routed = router(x, previous, RouterWeights(*weights), context, backend)
+        return [routed.probability, routed.state]
+
+    return forward, [x, previous, *weights]
+
+
 REGISTRY = (
     Shipped("norm_residual", "fused", _norm_residual),
     Shipped("norm_residual", "residual", _residual),
@@ -158,6 +177,7 @@ REGISTRY = (
     Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
     Shipped("attention", "64", lambda device: _attention(device, 64, torch.bfloat16)),
     Shipped("attention", "fp32", lambda device: _attention(device, 128, torch.float32)),
+    Shipped("router", "bf16", lambda device: _router(device, torch.bfloat16)),
     Shipped(
         "linear_cross_entropy", "262272", lambda device: _loss(device, 262_272, torch.bfloat16)
     ),
@@ -173,11 +193,17 @@ REGISTRY = (
 
 
 def launches(arch: str) -> list[tuple[str, Launch]]:
-    """(case, launch) of every kernel of the registry as made for `arch`, its last one in a case."""
+    """(case, launch) of every kernel of the registry as made for `arch`, once for each set of
+    constants; the case of a kernel's second set ends in 2, and so on."""
     found = []
     for shipped in REGISTRY:
         with recording(arch) as recorded:
             shipped.run("triton", torch.device("meta"))
-        last = {launch.name: launch for launch in recorded}
-        found += [(shipped.name, launch) for launch in last.values()]
+        variants: dict[str, list[Mapping[str, Any]]] = {}
+        for launch in recorded:
+            known = variants.setdefault(launch.name, [])
+            if launch.keywords not in known:
+                known.append(launch.keywords)
+                number = "" if len(known) == 1 else f" {len(known)}"
+                found.append((shipped.name + number, launch))
     return found
