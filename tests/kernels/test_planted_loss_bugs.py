@@ -48,6 +48,12 @@ BUGS = {
     "factor of the loss left out": ("(x * tl.load(factor))", "(x + 0.0 * tl.load(factor))"),
 }  # fmt: skip
 
+# One in three with every change, the others nightly.
+OFTEN = [
+    pytest.param(bug, marks=[] if i % 3 == 0 else [pytest.mark.nightly])
+    for i, bug in enumerate(BUGS)
+]
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +81,7 @@ def check() -> None:
     assert_close(found, exact, 4e-3)
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", OFTEN)
 def test_a_bug_in_the_loss_is_caught(
     bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,12 @@ BUGS = {
     "bias of one block": ("a_bias += tl.sum", "a_bias = tl.sum"),
 }  # fmt: skip
 
+# One in three with every change, the others nightly.
+OFTEN = [
+    pytest.param(bug, marks=[] if i % 3 == 0 else [pytest.mark.nightly])
+    for i, bug in enumerate(BUGS)
+]
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +89,7 @@ def check() -> None:
     assert_close(passed("triton", torch.float32), passed("reference", torch.float64), 4e-6)
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", OFTEN)
 def test_a_bug_in_the_router_is_caught(
     bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,7 @@ def test_z_loss_is_as_exact_as_eager(dtype: torch.dtype) -> None:
 
 def test_sums_over_many_chunks_keep_24_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums in between err less than the last rounding to bf16 does."""
-    inputs, labels = inputs_of(8 * 32, 8, torch.bfloat16, 16), labels_of(8 * 32, 8 * 32, 8)
+    inputs, labels = inputs_of(128, 8, torch.bfloat16, 16), labels_of(128, 128, 8)
     monkeypatch.setattr(host, "_finished", lambda call, gradients, grad: gradients)
     exact = run_pass(
         lambda backend, x: call(labels, backend, x),
@@ -111,7 +111,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_two_runs_agree_bitwise() -> None:
-    labels, inputs = labels_of(70, 60, 100), inputs_of(70, 100, torch.bfloat16)
+    labels, inputs = labels_of(40, 36, 70), inputs_of(40, 70, torch.bfloat16)
     assert_bitwise(lambda backend, x: call(labels, backend, x), inputs, "triton")
 
 
