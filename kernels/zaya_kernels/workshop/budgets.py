@@ -96,6 +96,8 @@ BUDGETS = {
         why="waves: two gradients and two operands stay in registers; scalars: buffer "
         "descriptors of both loops",
     ),
+    "newton_schulz_symmetric": Budget(waves=2, matrix=True),
+    "newton_schulz_apply": Budget(waves=2, matrix=True),
 }
 
 

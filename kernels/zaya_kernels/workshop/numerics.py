@@ -18,6 +18,7 @@ from triton.runtime.errors import InterpreterError
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
+from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
 from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
 from zaya_kernels.workshop.interpreter import install
@@ -79,7 +80,17 @@ def _attention() -> Case:
     return Case("attention", attention_run(plan), inputs)
 
 
-CASES = (_norm_residual, _cca, _attention)
+def _newton_schulz() -> Case:
+    """Wide enough for the Gram form, with tiles cut short at both edges."""
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [newton_schulz(x["matrices"], 5, x["matrices"].dtype, backend)]
+
+    inputs = {"matrices": random(1, 130, 520, seed=1)}
+    return Case("newton_schulz", run, inputs, differentiable=False)
+
+
+CASES = (_norm_residual, _cca, _attention, _newton_schulz)
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.launch import Launch, recording
+from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 B, S, D, H, K, HEAD_DIM, TAPS, ROTATED = 8, 4096, 2048, 8, 2, 128, 2, 64
 C = (H + K) * HEAD_DIM
+EXPERTS = 16
 
 
 @dataclass(frozen=True)
@@ -34,16 +36,19 @@ class Shipped:
     op: str
     case: str
     build: Callable[[torch.device], tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]]
-    """Inputs on a device: a function of the back end that gives the outputs, and the leaves."""
+    """Inputs on a device: a function of the back end that gives the outputs, and the leaves, of
+    which an operation without a backward has none."""
 
     @property
     def name(self) -> str:
         return f"{self.op}/{self.case}"
 
     def run(self, backend: str, device: torch.device) -> None:
-        """One forward and backward; on `meta` within `recording` nothing is computed."""
+        """One pass, with the backward if there is one; on `meta` in `recording` it only records."""
         forward, leaves = self.build(device)
         outputs = forward(backend)
+        if not leaves:
+            return
         torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs])
 
 
@@ -116,6 +121,14 @@ def _attention(
     return lambda backend: [attention(q, k, v, plan, backend)], [q, k, v]
 
 
+def _newton_schulz(
+    device: torch.device, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    """One layer's experts, as Muon hands them over."""
+    matrices = _tensor(device, EXPERTS, rows, columns, dtype=torch.float32).detach()
+    return lambda backend: [newton_schulz(matrices, 5, dtype, backend)], []
+
+
 REGISTRY = (
     Shipped("norm_residual", "fused", _norm_residual),
     Shipped("norm_residual", "residual", _residual),
@@ -125,14 +138,29 @@ REGISTRY = (
     Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
     Shipped("attention", "64", lambda device: _attention(device, 64, torch.bfloat16)),
     Shipped("attention", "fp32", lambda device: _attention(device, 128, torch.float32)),
+    Shipped("newton_schulz", "2:1", lambda d: _newton_schulz(d, 2 * D, D, torch.bfloat16)),
+    Shipped("newton_schulz", "fp32", lambda d: _newton_schulz(d, 2 * D, D, torch.float32)),
 )
 
 
 def launches(arch: str) -> list[tuple[str, Launch]]:
-    """(case, launch) of every kernel of the registry as made for `arch`."""
+    """(case, launch) of every kernel of the registry as made for `arch`. Launches that compile to
+    the same code count once; a kernel's second form in a case is numbered."""
     found = []
     for shipped in REGISTRY:
         with recording(arch) as recorded:
             shipped.run("triton", torch.device("meta"))
-        found += [(shipped.name, launch) for launch in recorded]
+        forms: dict[str, list[object]] = {}
+        for launch in recorded:
+            known = forms.setdefault(launch.name, [])
+            if (form := _form(launch)) not in known:
+                known.append(form)
+                number = f" #{len(known)}" if len(known) > 1 else ""
+                found.append((shipped.name + number, launch))
     return found
+
+
+def _form(launch: Launch) -> object:
+    """What two launches of one kernel share if they do the same work on other tensors."""
+    arguments = [(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in launch.arguments]
+    return arguments, launch.config, dict(launch.keywords)
