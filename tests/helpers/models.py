@@ -25,6 +25,7 @@ REFERENCE = KernelsConfig(
     cca="reference",
     attention="reference",
     norm_residual="reference",
+    router="reference",
     grouped_mlp="reference",
     linear_cross_entropy="reference",
     newton_schulz="reference",

@@ -75,6 +75,7 @@ def test_a_healthy_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFi
         "cca",
         "attention",
         "norm_residual",
+        "router",
         "grouped_mlp",
         "linear_cross_entropy",
         "newton_schulz",

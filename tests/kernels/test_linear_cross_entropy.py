@@ -82,6 +82,19 @@ def test_nothing_supervised_costs_nothing(backend: str) -> None:
     assert not any(grad.any() for grad in passed.gradients.values())
 
 
+def test_z_loss_adds_the_squared_logarithm_of_the_sums(small_chunks: int) -> None:
+    labels, inputs = labels_of(9, 6), inputs_of(9)
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [linear_cross_entropy(x["hidden"], x["weight"], labels, backend, 0.3)]
+
+    assert_backends_agree(run, inputs)
+    sums = (inputs["hidden"] @ inputs["weight"].t()).logsumexp(dim=-1)
+    added = run("eager", inputs)[0] - call(labels, "eager", inputs)[0]
+    expected = 0.3 * sums[labels != IGNORE_LABEL].square().sum()
+    torch.testing.assert_close(added, expected)
+
+
 def test_sum_of_the_negative_log_likelihood() -> None:
     labels, inputs = labels_of(9, 6), inputs_of(9)
     scores = (inputs["hidden"] @ inputs["weight"].t()).log_softmax(dim=-1)

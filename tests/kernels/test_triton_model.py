@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from zaya_train.config.schema import KernelsConfig
 
 from ..helpers.models import TINY, packed, random_model, with_kernels
+
+if TYPE_CHECKING:
+    from zaya_train.config.schema import RecomputeKind
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -20,9 +24,16 @@ ROW = 24
 def test_loss_and_gradients_agree_with_eager() -> None:
     config = replace(TINY, num_layers=2, num_kv_heads=1, head_dim=32, num_query_heads=2)
     eager = random_model(config)
-    triton = with_kernels(
-        eager, KernelsConfig(cca="triton", norm_residual="triton", attention="triton")
+    kernels = KernelsConfig(
+        cca="triton",
+        norm_residual="triton",
+        attention="triton",
+        grouped_mlp="triton",
+        grouped_mlp_recompute=True,
+        router="triton",
+        linear_cross_entropy="triton",
     )
+    triton = with_kernels(eager, kernels)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
     labels = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
@@ -39,3 +50,26 @@ def test_loss_and_gradients_agree_with_eager() -> None:
     for name, gradient in found.items():
         scale = float(expected[name].norm())
         assert float((gradient - expected[name]).norm()) <= 2e-4 * scale + 1e-6, name
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_a_pass_made_again_takes_the_saved_routing(recompute: RecomputeKind) -> None:
+    """The balancing bias moves between forward and backward: a new choice would be another one."""
+    config = replace(TINY, num_layers=2)
+    kernels = KernelsConfig(router="triton")
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, config.vocab_size, (1, 12), generator=generator)
+    found = []
+    kinds: tuple[RecomputeKind, ...] = ("none", recompute)
+    for kind in kinds:
+        model = random_model(config, kernels=kernels, recompute=kind)
+        output = model(tokens, tokens, packed([[12]], 12))
+        for layer in model.layers:
+            router = layer.get_submodule("moe.router")
+            router.get_buffer("balancing_bias").add_(torch.arange(5.0))
+        torch.autograd.backward(output.loss)
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        assert torch.equal(gradient, again[name]), name

@@ -114,7 +114,7 @@ def test_plan_tells_the_host_memory_of_background_saves(
         gigabytes.append(float(row.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split()[-1]))
     # Fp32 weights and momentum of 8.84e9 parameters, and one moment more of the embedding.
     embedding = 262_272 * 2048
-    expected = (2 * 8_840_488_784 + embedding) * 4 / 8 / 2**30
+    expected = (2 * 8_840_488_784 + embedding) * 4 / 8 / 1e9
     assert gigabytes == [pytest.approx(expected, abs=0.01), 0.0]
 
 

@@ -71,9 +71,29 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         ["kernels.cca=triton", "model.rope_fraction 0.25", "8 channels", "multiple of 16"],
     ),
     (
+        {"kernels.grouped_mlp_recompute": True},
+        2,
+        ["kernels.grouped_mlp_recompute", "kernels.grouped_mlp=eager", "needs triton"],
+    ),
+    (
         {"kernels.attention": "triton", "model.head_dim": 256},
         2,
         ["kernels.attention=triton", "model.head_dim 256", "16, 32, 64 or 128"],
+    ),
+    (
+        {"kernels.router": "triton", "model.router_size": 24},
+        2,
+        ["kernels.router=triton", "model.router_size 24", "power of two from 16"],
+    ),
+    (
+        {"kernels.router": "triton", "model.router_size": 16, "model.hidden_size": 72},
+        2,
+        ["kernels.router=triton", "model.hidden_size 72", "multiple of 16"],
+    ),
+    (
+        {"kernels.linear_cross_entropy": "triton", "model.hidden_size": 72},
+        2,
+        ["kernels.linear_cross_entropy=triton", "model.hidden_size 72", "multiple of 16"],
     ),
     ({"model.num_query_heads": 3}, 2, ["model.num_query_heads", "3", "num_kv_heads 2"]),
     (

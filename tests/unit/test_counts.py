@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from zaya_kernels.counts import count_classes
 
 from tests.helpers.models import TINY, packed, random_model, random_tokens
-from zaya_train.model.counts import count_classes
 from zaya_train.model.interfaces import Surroundings
 from zaya_train.model.zaya import ZayaModel
 

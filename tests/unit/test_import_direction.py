@@ -40,7 +40,7 @@ ALLOWED["tools"] = {*ALLOWED, "zaya_train"}
 ALLOWED["arguments"] = {"config"}
 ALLOWED["commands"] = {*ALLOWED}
 ALLOWED["main"] = {*ALLOWED}
-ALLOWED["__main__"] = {"main"}
+ALLOWED["__main__"] = {"main", "config"}
 
 ONLY_IN_MAIN = {"hydra", "omegaconf"}
 ONLY_IN_TRITON_FILES = {"triton", "transformer_engine"}

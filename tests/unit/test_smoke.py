@@ -1,4 +1,4 @@
-"""What the smoke run prints."""
+"""What the smoke run prints, and what it leaves alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from zaya_train.main import main
 from zaya_train.tools.evaluate import EvalSample
-from zaya_train.tools.smoke import _sample_line
+from zaya_train.tools.smoke import _room, _sample_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,3 +59,25 @@ def test_a_misspelt_dataset_does_not_cost_the_earlier_run(
     words = [word.format(here=data) for word in words]
     assert main(["smoke", "--output", str(earlier.parent), *words]) == 2
     assert said in capsys.readouterr().err and earlier.exists()
+
+
+def test_a_run_at_work_is_not_removed_by_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "run" / "metrics.jsonl"
+    with _room(tmp_path):
+        made.parent.mkdir()
+        made.touch()
+        assert main(["smoke", "--output", str(tmp_path)]) == 2
+        assert "another smoke run is at work here" in capsys.readouterr().err and made.exists()
+    with _room(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".zaya-smoke"]
+
+
+def test_a_folder_of_somebody_elses_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert main(["smoke", "--output", str(tmp_path)]) == 2
+    assert "is not an earlier smoke run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

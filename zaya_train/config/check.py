@@ -65,6 +65,19 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
             f"kernels.attention=triton: model.head_dim {config.model.head_dim} must be 16, 32, 64 "
             "or 128"
         )
+    if config.kernels.router == "triton":
+        yield from _triton_router(config.model)
+    if config.kernels.linear_cross_entropy == "triton" and config.model.hidden_size % 16:
+        yield (
+            f"kernels.linear_cross_entropy=triton: model.hidden_size {config.model.hidden_size} "
+            "must be a multiple of 16"
+        )
+    if config.kernels.grouped_mlp_recompute and config.kernels.grouped_mlp != "triton":
+        yield (
+            "kernels.grouped_mlp_recompute: "
+            f"kernels.grouped_mlp={config.kernels.grouped_mlp} keeps the pre-activation; it needs "
+            "triton"
+        )
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"
@@ -150,6 +163,17 @@ def _triton_cca(model: ModelConfig) -> Iterator[str]:
         yield (
             f"kernels.cca=triton: model.rope_fraction {model.rope_fraction} rotates {rotated} "
             "channels; it must be a multiple of 16 of them"
+        )
+
+
+def _triton_router(model: ModelConfig) -> Iterator[str]:
+    """Shapes that the Triton kernels of the router can do."""
+    size = model.router_size
+    if size < 16 or size & (size - 1):
+        yield f"kernels.router=triton: model.router_size {size} must be a power of two from 16"
+    if model.hidden_size % 16:
+        yield (
+            f"kernels.router=triton: model.hidden_size {model.hidden_size} must be a multiple of 16"
         )
 
 

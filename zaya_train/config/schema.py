@@ -282,8 +282,12 @@ class KernelsConfig:
     cca: TritonKernelName = "eager"
     attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
-    grouped_mlp: KernelName = "eager"
-    linear_cross_entropy: KernelName = "eager"
+    router: TritonKernelName = "eager"
+    grouped_mlp: TritonKernelName = "eager"
+    grouped_mlp_recompute: bool = False
+    """Make the experts' pre-activation, 2 x expert_ffn_size numbers a token, again in the backward
+    pass instead of keeping it: two ninths of the experts' products more. triton only."""
+    linear_cross_entropy: TritonKernelName = "eager"
     newton_schulz: NewtonSchulzName = "eager"
 
 

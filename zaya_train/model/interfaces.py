@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from zaya_kernels.counts import count_classes
 
 from zaya_train.config.schema import KernelsConfig, RecomputeKind
-from zaya_train.model.counts import count_classes
 
 if TYPE_CHECKING:
     from torch import Tensor

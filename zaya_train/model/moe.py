@@ -12,10 +12,11 @@ from torch import nn
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 
 from zaya_train.model.recompute import RoutingTape, again_but_products, run
-from zaya_train.model.router import Router, Routing
+from zaya_train.model.router import Router
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from zaya_kernels.router.op import Routed
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.interfaces import Surroundings
@@ -36,8 +37,11 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [R, D] sorted by local expert, counts [E_local] -> [R, D]."""
         own = self.around.dispatcher.own_experts
-        backend = self.around.kernels.grouped_mlp
-        return grouped_mlp(rows, counts, own(self.gate_up), own(self.down), backend)
+        kernels = self.around.kernels
+        return grouped_mlp(
+            rows, counts, own(self.gate_up), own(self.down), kernels.grouped_mlp,
+            recompute=kernels.grouped_mlp_recompute,
+        )  # fmt: skip
 
 
 class MoE(nn.Module):
@@ -52,7 +56,7 @@ class MoE(nn.Module):
 
     def forward(
         self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, Routed]:
         """x [B, S, D] before `norm`, previous router state, valid [B, S] -> [B, S, D], routing."""
         make = again_but_products if self.around.recompute == "selective" else run
         normed, routing = make(self._choose, x, previous, valid, norm, tape)
@@ -80,7 +84,7 @@ class MoE(nn.Module):
 
     def _choose(
         self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, Routed]:
         """The normalised input and its routing."""
         normed = norm(x)
         return normed, self.router(normed, previous, valid, tape)

@@ -5,16 +5,12 @@ Legend: B batch, S sequence, D hidden, R router width, E experts, C classes (E, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.functional import gelu
-from zaya_kernels.norm_residual.op import rms_norm
-from zaya_kernels.products import linear
+from zaya_kernels.router.op import Routed, RouterContext, RouterWeights, router
 
-from zaya_train.model.counts import count_classes
 from zaya_train.model.recompute import RoutingTape
 
 if TYPE_CHECKING:
@@ -24,24 +20,10 @@ if TYPE_CHECKING:
     from zaya_train.model.interfaces import Surroundings
 
 
-@dataclass(frozen=True)
-class Routing:
-    """A forward pass's routing; made once, also when activations are recomputed."""
-
-    choice: Tensor
-    """[B, S] int64 class of each token; E is the skip class."""
-    probability: Tensor
-    """[B, S] fp32 unbiased probability of the choice; the only path of gradients to the router."""
-    state: Tensor
-    """[B, S, R] router latent after averaging, input of the next layer's router."""
-    load: Tensor
-    """[C] fp32 count of valid tokens per class."""
-
-
 class Router(nn.Module):
     """Down-projection, depth averaging, norm, three-layer MLP, softmax, biased choice.
 
-    The state, the MLP and the softmax are computed in fp32.
+    Parameters and the balancing bias of one layer; the operation is `zaya_kernels.router`.
     """
 
     def __init__(self, config: ModelConfig, layer: int, around: Surroundings) -> None:
@@ -49,7 +31,7 @@ class Router(nn.Module):
         size = config.router_size
         self.num_classes = config.num_experts + int(config.skip_class)
         self.eps = config.norm_eps
-        self.backend = around.kernels.norm_residual
+        self.backend = around.kernels.router
         self.down = nn.Parameter(torch.empty(size, config.hidden_size))
         self.down_bias = nn.Parameter(torch.empty(size))
         # Layer 0 has no earlier router to average with.
@@ -69,34 +51,24 @@ class Router(nn.Module):
         previous: Tensor | None,
         valid: Tensor,
         tape: RoutingTape | None = None,
-    ) -> Routing:
+    ) -> Routed:
         """x [B, S, D] normalised, previous [B, S, R] or None, valid [B, S] bool. The choice is the
         tape's if that holds one, else written to it."""
         tape = tape or RoutingTape()
-        state = _wide(linear(x, self.down, self.down_bias))
-        if self.depth_scale is not None and previous is not None:
-            state = torch.addcmul(state, previous, self.depth_scale.to(state.dtype))
-        else:
-            # Leaves the layer as an output of its own: FSDP hooks outputs, and a view of the
-            # product (which `linear` gives) would make it warn about wrong gradients.
-            state = state.clone()
-        probabilities = self._logits(state).softmax(dim=-1)
-        if tape.choice is None or tape.load is None:
-            with torch.no_grad():
-                tape.choice = (probabilities + self.balancing_bias).argmax(dim=-1)
-                tape.load = count_classes(tape.choice, self.num_classes, valid).float()
-        choice, load = tape.choice, tape.load
-        probability = probabilities.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
-        return Routing(choice, probability, state, load)
+        context = RouterContext(self.balancing_bias, valid, self.eps, tape.choice, tape.load)
+        routed = router(x, previous, self._weights(), context, self.backend)
+        tape.choice, tape.load = routed.choice, routed.load
+        return routed
 
-    def _logits(self, state: Tensor) -> Tensor:
-        """[B, S, R] -> [B, S, C], fp32 or higher."""
-        dtype = state.dtype
-        h = rms_norm(state, self.norm.to(dtype), self.eps, self.backend)
-        h = gelu(linear(h, self.fc1.to(dtype), self.fc1_bias.to(dtype)))
-        h = gelu(linear(h, self.fc2.to(dtype), self.fc2_bias.to(dtype)))
-        return linear(h, self.out.to(dtype))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    def _weights(self) -> RouterWeights:
+        return RouterWeights(
+            self.down,
+            self.down_bias,
+            self.depth_scale,
+            self.norm,
+            self.fc1,
+            self.fc1_bias,
+            self.fc2,
+            self.fc2_bias,
+            self.out,
+        )

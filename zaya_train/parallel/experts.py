@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from zaya_kernels.counts import count_classes
 
-from zaya_train.model.counts import count_classes
 from zaya_train.model.interfaces import Pending, Permute, Route, Unpermute
 from zaya_train.parallel.collectives import Crossing
 

@@ -16,6 +16,7 @@ from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
+from zaya_kernels.router.op import RouterContext, RouterWeights, router
 from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
 
 from zaya_train.config.labels import IGNORE_LABEL
@@ -94,6 +95,7 @@ def _checks(config: TrainConfig) -> list[Check]:
         _attention(model, kernels.attention),
         _norm(model, kernels.norm_residual),
         _residual(model, kernels.norm_residual),
+        _router(model, kernels.router),
         _experts(model, kernels.grouped_mlp),
         _loss(model, kernels.linear_cross_entropy),
         _newton_schulz(model, kernels.newton_schulz),
@@ -160,6 +162,38 @@ def _residual(model: ModelConfig, backend: str) -> Check:
         return [residual(x["stream"], x["branch"], scales, name)]
 
     return Check(Case("norm_residual (residual)", run, inputs), backend, f"{hidden} wide")
+
+
+def _router(model: ModelConfig, backend: str) -> Check:
+    """The choice is given: of two classes almost alike either may be right."""
+    hidden, size = model.hidden_size, model.router_size
+    classes = model.num_experts + int(model.skip_class)
+    inputs = {
+        "x": random(1, TOKENS, hidden, seed=60),
+        "previous": random(1, TOKENS, size, seed=61),
+        "down": random(size, hidden, seed=62, scale=hidden**-0.5),
+        "norm": random(size, seed=63) + 1.0,
+        "depth_scale": random(size, seed=64),
+    }
+    inputs |= {
+        name: random(rows, size, seed=65 + i, scale=size**-0.5)
+        for i, (name, rows) in enumerate((("fc1", size), ("fc2", size), ("out", classes)))
+    }
+    names = ("down_bias", "fc1_bias", "fc2_bias")
+    inputs |= {name: random(size, seed=68 + i, scale=0.1) for i, name in enumerate(names)}
+    choice = torch.arange(TOKENS).view(1, TOKENS) % classes
+    valid = torch.ones(1, TOKENS, dtype=torch.bool)
+    context = RouterContext(
+        torch.zeros(classes), valid, model.norm_eps, choice, torch.zeros(classes)
+    )
+
+    def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        weights = RouterWeights(*(x[n] for n in RouterWeights.__dataclass_fields__))
+        wide = torch.promote_types(x["x"].dtype, torch.float32)
+        routed = router(x["x"], x["previous"].to(wide), weights, context, name)
+        return [routed.probability, routed.state]
+
+    return Check(Case("router", run, inputs), backend, f"{hidden} to {size} to {classes} classes")
 
 
 def _experts(model: ModelConfig, backend: str) -> Check:

@@ -6,9 +6,11 @@ comparison of the two bit for bit, export, reload through transformers, sampled 
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import textwrap
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +54,7 @@ from zaya_train.tools.transfer import ExportRequest, export_hf
 from zaya_train.train.metrics import METRICS_FILE, iter_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -116,7 +118,12 @@ def smoke(request: SmokeRequest, compose: Compose, console: Console) -> int:
         # Before an earlier run is removed for it.
         open_input(request.data)
         load_tokenizer(request.tokenizer)
-    _make_room(out)
+    with _room(out):
+        return _main_job(request, compose, console, begin)
+
+
+def _main_job(request: SmokeRequest, compose: Compose, console: Console, begin: float) -> int:
+    out = request.output
     _say(console, 1, "data")
     data = given_data(out, request, console) if request.data else synthetic_data(out, console)
     job = _Job(request, compose, console, data, _ranks(), newton_schulz_dtype())
@@ -142,17 +149,26 @@ def smoke(request: SmokeRequest, compose: Compose, console: Console) -> int:
     return 0 if comparison.equal else 1
 
 
-def _make_room(out: Path) -> None:
-    """Remove an earlier smoke run; refuse to touch anything else."""
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """Remove an earlier smoke run, not one at work; refuse to touch anything else."""
     marker = out / ".zaya-smoke"
-    if out.exists() and any(out.iterdir()):
-        if not marker.exists():
-            raise DataError(
-                f"{out}: exists and is not an earlier smoke run; choose another --output"
-            )
-        shutil.rmtree(out)
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise DataError(f"{out}: exists and is not an earlier smoke run; choose another --output")
     out.mkdir(parents=True, exist_ok=True)
-    marker.touch()
+    with marker.open("a", encoding="utf-8") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{out}: another smoke run is at work here; wait for it or choose another --output"
+            ) from error
+        for path in out.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != marker:
+                path.unlink()
+        yield
 
 
 def _ranks() -> int:

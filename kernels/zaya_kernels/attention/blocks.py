@@ -1,4 +1,5 @@
-"""Causal attention as large matrix products, a block of queries at a time; fp32 on the CPU.
+"""Causal attention as large matrix products, a block of queries at a time, in fp32 on the CPU;
+bf16 comes and goes as such, and is computed in fp32 too, which is faster there than torch's flash.
 
 torch's flash path multiplies small tiles with MKL; here the queries of all heads of a group stand
 under each other, so that a block is one product of a few hundred rows in oneDNN (see `products`),
@@ -31,7 +32,8 @@ _SCORES = 2**23
 def worthwhile(q: Tensor, k: Tensor) -> bool:
     """Whether a block of q [N, L, H, d] by k [N, L, K, d] is work for oneDNN."""
     group = q.shape[2] // k.shape[2]
-    return by_onednn(q[0, :_BLOCK, :group].flatten(0, 1), k.shape[1])
+    block = q[0, :_BLOCK, :group].flatten(0, 1)
+    return q.dtype in (torch.float32, torch.bfloat16) and by_onednn(block.float(), k.shape[1])
 
 
 def _blocks(length: int, group: int) -> Iterator[slice]:
@@ -42,8 +44,13 @@ def _blocks(length: int, group: int) -> Iterator[slice]:
 
 
 def _stacked(x: Tensor, head: int, group: int) -> Tensor:
-    """x [L, H, d] -> [L G, d]: the query heads of KV head `head`, token by token."""
-    return x[:, head * group : (head + 1) * group].reshape(-1, x.shape[-1])
+    """x [L, H, d] -> [L G, d] in fp32: the query heads of KV head `head`, token by token."""
+    return x[:, head * group : (head + 1) * group].reshape(-1, x.shape[-1]).float()
+
+
+def _head(x: Tensor, head: int) -> Tensor:
+    """x [L, K, d] -> [L, d] in fp32."""
+    return x[:, head].float().contiguous()
 
 
 def _probabilities(queries: Tensor, keys: Tensor, block: slice) -> Tensor:
@@ -62,7 +69,7 @@ class _Causal(torch.autograd.Function):
         group = q.shape[2] // k.shape[2]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for n, head in ((n, head) for n in range(q.shape[0]) for head in range(k.shape[2])):
-            keys, values = k[n, :, head].contiguous(), v[n, :, head].contiguous()
+            keys, values = _head(k[n], head), _head(v[n], head)
             queries = _stacked(q[n], head, group) * q.shape[3] ** -0.5
             target = out[n, :, head * group : (head + 1) * group]
             for block in _blocks(q.shape[1], group):
@@ -81,7 +88,7 @@ class _Causal(torch.autograd.Function):
         grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         for n, head in ((n, head) for n in range(q.shape[0]) for head in range(k.shape[2])):
-            keys, values = k[n, :, head].contiguous(), v[n, :, head].contiguous()
+            keys, values = _head(k[n], head), _head(v[n], head)
             queries = _stacked(q[n], head, group) * scale
             grad_out = _stacked(grad[n], head, group)
             mean = torch.linalg.vecdot(grad_out, _stacked(out[n], head, group)).unsqueeze(-1)

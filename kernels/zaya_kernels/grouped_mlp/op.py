@@ -12,14 +12,61 @@ from zaya_kernels.grouped_mlp.eager import grouped_mlp_eager
 from zaya_kernels.grouped_mlp.reference import grouped_mlp_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-BACKENDS = {"eager": grouped_mlp_eager, "reference": grouped_mlp_reference}
+    from zaya_kernels.grouped_mlp.types import MainGradients
+
+
+def _grouped_mlp_triton(
+    rows: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    recompute: bool = False,
+    main: MainGradients | None = None,
+) -> Tensor:
+    from zaya_kernels.grouped_mlp.triton import grouped_mlp_triton
+
+    return grouped_mlp_triton(rows, counts, gate_up, down, recompute=recompute, main=main)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "eager": grouped_mlp_eager,
+    "reference": grouped_mlp_reference,
+    "triton": _grouped_mlp_triton,
+}
 
 
 def grouped_mlp(
-    rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, backend: str
+    rows: Tensor,
+    counts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    backend: str,
+    *,
+    recompute: bool = False,
+    main: MainGradients | None = None,
 ) -> Tensor:
-    """rows [R, D] sorted by expert, counts [E] int64 summing to R, gate_up [E, 2F, D] (gate first),
-    down [E, D, F] -> [R, D]. Experts without rows are allowed; their gradients are zero."""
-    return pick("grouped_mlp", BACKENDS, backend)(rows, counts, gate_up, down)
+    """rows [R, D] sorted by expert, counts [E] int64, gate_up [E, 2F, D] (gate first),
+    down [E, D, F] -> [R, D]. Experts without rows are allowed; their gradients are zero.
+
+    Of triton only: counts may be on the device and, summing to less than R, leave rows at the end
+    out, whose output and gradient are not written; `recompute` makes the pre-activation again in
+    the backward pass instead of keeping it; weight gradients are added to `main`, in fp32, and
+    autograd gets none. Other back ends need counts that sum to R.
+
+    Raises:
+        ValueError: `recompute` or `main` with another back end than triton.
+    """
+    chosen = pick("grouped_mlp", BACKENDS, backend)
+    if not (recompute or main):
+        return chosen(rows, counts, gate_up, down)
+    if backend != "triton":
+        raise ValueError(
+            f"kernels.grouped_mlp: {backend} keeps the pre-activation and hands weight gradients "
+            "to autograd; recompute and main gradients need triton"
+        )
+    return chosen(rows, counts, gate_up, down, recompute=recompute, main=main)

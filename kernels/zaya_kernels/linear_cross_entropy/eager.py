@@ -38,7 +38,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(hidden.dtype)
-        torch.mm(hidden, block.t(), out=out[:, start : start + _VOCAB_BLOCK])
+        out[:, start : start + _VOCAB_BLOCK] = product(hidden, block.t())
     return out
 
 
@@ -49,7 +49,7 @@ def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(grad_logits.dtype)
-        out.addmm_(grad_logits[:, start : start + _VOCAB_BLOCK], block)
+        out += product(grad_logits[:, start : start + _VOCAB_BLOCK], block)
     return out
 
 
@@ -61,16 +61,21 @@ def _add_grad_weight(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -
 
 
 def _one_chunk(
-    rows: Tensor, target: Tensor, weight: Tensor, grad_weight: Tensor | None
+    rows: Tensor, target: Tensor, weight: Tensor, z_loss: float, grad_weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Loss of rows [c, D] with target [c, 1], and their gradient if there is a `grad_weight` to add
     to. A function of its own, so that a chunk's logits are gone before the next one's are made."""
-    scores = torch.log_softmax(_logits(rows, weight), dim=-1)
+    logits = _logits(rows, weight)
+    size = logits.logsumexp(dim=-1, keepdim=True) if z_loss else None  # [c, 1]
+    scores = torch.log_softmax(logits, dim=-1)
+    del logits
     chosen = scores.gather(1, target)
-    loss = -chosen.sum()
+    loss = -chosen.sum() if size is None else z_loss * size.square().sum() - chosen.sum()
     if grad_weight is None:
         return loss, None
     grad_logits = scores.exp_()
+    if size is not None:
+        grad_logits.mul_(1.0 + 2.0 * z_loss * size)
     grad_logits.scatter_add_(1, target, -torch.ones_like(chosen))
     _add_grad_weight(grad_weight, grad_logits, rows)
     return loss, _grad_hidden(grad_logits, weight)
@@ -79,8 +84,9 @@ def _one_chunk(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, recorded: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, how: tuple[int, float, bool]
     ) -> Tensor:
+        ignore, z_loss, recorded = how
         work = torch.promote_types(hidden.dtype, torch.float32)
         kept = (labels != ignore).nonzero().squeeze(1)
         rows, targets = hidden.index_select(0, kept).to(work), labels[kept]
@@ -91,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = _chunk_rows(weight.shape[0], rows.element_size())
         for start in range(0, rows.shape[0], step):
             chunk, target = rows[start : start + step], targets[start : start + step, None]
-            chunk_loss, chunk_grad = _one_chunk(chunk, target, weight, grad_weight)
+            chunk_loss, chunk_grad = _one_chunk(chunk, target, weight, z_loss, grad_weight)
             loss += chunk_loss
             if grad_rows is not None and chunk_grad is not None:
                 grad_rows[start : start + step] = chunk_grad
@@ -102,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy: backward ran twice; its gradients were used up"
@@ -113,13 +119,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype = ctx.like
         grad_hidden = grad_rows.new_zeros(shape).index_copy_(0, kept, grad_rows)
-        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), None, None, None
+        return grad_hidden.to(hidden_dtype), grad_weight.to(weight_dtype), None, None
 
 
 def linear_cross_entropy_eager(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
 ) -> Tensor:
     """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`."""
     # Within forward grad mode is always off and needs_input_grad ignores it, so it is asked here.
-    recorded = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore, recorded)
+    how = (ignore, z_loss, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, labels, how)

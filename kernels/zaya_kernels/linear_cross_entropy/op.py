@@ -13,16 +13,33 @@ from zaya_kernels.linear_cross_entropy.reference import linear_cross_entropy_ref
 from zaya_train.config.labels import IGNORE_LABEL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
-BACKENDS = {"eager": linear_cross_entropy_eager, "reference": linear_cross_entropy_reference}
+
+def _triton(hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float) -> Tensor:
+    from zaya_kernels.linear_cross_entropy.triton import linear_cross_entropy_triton
+
+    return linear_cross_entropy_triton(hidden, weight, labels, ignore, z_loss)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, backend: str) -> Tensor:
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "eager": linear_cross_entropy_eager,
+    "reference": linear_cross_entropy_reference,
+    "triton": _triton,
+}
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, backend: str, z_loss: float = 0.0
+) -> Tensor:
     """Summed negative log-likelihood, a scalar in fp32 or higher.
 
     hidden [T, D], weight [V, D], labels [T] int64 with IGNORE_LABEL where nothing is supervised.
     Products, softmax and accumulation are in fp32 or higher (2605.05365, II-A: fp32 LM head).
+    `z_loss` times the squared logarithm of each supervised token's softmax sum is added (arXiv
+    2204.02311, 5): it keeps logits from drifting.
     """
     run = pick("linear_cross_entropy", BACKENDS, backend)
-    return run(hidden, weight, labels, IGNORE_LABEL)
+    return run(hidden, weight, labels, IGNORE_LABEL, z_loss)

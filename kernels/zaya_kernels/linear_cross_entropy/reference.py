@@ -11,9 +11,12 @@ if TYPE_CHECKING:
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
 ) -> Tensor:
     """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`."""
     work = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(work) @ weight.to(work).t()
-    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(dim=-1)[labels != ignore].square().sum()
+    return loss

@@ -43,6 +43,8 @@ def _both(number: int) -> dict[str, int]:
     return dict.fromkeys(LDS_BYTES, number)
 
 
+_PRODUCT = Budget(waves=2, matrix=True)
+
 BUDGETS = {
     "norm_residual_forward": Budget(
         waves=6, narrow_lds_reads=_both(2), why="LDS: the row's sum across waves"
@@ -96,6 +98,32 @@ BUDGETS = {
         why="waves: two gradients and two operands stay in registers; scalars: buffer "
         "descriptors of both loops",
     ),
+    "router_product": Budget(
+        waves=2, matrix=True, narrow_loads=8, why="loads: the norm's weight, a number a column"
+    ),
+    "router_choice": Budget(waves=2, matrix=True),
+    "router_grad_choice": Budget(
+        waves=6, matrix=True, narrow_loads=12, why="loads: 17 probabilities a row"
+    ),
+    "router_grad_state": Budget(waves=2, matrix=True),
+    "router_grad_weight": Budget(
+        waves=2, matrix=True, narrow_loads=8, why="loads: the norm's factor, a number a row"
+    ),
+    "loss_scores": Budget(waves=2, matrix=True),
+    "loss_gradient": Budget(
+        waves=6, narrow_loads=2, why="loads: one maximum per block of 128 probabilities"
+    ),
+    "loss_grad_hidden": Budget(waves=2, matrix=True),
+    "loss_grad_weight": Budget(waves=2, matrix=True),
+    "loss_finish": Budget(waves=6),
+    "grouped_mlp_plan": Budget(waves=8),
+    "grouped_mlp_up": _PRODUCT,
+    "grouped_mlp_up_again": _PRODUCT,
+    "grouped_mlp_down": _PRODUCT,
+    "grouped_mlp_grad_hidden": _PRODUCT,
+    "grouped_mlp_grad_rows": _PRODUCT,
+    "grouped_mlp_grad_gate_up": _PRODUCT,
+    "grouped_mlp_grad_down": _PRODUCT,
     "newton_schulz_symmetric": Budget(waves=2, matrix=True),
     "newton_schulz_apply": Budget(waves=2, matrix=True),
 }

@@ -17,11 +17,15 @@ from triton.runtime.errors import InterpreterError
 
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext
+from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
+from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
+from zaya_kernels.router.op import RouterContext, RouterWeights, router
 from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
 from zaya_kernels.workshop.interpreter import install
+from zaya_train.config.labels import IGNORE_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,7 +94,71 @@ def _newton_schulz() -> Case:
     return Case("newton_schulz", run, inputs, differentiable=False)
 
 
-CASES = (_norm_residual, _cca, _attention, _newton_schulz)
+def _loss() -> Case:
+    """The last block of classes is not whole, every fifth token is not supervised."""
+    inputs = {"hidden": random(70, 32, seed=1), "weight": random(300, 32, seed=2) / 32**0.5}
+    labels = torch.arange(70) * 7 % 300
+    labels[::5] = IGNORE_LABEL
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [linear_cross_entropy(x["hidden"], x["weight"], labels, backend, 1e-4)]
+
+    return Case("linear_cross_entropy", run, inputs)
+
+
+def _grouped_mlp() -> Case:
+    """An over-full expert, one without rows, widths that no tile divides."""
+    counts = torch.tensor([290, 0, 70, 1])
+    experts, hidden, width = len(counts), 72, 40
+    inputs = {
+        "rows": random(int(counts.sum()), hidden, seed=1),
+        "gate_up": random(experts, 2 * width, hidden, seed=2) / hidden**0.5,
+        "down": random(experts, hidden, width, seed=3) / width**0.5,
+    }
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [grouped_mlp(x["rows"], counts, x["gate_up"], x["down"], backend)]
+
+    return Case("grouped_mlp", run, inputs)
+
+
+def _router() -> Case:
+    """The last block of tokens is not whole; the choice is given, for of two classes almost alike
+    either may be right. Sums over fewer tokens would err by chance."""
+    shapes = {
+        "x": (1, 150, 48),
+        "previous": (1, 150, 128),
+        "down": (128, 48),
+        "down_bias": (128,),
+        "depth_scale": (128,),
+        "norm": (128,),
+        "fc1": (128, 128),
+        "fc1_bias": (128,),
+        "fc2": (128, 128),
+        "fc2_bias": (128,),
+        "out": (5, 128),
+    }
+    inputs = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    for name in ("down", "fc1", "fc2", "out"):
+        inputs[name] /= inputs[name].shape[1] ** 0.5
+    context = RouterContext(
+        torch.zeros(5),
+        torch.ones(1, 150, dtype=torch.bool),
+        1e-5,
+        torch.arange(150).view(1, 150) % 5,
+        torch.full((5,), 30.0),
+    )
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        weights = RouterWeights(*(x[name] for name in RouterWeights.__dataclass_fields__))
+        work = torch.promote_types(x["x"].dtype, torch.float32)
+        routed = router(x["x"], x["previous"].to(work), weights, context, backend)
+        return [routed.probability, routed.state]
+
+    return Case("router", run, inputs)
+
+
+CASES = (_norm_residual, _cca, _attention, _router, _loss, _grouped_mlp, _newton_schulz)
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:

@@ -2,31 +2,40 @@
 
 Shapes are one layer of ZAYA1-8B (arXiv 2605.05365) on 8 sequences of 4,096 tokens.
 
-Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d.
+Legend: B batch, S sequence, D hidden, H query heads, K KV heads, d head dim, C = (H + K) d, V
+classes, E experts, F expert width, R router width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zaya_kernels.attention.op import attention
 from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.grouped_mlp.op import grouped_mlp
+from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import Launch, recording
+from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
+from zaya_kernels.router.op import RouterContext, RouterWeights, router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
 B, S, D, H, K, HEAD_DIM, TAPS, ROTATED = 8, 4096, 2048, 8, 2, 128, 2, 64
 C = (H + K) * HEAD_DIM
-EXPERTS = 16
+R, CLASSES = 256, 17
+V, LOSS_TOKENS = 262_272, 2048
+"""The loss's classes and tokens: several chunks, of which the first sets the weight's gradient and
+the others add to it."""
+E, F = 16, 2048
 
 
 @dataclass(frozen=True)
@@ -125,8 +134,50 @@ def _newton_schulz(
     device: torch.device, rows: int, columns: int, dtype: torch.dtype
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
     """One layer's experts, as Muon hands them over."""
-    matrices = _tensor(device, EXPERTS, rows, columns, dtype=torch.float32).detach()
+    matrices = _tensor(device, E, rows, columns, dtype=torch.float32).detach()
     return lambda backend: [newton_schulz(matrices, 5, dtype, backend)], []
+
+
+def _loss(
+    device: torch.device, vocab: int, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    hidden, weight = (_tensor(device, rows, D, dtype=dtype) for rows in (LOSS_TOKENS, vocab))
+    labels = torch.arange(LOSS_TOKENS, device=device) % vocab
+    return lambda backend: [linear_cross_entropy(hidden, weight, labels, backend)], [hidden, weight]
+
+
+def _grouped_mlp(
+    device: torch.device, rows: int, dtype: torch.dtype, main: bool = False
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    """With main gradients the pre-activation is made again, too."""
+    shapes = (rows, D), (E, 2 * F, D), (E, D, F)
+    x, gate_up, down = (_tensor(device, *shape, dtype=dtype) for shape in shapes)
+    counts = torch.full((E,), rows // E, device=device)
+    sums = None
+    if main:
+        sums = MainGradients(*(torch.zeros(shape, device=device) for shape in shapes[1:]))
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        return [grouped_mlp(x, counts, gate_up, down, backend, recompute=main, main=sums)]
+
+    return forward, [x] if main else [x, gate_up, down]
+
+
+def _router(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    x = _tensor(device, B, S, D, dtype=dtype)
+    previous = _tensor(device, B, S, R, dtype=torch.float32)
+    shapes = [(R, D), (R,), (R,), (R,), (R, R), (R,), (R, R), (R,), (CLASSES, R)]
+    weights = [_tensor(device, *shape, dtype=dtype) for shape in shapes]
+    balancing = torch.zeros(CLASSES, device=device)
+    context = RouterContext(balancing, torch.ones(B, S, dtype=torch.bool, device=device), 1e-5)
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        routed = router(x, previous, RouterWeights(*weights), context, backend)
+        return [routed.probability, routed.state]
+
+    return forward, [x, previous, *weights]
 
 
 REGISTRY = (
@@ -138,29 +189,35 @@ REGISTRY = (
     Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
     Shipped("attention", "64", lambda device: _attention(device, 64, torch.bfloat16)),
     Shipped("attention", "fp32", lambda device: _attention(device, 128, torch.float32)),
+    Shipped("router", "bf16", lambda device: _router(device, torch.bfloat16)),
+    Shipped(
+        "linear_cross_entropy", "262272", lambda device: _loss(device, 262_272, torch.bfloat16)
+    ),
+    # Of the full vocabulary a fp32 weight is over 2 GiB, which is slower to address.
+    Shipped("linear_cross_entropy", "fp32", lambda device: _loss(device, 65_536, torch.float32)),
+    Shipped("grouped_mlp", "many", lambda device: _grouped_mlp(device, B * S, torch.bfloat16)),
+    Shipped(
+        "grouped_mlp", "main", lambda device: _grouped_mlp(device, B * S, torch.bfloat16, True)
+    ),
+    Shipped("grouped_mlp", "few", lambda device: _grouped_mlp(device, S, torch.bfloat16)),
+    Shipped("grouped_mlp", "fp32", lambda device: _grouped_mlp(device, S, torch.float32)),
     Shipped("newton_schulz", "2:1", lambda d: _newton_schulz(d, 2 * D, D, torch.bfloat16)),
     Shipped("newton_schulz", "fp32", lambda d: _newton_schulz(d, 2 * D, D, torch.float32)),
 )
 
 
 def launches(arch: str) -> list[tuple[str, Launch]]:
-    """(case, launch) of every kernel of the registry as made for `arch`. Launches that compile to
-    the same code count once; a kernel's second form in a case is numbered."""
+    """(case, launch) of every kernel of the registry as made for `arch`, once for each set of
+    constants; the case of a kernel's second set ends in 2, and so on."""
     found = []
     for shipped in REGISTRY:
         with recording(arch) as recorded:
             shipped.run("triton", torch.device("meta"))
-        forms: dict[str, list[object]] = {}
+        variants: dict[str, list[Mapping[str, Any]]] = {}
         for launch in recorded:
-            known = forms.setdefault(launch.name, [])
-            if (form := _form(launch)) not in known:
-                known.append(form)
-                number = f" #{len(known)}" if len(known) > 1 else ""
+            known = variants.setdefault(launch.name, [])
+            if launch.keywords not in known:
+                known.append(launch.keywords)
+                number = "" if len(known) == 1 else f" {len(known)}"
                 found.append((shipped.name + number, launch))
     return found
-
-
-def _form(launch: Launch) -> object:
-    """What two launches of one kernel share if they do the same work on other tensors."""
-    arguments = [(x.dtype, x.shape) if isinstance(x, torch.Tensor) else x for x in launch.arguments]
-    return arguments, launch.config, dict(launch.keywords)

@@ -1,4 +1,4 @@
-"""Counting without a wait for the device."""
+"""Counting without waiting for the device."""
 
 from __future__ import annotations
 
