@@ -159,7 +159,7 @@ def muon_config(grid: Grid) -> MuonConfig:
 
 
 @torch.no_grad()
-def some_steps(grid: Grid) -> Outcome:
+def some_steps(grid: Grid, backend: str = "eager") -> Outcome:
     """A few steps with the same full gradients on every grid; runs on all its ranks."""
     owners.ROUND_ELEMENTS = grid.round_elements
     mesh = Mesh.build(Layout(grid.replicate, grid.shard, 1), "cpu")
@@ -169,7 +169,7 @@ def some_steps(grid: Grid) -> Outcome:
         for i, shape in enumerate(grid.shapes)
     ]
     views = [PER_EXPERT if len(shape) == 3 else MATRIX for shape in grid.shapes]
-    muon = Muon(shards, views, [True] * len(shards), muon_config(grid), groups, "eager")
+    muon = Muon(shards, views, [True] * len(shards), muon_config(grid), groups, backend)
     with Traffic(groups) as sent:
         for step in range(STEPS):
             _give_gradients(shards, grid, mesh, step)

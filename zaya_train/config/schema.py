@@ -19,7 +19,7 @@ TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
 AttentionName = Literal["eager", "sdpa", "reference", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain."""
-NewtonSchulzName = Literal["eager", "gram", "reference"]
+NewtonSchulzName = Literal["eager", "gram", "reference", "triton"]
 """gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
 RecomputeKind = Literal["none", "selective", "full"]

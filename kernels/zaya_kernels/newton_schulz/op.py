@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
+
+def _newton_schulz_triton(
+    matrices: Tensor, steps: int, dtype: torch.dtype, coefficients: tuple[float, float, float]
+) -> Tensor:
+    from zaya_kernels.newton_schulz.triton import newton_schulz_triton
+
+    return newton_schulz_triton(matrices, steps, dtype, coefficients)
+
+
 BACKENDS = {
     "eager": newton_schulz_eager,
     "gram": newton_schulz_gram,
     "reference": newton_schulz_reference,
+    "triton": _newton_schulz_triton,
 }
 
 

@@ -124,6 +124,8 @@ BUDGETS = {
     "grouped_mlp_grad_rows": _PRODUCT,
     "grouped_mlp_grad_gate_up": _PRODUCT,
     "grouped_mlp_grad_down": _PRODUCT,
+    "newton_schulz_symmetric": Budget(waves=2, matrix=True),
+    "newton_schulz_apply": Budget(waves=2, matrix=True),
 }
 
 

@@ -20,6 +20,7 @@ from zaya_kernels.cca.op import CCAContext
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
 from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
@@ -81,6 +82,16 @@ def _attention() -> Case:
     inputs |= {name: random(1, 440, 1, 32, seed=2 + i) for i, name in enumerate("kv")}
 
     return Case("attention", attention_run(plan), inputs)
+
+
+def _newton_schulz() -> Case:
+    """Wide enough for the Gram form, with tiles cut short at both edges."""
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [newton_schulz(x["matrices"], 5, x["matrices"].dtype, backend)]
+
+    inputs = {"matrices": random(1, 130, 520, seed=1)}
+    return Case("newton_schulz", run, inputs, differentiable=False)
 
 
 def _loss() -> Case:
@@ -147,7 +158,7 @@ def _router() -> Case:
     return Case("router", run, inputs)
 
 
-CASES = (_norm_residual, _cca, _attention, _router, _loss, _grouped_mlp)
+CASES = (_norm_residual, _cca, _attention, _router, _loss, _grouped_mlp, _newton_schulz)
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:

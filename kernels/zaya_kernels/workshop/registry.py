@@ -20,6 +20,7 @@ from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
 
@@ -44,16 +45,19 @@ class Shipped:
     op: str
     case: str
     build: Callable[[torch.device], tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]]
-    """Inputs on a device: a function of the back end that gives the outputs, and the leaves."""
+    """Inputs on a device: a function of the back end that gives the outputs, and the leaves, of
+    which an operation without a backward has none."""
 
     @property
     def name(self) -> str:
         return f"{self.op}/{self.case}"
 
     def run(self, backend: str, device: torch.device) -> None:
-        """One forward and backward; on `meta` within `recording` nothing is computed."""
+        """One pass, with the backward if there is one; on `meta` in `recording` it only records."""
         forward, leaves = self.build(device)
         outputs = forward(backend)
+        if not leaves:
+            return
         torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs])
 
 
@@ -126,6 +130,14 @@ def _attention(
     return lambda backend: [attention(q, k, v, plan, backend)], [q, k, v]
 
 
+def _newton_schulz(
+    device: torch.device, rows: int, columns: int, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    """One layer's experts, as Muon hands them over."""
+    matrices = _tensor(device, E, rows, columns, dtype=torch.float32).detach()
+    return lambda backend: [newton_schulz(matrices, 5, dtype, backend)], []
+
+
 def _loss(
     device: torch.device, vocab: int, dtype: torch.dtype
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
@@ -189,6 +201,8 @@ REGISTRY = (
     ),
     Shipped("grouped_mlp", "few", lambda device: _grouped_mlp(device, S, torch.bfloat16)),
     Shipped("grouped_mlp", "fp32", lambda device: _grouped_mlp(device, S, torch.float32)),
+    Shipped("newton_schulz", "2:1", lambda d: _newton_schulz(d, 2 * D, D, torch.bfloat16)),
+    Shipped("newton_schulz", "fp32", lambda d: _newton_schulz(d, 2 * D, D, torch.float32)),
 )
 
 
