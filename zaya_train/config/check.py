@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from zaya_train.config.derive import context_degree, layout
 from zaya_train.config.errors import ConfigError
+from zaya_train.config.kernel_rules import kernel_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from zaya_train.config.faults import GuardConfig, SupervisorConfig
     from zaya_train.config.schema import (
-        KernelsConfig,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
@@ -42,42 +42,13 @@ def refuse(broken: Iterable[str]) -> None:
         raise ConfigError(said)
 
 
-def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
-    """Back ends that `command` cannot run, since it computes on the host."""
-    for key, name in vars(kernels).items():
-        if name == "triton":
-            yield (
-                f"kernels.{key}=triton: {command} computes on the host, Triton kernels need a GPU; "
-                f"add kernels.{key}=eager"
-            )
-
-
 def problems(config: TrainConfig, world: int) -> Iterator[str]:
     """Every broken rule, one line each."""
     yield from model_problems(config.model)
     yield from _optim(config.optim)
     yield from _skip_target(config)
     yield from _settings(config)
-    if config.kernels.cca == "triton":
-        yield from _triton_cca(config.model)
-    if config.kernels.attention == "triton" and config.model.head_dim not in (16, 32, 64, 128):
-        yield (
-            f"kernels.attention=triton: model.head_dim {config.model.head_dim} must be 16, 32, 64 "
-            "or 128"
-        )
-    if config.kernels.router == "triton":
-        yield from _triton_router(config.model)
-    if config.kernels.linear_cross_entropy == "triton" and config.model.hidden_size % 16:
-        yield (
-            f"kernels.linear_cross_entropy=triton: model.hidden_size {config.model.hidden_size} "
-            "must be a multiple of 16"
-        )
-    if config.kernels.grouped_mlp_recompute and config.kernels.grouped_mlp != "triton":
-        yield (
-            "kernels.grouped_mlp_recompute: "
-            f"kernels.grouped_mlp={config.kernels.grouped_mlp} keeps the pre-activation; it needs "
-            "triton"
-        )
+    yield from kernel_problems(config.kernels, config.model)
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"
@@ -151,29 +122,6 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.rope_fraction: {model.rope_fraction} of model.head_dim {model.head_dim} is "
             f"{rotated} channels; it must be a positive even number of them"
-        )
-
-
-def _triton_cca(model: ModelConfig) -> Iterator[str]:
-    """Shapes that the Triton kernels of CCA can do."""
-    size, rotated = model.head_dim, int(model.head_dim * model.rope_fraction)
-    if size < 32 or size & (size - 1):
-        yield f"kernels.cca=triton: model.head_dim {size} must be a power of two from 32"
-    if rotated % 16:
-        yield (
-            f"kernels.cca=triton: model.rope_fraction {model.rope_fraction} rotates {rotated} "
-            "channels; it must be a multiple of 16 of them"
-        )
-
-
-def _triton_router(model: ModelConfig) -> Iterator[str]:
-    """Shapes that the Triton kernels of the router can do."""
-    size = model.router_size
-    if size < 16 or size & (size - 1):
-        yield f"kernels.router=triton: model.router_size {size} must be a power of two from 16"
-    if model.hidden_size % 16:
-        yield (
-            f"kernels.router=triton: model.hidden_size {model.hidden_size} must be a multiple of 16"
         )
 
 

@@ -17,9 +17,10 @@ from rich.table import Table
 
 import zaya_train
 from zaya_train.config.build import to_dict
-from zaya_train.config.check import host_problems, model_problems, refuse
+from zaya_train.config.check import model_problems, refuse
 from zaya_train.config.derive import config_hash
 from zaya_train.config.errors import EXIT_OK, ConfigError
+from zaya_train.config.kernel_rules import host_problems
 from zaya_train.runtime.files import write_text
 from zaya_train.tools import doctor_kernels, doctor_layouts, doctor_leaks
 from zaya_train.tools.doctor_subject import Trial, contexts_of, shrunk

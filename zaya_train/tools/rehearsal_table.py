@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from zaya_train.config.check import check_all, host_problems, problems
+from zaya_train.config.check import check_all, problems
 from zaya_train.config.errors import ConfigError
+from zaya_train.config.kernel_rules import host_problems
 from zaya_train.tools.plan import GB, MB
 from zaya_train.tools.rehearsal import RESERVE, Rehearsal, micro_batches, rehearse_phases
 from zaya_train.tools.rehearsal_places import COMPONENTS

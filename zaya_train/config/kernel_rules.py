@@ -1,0 +1,66 @@
+"""What the kernels' back ends can do: shapes of a model, and where they run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from zaya_train.config.schema import KernelsConfig, ModelConfig
+
+
+def kernel_problems(kernels: KernelsConfig, model: ModelConfig) -> Iterator[str]:
+    """Back ends that cannot run this model, one line each."""
+    if kernels.cca == "triton":
+        yield from _triton_cca(model)
+    if kernels.attention == "triton" and model.head_dim not in (16, 32, 64, 128):
+        yield (
+            f"kernels.attention=triton: model.head_dim {model.head_dim} must be 16, 32, 64 or 128"
+        )
+    if kernels.router == "triton":
+        yield from _triton_router(model)
+    if kernels.linear_cross_entropy == "triton" and model.hidden_size % 16:
+        yield (
+            f"kernels.linear_cross_entropy=triton: model.hidden_size {model.hidden_size} "
+            "must be a multiple of 16"
+        )
+    if kernels.grouped_mlp_recompute and kernels.grouped_mlp != "triton":
+        yield (
+            "kernels.grouped_mlp_recompute: "
+            f"kernels.grouped_mlp={kernels.grouped_mlp} keeps the pre-activation; it needs "
+            "triton"
+        )
+
+
+def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
+    """Back ends that `command` cannot run, since it computes on the host."""
+    for key, name in vars(kernels).items():
+        if name == "triton":
+            yield (
+                f"kernels.{key}=triton: {command} computes on the host, Triton kernels need a GPU; "
+                f"add kernels.{key}=eager"
+            )
+
+
+def _triton_cca(model: ModelConfig) -> Iterator[str]:
+    """Shapes that the Triton kernels of CCA can do."""
+    size, rotated = model.head_dim, int(model.head_dim * model.rope_fraction)
+    if size < 32 or size & (size - 1):
+        yield f"kernels.cca=triton: model.head_dim {size} must be a power of two from 32"
+    if rotated % 16:
+        yield (
+            f"kernels.cca=triton: model.rope_fraction {model.rope_fraction} rotates {rotated} "
+            "channels; it must be a multiple of 16 of them"
+        )
+
+
+def _triton_router(model: ModelConfig) -> Iterator[str]:
+    """Shapes that the Triton kernels of the router can do."""
+    size = model.router_size
+    if size < 16 or size & (size - 1):
+        yield f"kernels.router=triton: model.router_size {size} must be a power of two from 16"
+    if model.hidden_size % 16:
+        yield (
+            f"kernels.router=triton: model.hidden_size {model.hidden_size} must be a multiple of 16"
+        )
