@@ -99,6 +99,13 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def require_one_type(op: str, *tensors: Tensor | None) -> None:
+    """ValueError naming the op where the tensors, whose products it makes, differ in type."""
+    kinds = sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x is not None})
+    if len(kinds) > 1:
+        raise ValueError(f"kernels.{op}: triton takes one type, not {' and '.join(kinds)}")
+
+
 def require_triton(op: str, *tensors: Tensor | None) -> None:
     """ValueError naming the op where its Triton kernels cannot run on these tensors."""
     if _recording.get() is not None:

@@ -227,6 +227,22 @@ def test_only_triton_takes_its_settings(backend: str) -> None:
         grouped_mlp(x["rows"], torch.tensor([2]), x["gate_up"], x["down"], backend, recompute=True)
 
 
+def test_tensors_of_two_types_and_narrow_main_gradients_are_refused() -> None:
+    inputs = inputs_of([2], torch.bfloat16)
+    with pytest.raises(ValueError, match=r"takes one type, not bfloat16 and float32"):
+        call([2], "triton", {**inputs, "down": inputs["down"].float()})
+    sums = MainGradients(*(torch.zeros_like(inputs[name]) for name in ("gate_up", "down")))
+    with pytest.raises(ValueError, match=r"main gradients are contiguous and fp32"):
+        grouped_mlp(
+            inputs["rows"],
+            torch.tensor([2]),
+            inputs["gate_up"],
+            inputs["down"],
+            "triton",
+            main=sums,
+        )
+
+
 def test_fp64_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kernels\.grouped_mlp: triton takes fp32 and bf16"):
         call([2], "triton", inputs_of([2], torch.float64))

@@ -154,6 +154,15 @@ def test_what_the_kernels_cannot_do_is_refused(
         call(labels_of(5, 5, 40), "triton", inputs)
 
 
+@pytest.mark.parametrize("label", [40, 100, 2000])
+def test_a_label_of_no_class_is_no_number(label: int) -> None:
+    """Nobody writes its score; memory as it lay there could be taken for a loss."""
+    labels = labels_of(5, 5, 40)
+    labels[2] = label
+    (loss,) = call(labels, "triton", inputs_of(5, 40, torch.bfloat16))
+    assert not loss.isfinite()
+
+
 def test_operations_and_bytes_are_what_the_kernels_do() -> None:
     tokens, vocab = 63, 100
     labels, inputs = labels_of(tokens, tokens, vocab), inputs_of(tokens, vocab, torch.bfloat16)

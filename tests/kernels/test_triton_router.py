@@ -118,6 +118,11 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         inputs = inputs_of((1, 4), torch.float32, True, width, hidden)
         with pytest.raises(ValueError, match=r"kernels\.router: triton takes widths"):
             call("triton", inputs, context_of((1, 4)))
+    inputs = inputs_of((1, 4), torch.float32, True, 32, 48)
+    with pytest.raises(ValueError, match=r"kernels\.router: triton takes one type"):
+        call("triton", {**inputs, "fc1": inputs["fc1"].bfloat16()}, context_of((1, 4)))
+    with pytest.raises(ValueError, match=r"kernels\.router: triton takes one token or more"):
+        call("triton", inputs_of((1, 0), torch.float32, True, 32, 48), context_of((1, 0)))
 
 
 def test_traffic_is_what_the_kernels_move() -> None:

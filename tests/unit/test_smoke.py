@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import pytest
@@ -72,6 +73,24 @@ def test_a_run_at_work_is_not_removed_by_another(
         assert "another smoke run is at work here" in capsys.readouterr().err and made.exists()
     with _room(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".zaya-smoke"]
+
+
+def test_a_file_system_without_locks_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier run's links are removed, not what they point to."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    elsewhere = tmp_path / "scratch"
+    elsewhere.mkdir()
+    out = tmp_path / "smoke"
+    with _room(out):
+        (out / "run").symlink_to(elsewhere)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with _room(out):
+        assert [path.name for path in out.iterdir()] == [".zaya-smoke"] and elsewhere.is_dir()
 
 
 def test_a_folder_of_somebody_elses_is_refused(

@@ -41,6 +41,8 @@ def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
                 f"kernels.{key}=triton: {command} computes on the host, Triton kernels need a GPU; "
                 f"add kernels.{key}=eager"
             )
+    if kernels.grouped_mlp_recompute:
+        yield f"kernels.grouped_mlp_recompute: of triton, see above; {command} needs it false"
 
 
 def _triton_cca(model: ModelConfig) -> Iterator[str]:

@@ -8,7 +8,6 @@ never used for another corpus and never made again for the same one. Arrays are 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ import numpy as np
 from zaya_train.config.errors import DataError, StorageError
 from zaya_train.data.array_file import ArrayFile
 from zaya_train.data.row_plan import PLAN_VERSION, Pieces, RowPlan
-from zaya_train.runtime.files import file_sha256, whole_directory
+from zaya_train.runtime.files import NO_LOCKS, file_sha256, whole_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,6 @@ _LOG = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
 _ARRAYS = ("documents", "starts", "lengths", "offsets", "supervised", "work")
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +154,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise StorageError(f"{path}: cannot be locked: {error.strerror}") from error
             _LOG.warning("%s: no locks on this file system; every process plans for itself", path)
         yield

@@ -37,6 +37,9 @@ _REFUSALS = frozenset(
 )  # fmt: skip
 """Errors of the device, its rights or what stands in the way; a missing input is none of them."""
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What flock says where the file system has no locks."""
+
 
 def is_refusal(error: OSError) -> bool:
     """Whether the file system refused, as opposed to an input file that is missing."""

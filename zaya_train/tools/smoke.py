@@ -35,6 +35,7 @@ from zaya_train.model.zaya import ZayaModel
 from zaya_train.phases.plan import steps_in
 from zaya_train.run import CHECKPOINTS
 from zaya_train.runtime.device import usable_cores
+from zaya_train.runtime.files import NO_LOCKS
 from zaya_train.tools.compare import compare_runs
 from zaya_train.tools.evaluate import (
     EvalReport,
@@ -163,8 +164,11 @@ def _room(out: Path) -> Iterator[None]:
             raise DataError(
                 f"{out}: another smoke run is at work here; wait for it or choose another --output"
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         for path in out.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path != marker:
                 path.unlink()

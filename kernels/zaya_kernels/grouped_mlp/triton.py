@@ -1,9 +1,9 @@
 """SwiGLU experts over rows sorted by expert in Triton: two kernels forward, four backward.
 
 The products of all experts are one launch: `grouped_mlp_plan` cuts every expert's rows into tiles,
-from their own start and on the device, so the host never learns how many rows an expert has; it
-launches programs for the most tiles there can be, and those without one end at once. An expert
-without rows has no tile, an over-full one more of them.
+from their own start and on the device, so the host need not know how many rows an expert has; it
+launches programs for the most tiles there can be, and those without one end at once. (The model's
+dispatchers still wait for the counts.) An expert without rows has no tile, an over-full one more.
 
 Fused: SwiGLU into the end of the first product, and its gradient into the end of the product
 before it. Saved for backward: the rows and, unless `recompute`, the pre-activation, which the first
@@ -31,7 +31,13 @@ from zaya_kernels.grouped_mlp.triton_kernels import (
     grouped_mlp_up_again,
 )
 from zaya_kernels.grouped_mlp.types import MainGradients
-from zaya_kernels.launch import Config, architecture, launch, require_triton
+from zaya_kernels.launch import (
+    Config,
+    architecture,
+    launch,
+    require_one_type,
+    require_triton,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,6 +212,12 @@ def grouped_mlp_triton(
 ) -> Tensor:
     """See `zaya_kernels.grouped_mlp.op.grouped_mlp`."""
     require_triton("grouped_mlp", rows, gate_up, down)
+    require_one_type("grouped_mlp", rows, gate_up, down)
+    for sums in () if main is None else (main.gate_up, main.down):
+        if sums.dtype != torch.float32 or not sums.is_contiguous():
+            raise ValueError(
+                f"kernels.grouped_mlp: main gradients are contiguous and fp32, not {sums.dtype}"
+            )
     out: Tensor = _GroupedMLP.apply(
         rows.contiguous(), counts.to(rows.device, non_blocking=True),
         gate_up.contiguous(), down.contiguous(), recompute, main,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zaya_kernels.products import product
+from zaya_kernels.products import by_onednn, product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,11 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(hidden.dtype)
-        out[:, start : start + _VOCAB_BLOCK] = product(hidden, block.t())
+        part = out[:, start : start + _VOCAB_BLOCK]
+        if by_onednn(hidden, block.shape[0]):
+            part.copy_(product(hidden, block.t()))
+        else:
+            torch.mm(hidden, block.t(), out=part)
     return out
 
 
@@ -49,7 +53,11 @@ def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
     for start in range(0, weight.shape[0], _VOCAB_BLOCK):
         block = weight[start : start + _VOCAB_BLOCK].to(grad_logits.dtype)
-        out += product(grad_logits[:, start : start + _VOCAB_BLOCK], block)
+        part = grad_logits[:, start : start + _VOCAB_BLOCK]
+        if by_onednn(part, block.shape[1]):
+            out += product(part, block)
+        else:
+            out.addmm_(part, block)
     return out
 
 

@@ -1,8 +1,8 @@
 """LM head and cross-entropy in Triton: three products a chunk of tokens, none of them twice.
 
 A chunk's logits are made once and leave their product's registers as probabilities relative to the
-largest of their block; they are rounded to fp16 there (relative error 2^-12), in fp32 for fp32
-inputs. One pass over them takes the rows' sums together, gives the loss, and turns the
+largest of their block; they are rounded to fp16 there (half a unit is 2^-12 of a number down to 6e-5
+of the largest, 2^-25 of the largest below), in fp32 for fp32 inputs. One pass over them takes the rows' sums together, gives the loss, and turns the
 probabilities in place into the gradient of the logits, bf16 like the operands of the two products
 that follow. Logits, sums, loss and all accumulation are fp32, and products of bf16 numbers are
 exact in it (fp32 LM head; arXiv 2605.05365, II-A). Unsupervised tokens are dropped first.
@@ -32,6 +32,7 @@ from zaya_kernels.launch import (
     Config,
     architecture,
     launch,
+    require_one_type,
     require_triton,
 )
 from zaya_kernels.linear_cross_entropy.triton_kernels import (
@@ -204,7 +205,9 @@ def _chunk_loss(
     rows, device = chunk.rows, weight.device
     tiles = call.tiles
     maxima, sums = (torch.empty(tiles, rows, dtype=torch.float32, device=device) for _ in range(2))
-    chosen, loss = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
+    loss = torch.empty(rows, dtype=torch.float32, device=device)
+    # A label of no class leaves its row's, and the loss is NaN.
+    chosen = torch.full((rows,), torch.nan, dtype=torch.float32, device=device)
     scores = gradient = None
     if gradients is not None:
         kind = torch.float32 if call.wide else torch.float16
@@ -316,11 +319,7 @@ def linear_cross_entropy_triton(
 ) -> Tensor:
     """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`."""
     require_triton("linear_cross_entropy", hidden, weight)
-    if hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"kernels.linear_cross_entropy: triton takes one type, not {hidden.dtype} and "
-            f"{weight.dtype}"
-        )
+    require_one_type("linear_cross_entropy", hidden, weight)
     if weight.shape[1] % SMALLEST:
         raise ValueError(
             f"kernels.linear_cross_entropy: triton takes hidden sizes that are multiples of "

@@ -31,6 +31,7 @@ from zaya_kernels.launch import (
     Config,
     architecture,
     launch,
+    require_one_type,
     require_triton,
 )
 from zaya_kernels.router.triton_kernels import (
@@ -293,6 +294,9 @@ def router_triton(
     """See `zaya_kernels.router.op.router`."""
     values = tuple(vars(weights).values())
     require_triton("router", x, previous, *values)
+    require_one_type("router", x, *values)
+    if not x.numel():
+        raise ValueError(f"kernels.router: triton takes one token or more, not {tuple(x.shape)}")
     width, hidden = weights.down.shape
     if width < SMALLEST or width & (width - 1) or hidden % SMALLEST:
         raise ValueError(

@@ -113,7 +113,8 @@ def router_choice(
         b_choice = tl.load(choice + row + o_m).to(tl.int32)
     else:
         b_bias = tl.load(balancing + o_c, mask=o_c < C, other=float("-inf")).to(tl.float32)
-        b_choice = tl.argmax(p + b_bias[None, :], axis=1)
+        # Of a row of NaN argmax takes any column on a GPU, also one beyond the classes.
+        b_choice = tl.minimum(tl.argmax(p + b_bias[None, :], axis=1), C - 1)
         tl.store(choice + row + tl.arange(0, BM), b_choice.to(tl.int64), mask=m)
     chosen = o_c[None, :] == b_choice[:, None]
     tl.store(probability + row + tl.arange(0, BM), tl.sum(tl.where(chosen, p, 0.0), axis=1), mask=m)
