@@ -1,11 +1,12 @@
 """LM head and cross-entropy in Triton: three products a chunk of tokens, none of them twice.
 
 A chunk's logits are made once and leave their product's registers as probabilities relative to the
-largest of their block; they are rounded to fp16 there (half a unit is 2^-12 of a number down to 6e-5
-of the largest, 2^-25 of the largest below), in fp32 for fp32 inputs. One pass over them takes the rows' sums together, gives the loss, and turns the
-probabilities in place into the gradient of the logits, bf16 like the operands of the two products
-that follow. Logits, sums, loss and all accumulation are fp32, and products of bf16 numbers are
-exact in it (fp32 LM head; arXiv 2605.05365, II-A). Unsupervised tokens are dropped first.
+largest of their block; they are rounded to fp16 there (relative error 2^-11 down to 6e-5 of the
+largest, 2^-25 of the largest below), in fp32 for fp32 inputs. One pass over them takes the rows'
+sums together, gives the loss, and turns the probabilities in place into the gradient of the logits,
+bf16 like the operands of the two products that follow. Logits, sums, loss and all accumulation are
+fp32, and products of bf16 numbers are exact in it (fp32 LM head; arXiv 2605.05365, II-A).
+Unsupervised tokens are dropped first.
 
 The weight's gradient is a sum over chunks. A bf16 one cannot hold it and a fp32 copy of it takes
 2 GiB, so between chunks it has 24 bits: its own 16, and 8 beside it (`low`). After 32 chunks the

@@ -166,9 +166,8 @@ def loss_grad_weight(
         p_g += BK * width
         p_h += BK * D
     if NARROW:
-        bits = a_w.to(tl.uint32, bitcast=True) + 0x80
-        # NVIDIA's NaN is 0x7FFFFFFF, which rounding would turn into -0.
-        bits = tl.where(a_w == a_w, bits, 0x7FC00000)
+        # Not a NaN: NVIDIA's is 0x7FFFFFFF, which rounding would turn into -0.
+        bits = a_w.to(tl.uint32, bitcast=True) + tl.where(a_w == a_w, 0x80, 0)
         tl.store(grad_weight + base + o, (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True), m)
         tl.store(low + base + o, ((bits >> 8) & 0xFF).to(tl.uint8), m)
     else:
