@@ -15,6 +15,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
+
+_LEAVE_SECONDS = 60.0
+"""In which the first rank of a node has said what is wrong, however busy the machine."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,9 +136,7 @@ def _train(overrides: list[str]) -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if not _is_refusal(error):
             raise
-        if not _speaks():
-            return EXIT_CONFIG
-        raise ConfigError(_one_line(error)) from error
+        return _refused(ConfigError(_one_line(error)))
     except SystemExit as stop:
         if stop.code not in (0, None):
             return EXIT_CONFIG
@@ -153,17 +155,21 @@ def _checked_and_started(configuration: Callable[[], TrainConfig]) -> int:
         config = configuration()
         check(config, launched_ranks(os.environ))
     except ConfigError as error:
-        # All ranks find the same; one of each node says it.
-        return _told(error) if _speaks() else error.exit_code
+        return _refused(error)
     # torch: two seconds of import that a bad configuration does not pay for.
     from zaya_train.run import train
 
     return train(config)
 
 
-def _speaks() -> bool:
-    """Whether this process tells what every process of the node finds."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+def _refused(error: ConfigError) -> int:
+    """What every rank finds, one of each node says; its exit code."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return _told(error)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun ends all ranks as soon as one leaves, the one that is about to say it too.
+        time.sleep(_LEAVE_SECONDS)
+    return error.exit_code
 
 
 def _is_refusal(error: Exception) -> bool:
