@@ -26,6 +26,9 @@ ARCHITECTURES = ("gfx942", "gfx950", "sm_90")
 COMPUTE_UNITS = {"gfx942": 304, "gfx950": 256, "sm_90": 132}
 """Compute units (AMD) or multiprocessors (NVIDIA); kernels that walk over rows start a multiple."""
 
+CHIPLETS = {"gfx942": 8, "gfx950": 8, "sm_90": 1}
+"""Parts of a GPU with a cache of their own, to which programs are dealt in turn."""
+
 INTERPRETED = "gfx942"
 """The configuration that the interpreter runs."""
 

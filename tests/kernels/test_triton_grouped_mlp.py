@@ -8,7 +8,7 @@ import pytest
 import torch
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.grouped_mlp.types import MainGradients
-from zaya_kernels.launch import INTERPRETED, Config, recording
+from zaya_kernels.launch import CHIPLETS, INTERPRETED, Config, recording
 
 from ..helpers.kernels import assert_bitwise, assert_no_worse, random, run_pass
 
@@ -179,7 +179,7 @@ def test_every_order_of_programs_computes_every_tile_once(
     chiplets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The interpreter refuses what two programs write; NaN is what none wrote."""
-    monkeypatch.setitem(host.CHIPLETS, INTERPRETED, chiplets)
+    monkeypatch.setitem(CHIPLETS, INTERPRETED, chiplets)
     monkeypatch.setattr(host, "GROUP", 3)
     counts = [5, 60, 0, 17]
     inputs = inputs_of(counts, torch.float32)

@@ -32,6 +32,7 @@ from zaya_kernels.grouped_mlp.triton_kernels import (
 )
 from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import (
+    CHIPLETS,
     Config,
     architecture,
     launch,
@@ -42,7 +43,6 @@ from zaya_kernels.launch import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHIPLETS = {"gfx942": 8, "gfx950": 8, "sm_90": 1}
 """Dies with a cache of their own, to which the hardware deals programs out in turn."""
 GROUP = 4
 """Tiles of rows that share their columns' operand while it is in a cache."""

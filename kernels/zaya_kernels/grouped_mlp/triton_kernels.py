@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zaya_kernels.programs import on_chiplets
+
 
 @triton.jit
 def grouped_mlp_plan(
@@ -36,15 +38,6 @@ def grouped_mlp_plan(
         tl.store(p_tile, i + tl.zeros([64], tl.int32), mask=m)
         tl.store(p_tile + 1, row + o_row, mask=m)
         tl.store(p_tile + 2, count - o_row, mask=m)
-
-
-@triton.jit
-def _spread(pid, programs, XCDS: tl.constexpr):
-    """Hardware deals programs out to the chiplets in turn; one chiplet's get adjacent work."""
-    if XCDS == 1:
-        return pid
-    chiplet = pid % XCDS
-    return chiplet * (programs // XCDS) + tl.minimum(chiplet, programs % XCDS) + pid // XCDS
 
 
 @triton.jit
@@ -142,7 +135,7 @@ def _up(
     halves if PARTS is 2, for the registers."""
     columns = tl.cdiv(F, BN)
     num_tiles = tl.load(offsets + num_experts + 1)
-    i = _spread(tl.program_id(0), num_tiles * columns, XCDS)
+    i = on_chiplets(tl.program_id(0), num_tiles * columns, XCDS)
     i_tile, i_n = _in_groups(i, num_tiles, columns, GROUP)
     expert = tl.cast(tl.load(tiles + i_tile * 3), tl.int64)
     row = tl.cast(tl.load(tiles + i_tile * 3 + 1), tl.int64)
@@ -228,7 +221,7 @@ def _rows_by_matrix(
     columns = tl.cdiv(N, BN)
     num_tiles = tl.load(offsets + num_experts + 1)
     if tl.program_id(0) < num_tiles * columns:
-        i = _spread(tl.program_id(0), num_tiles * columns, XCDS)
+        i = on_chiplets(tl.program_id(0), num_tiles * columns, XCDS)
         i_tile, i_n = _in_groups(i, num_tiles, columns, GROUP)
         expert = tl.cast(tl.load(tiles + i_tile * 3), tl.int64)
         row = tl.cast(tl.load(tiles + i_tile * 3 + 1), tl.int64)
@@ -328,7 +321,7 @@ def grouped_mlp_grad_hidden(
     num_tiles = tl.load(offsets + num_experts + 1)
     if tl.program_id(0) >= num_tiles * columns:
         return
-    i = _spread(tl.program_id(0), num_tiles * columns, XCDS)
+    i = on_chiplets(tl.program_id(0), num_tiles * columns, XCDS)
     i_tile, i_n = _in_groups(i, num_tiles, columns, GROUP)
     expert = tl.cast(tl.load(tiles + i_tile * 3), tl.int64)
     row = tl.cast(tl.load(tiles + i_tile * 3 + 1), tl.int64)
@@ -374,7 +367,7 @@ def _rows_against_rows(
     """out [E, M, N] = left.T @ right over an expert's rows, left [R, M] and right [R, N]; added to
     what `out` holds if ADD. Experts without rows get zeros."""
     per_expert = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    i = _spread(tl.program_id(0), num_experts * per_expert, XCDS)
+    i = on_chiplets(tl.program_id(0), num_experts * per_expert, XCDS)
     expert = i // per_expert
     i_m, i_n = _in_groups(i % per_expert, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row = tl.load(offsets + expert)

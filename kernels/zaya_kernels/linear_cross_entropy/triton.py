@@ -29,6 +29,7 @@ import torch
 
 from zaya_kernels.launch import (
     ARCHITECTURES,
+    CHIPLETS,
     COMPUTE_UNITS,
     Config,
     architecture,
@@ -68,9 +69,6 @@ WIDE_CONFIGS = {
     for name, table in CONFIGS.items()
 }
 """fp32."""
-
-DIES = {"gfx942": 8, "gfx950": 8, "sm_90": 1}
-"""Dies with a cache of their own; programs are dealt out to them in turn."""
 
 SCORE_BYTES = 257 * 2**20
 """Most that a chunk's probabilities take (V = 262,272 in bf16: 512 rows)."""
@@ -140,7 +138,7 @@ class _Call:
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"D": self.columns, "DIES": DIES[self.arch]}
+        return {"D": self.columns, "XCDS": CHIPLETS[self.arch]}
 
 
 @dataclass

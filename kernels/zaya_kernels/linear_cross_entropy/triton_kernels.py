@@ -13,27 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zaya_kernels.programs import on_chiplets
+
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _by_die(i, programs, DIES: tl.constexpr):
-    """Programs of neighbouring numbers on one die: the hardware deals them out in turn."""
-    if DIES == 1:
-        return i
-    each, extra = programs // DIES, programs % DIES
-    die = i % DIES
-    return die * each + tl.minimum(die, extra) + i // DIES
 
 
 @triton.jit
 def loss_scores(
     hidden, weight, labels, scores, maxima, sums, chosen,
     rows, vocab, width, tiles,
-    D: tl.constexpr, DIES: tl.constexpr, GRAD: tl.constexpr,
+    D: tl.constexpr, XCDS: tl.constexpr, GRAD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    i = _by_die(tl.program_id(0), rows // BM * tiles, DIES)
+    i = on_chiplets(tl.program_id(0), rows // BM * tiles, XCDS)
     i_m = i % (rows // BM)
     i_n = i // (rows // BM)
     o_m = tl.arange(0, BM)
@@ -102,10 +94,10 @@ def loss_gradient(
 def loss_grad_hidden(
     gradient, weight, partial,
     rows, vocab, width, splits, each,
-    D: tl.constexpr, DIES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    D: tl.constexpr, XCDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tiles = rows // BM * (D // BN)
-    i = _by_die(tl.program_id(0), tiles * splits, DIES)
+    i = on_chiplets(tl.program_id(0), tiles * splits, XCDS)
     i_split = i // tiles
     i_m = i % tiles // (D // BN)
     i_d = i % (D // BN)
@@ -137,10 +129,10 @@ def loss_grad_hidden(
 def loss_grad_weight(
     gradient, hidden, grad_weight, low,
     rows, vocab, width,
-    D: tl.constexpr, DIES: tl.constexpr, FIRST: tl.constexpr, NARROW: tl.constexpr,
+    D: tl.constexpr, XCDS: tl.constexpr, FIRST: tl.constexpr, NARROW: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    i = _by_die(tl.program_id(0), tl.cdiv(vocab, BM) * (D // BN), DIES)
+    i = on_chiplets(tl.program_id(0), tl.cdiv(vocab, BM) * (D // BN), XCDS)
     i_m = i // (D // BN)
     i_d = i % (D // BN)
     o_m = tl.arange(0, BM)

@@ -12,16 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _dealt(programs, XCDS: tl.constexpr):
-    """Number of this program's tile: neighbours run on one chiplet and share its cache."""
-    i_program = tl.program_id(0)
-    if XCDS == 1:
-        return i_program
-    each, rest = programs // XCDS, programs % XCDS
-    chiplet = i_program % XCDS
-    return chiplet * each + tl.minimum(chiplet, rest) + i_program // XCDS
+from zaya_kernels.programs import on_chiplets
 
 
 @triton.jit
@@ -48,7 +39,7 @@ def newton_schulz_symmetric(
     POLYNOMIAL: scale left right^T + right_scale right + identity I instead. LEFT, RIGHT: that
     operand is a polynomial. The diagonal of a polynomial is kept apart, in fp32 [N, n].
     """
-    number = _dealt(programs, XCDS)
+    number = on_chiplets(tl.program_id(0), programs, XCDS)
     i_n = (number // tiles).to(tl.int64)
     row, column = _lower(number % tiles)
     o_i, o_j = row * T + tl.arange(0, T), column * T + tl.arange(0, T)
@@ -100,7 +91,7 @@ def newton_schulz_apply(
     GROUP rows of tiles before they go on to the next column, so that both operands stay in cache.
     """
     tiles = tiles_n * tiles_m
-    number = _dealt(programs, XCDS)
+    number = on_chiplets(tl.program_id(0), programs, XCDS)
     i_n = (number // tiles).to(tl.int64)
     number = number % tiles
     above = number // (GROUP * tiles_m) * GROUP
