@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from types import ModuleType
 
@@ -24,3 +28,47 @@ def mutated(module: ModuleType, old: str, new: str, directory: Path) -> Any:
     loaded = sys.modules["mutated"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def plant(
+    change: tuple[str, str],
+    kernels: ModuleType,
+    places: tuple[ModuleType, Iterable[str]],
+    directory: Path,
+    patch: pytest.MonkeyPatch,
+) -> None:
+    """Let the host side use the kernels of `kernels` with one expression changed: `places` are the
+    module that launches them and their names there."""
+    planted = mutated(kernels, *change, directory)
+    host, names = places
+    for name in names:
+        patch.setattr(host, name, getattr(planted, name))
+
+
+def assert_caught(check: Callable[[], None]) -> None:
+    """The comparison fails, or the interpreter refuses an access."""
+    # Not at the top: the helpers are imported where Triton is not installed, too.
+    from triton.runtime.errors import InterpreterError
+
+    with pytest.raises((InterpreterError, AssertionError)):
+        check()
+
+
+def some_often(bugs: Iterable[str]) -> list[Any]:
+    """Parameters: one bug in three with every change, the others nightly."""
+    return [
+        pytest.param(bug, marks=[] if i % 3 == 0 else [pytest.mark.nightly])
+        for i, bug in enumerate(bugs)
+    ]
+
+
+def shrink(
+    tables: dict[str, dict[str, Any]],
+    arch: str,
+    sizes: Mapping[str, int],
+    patch: pytest.MonkeyPatch,
+) -> None:
+    """Let every kernel of a configuration table take blocks of these sizes on `arch`."""
+    for name, table in tables.items():
+        kept = {key: sizes[key] for key in table[arch].blocks}
+        patch.setitem(tables, name, {**table, arch: replace(table[arch], blocks=kept)})

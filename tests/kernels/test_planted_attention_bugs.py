@@ -11,7 +11,7 @@ from zaya_train.model import SequenceLayout
 
 from ..helpers.kernels import random
 from ..helpers.models import CPU
-from ..helpers.mutation import mutated
+from ..helpers.mutation import assert_caught, plant
 from .test_attention import call
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the extra `triton` is not installed")
 from zaya_kernels.attention import triton as host
 from zaya_kernels.attention import triton_kernels as kernels
 
-from .test_planted_bugs import assert_caught, compare
+from .test_planted_bugs import compare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -75,9 +75,7 @@ BUGS = {
 def test_a_bug_in_attention_is_caught(
     bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted = mutated(kernels, *BUGS[bug], tmp_path)
-    for name in host.CONFIGS:
-        monkeypatch.setattr(host, name, getattr(planted, name))
+    plant(BUGS[bug], kernels, (host, host.CONFIGS), tmp_path, monkeypatch)
     assert_caught(check)
 
 

@@ -11,20 +11,19 @@ import torch
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
-from triton.runtime.errors import InterpreterError
 from zaya_kernels.cca import triton as cca_host
 from zaya_kernels.cca import triton_kernels as cca_kernels
 from zaya_kernels.norm_residual import triton as norm_residual
 
 from ..helpers.kernels import Passed, assert_close, run_pass
-from ..helpers.mutation import mutated
+from ..helpers.mutation import assert_caught, plant
 from .test_cca import call, preceding
 from .test_triton_cca import USUAL, context_of, inputs_of
 from .test_triton_norm_residual import fused
 from .test_triton_norm_residual import inputs_of as norm_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -91,9 +90,8 @@ NORM_BUGS = {
 
 @pytest.mark.parametrize("bug", CCA_BUGS)
 def test_a_bug_in_cca_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = mutated(cca_kernels, *CCA_BUGS[bug], tmp_path)
-    for name in ("cca_forward", "cca_backward_inputs", "cca_backward_weights"):
-        monkeypatch.setattr(cca_host, name, getattr(planted, name))
+    names = ("cca_forward", "cca_backward_inputs", "cca_backward_weights")
+    plant(CCA_BUGS[bug], cca_kernels, (cca_host, names), tmp_path, monkeypatch)
     assert_caught(check_cca)
 
 
@@ -101,15 +99,9 @@ def test_a_bug_in_cca_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_bug_in_norm_residual_is_caught(
     bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted = mutated(norm_residual, *NORM_BUGS[bug], tmp_path)
-    for name in ("norm_residual_forward", "norm_residual_backward"):
-        monkeypatch.setattr(norm_residual, name, getattr(planted, name))
+    places = (norm_residual, ("norm_residual_forward", "norm_residual_backward"))
+    plant(NORM_BUGS[bug], norm_residual, places, tmp_path, monkeypatch)
     assert_caught(check_norm_residual)
-
-
-def assert_caught(check: Callable[[], None]) -> None:
-    with pytest.raises((InterpreterError, AssertionError)):
-        check()
 
 
 def test_without_a_bug_nothing_is_caught() -> None:

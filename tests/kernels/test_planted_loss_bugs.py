@@ -11,13 +11,12 @@ import torch
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
-from triton.runtime.errors import InterpreterError
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.linear_cross_entropy import triton as host
 from zaya_kernels.linear_cross_entropy import triton_kernels as kernels
 
 from ..helpers.kernels import assert_close, run_pass
-from ..helpers.mutation import mutated
+from ..helpers.mutation import assert_caught, plant, shrink, some_often
 from .test_linear_cross_entropy import labels_of
 from .test_triton_linear_cross_entropy import call, inputs_of
 
@@ -48,25 +47,18 @@ BUGS = {
     "factor of the loss left out": ("(x * tl.load(factor))", "(x + 0.0 * tl.load(factor))"),
 }  # fmt: skip
 
-# One in three with every change, the others nightly.
-OFTEN = [
-    pytest.param(bug, marks=[] if i % 3 == 0 else [pytest.mark.nightly])
-    for i, bug in enumerate(BUGS)
-]
-
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three chunks of one block of 16 rows, two or three blocks of classes, two sums."""
     monkeypatch.setitem(COMPUTE_UNITS, INTERPRETED, 2)
     monkeypatch.setattr(host, "SCORE_BYTES", 1)
-    small = {"BM": 16, "BN": 16, "BK": 8, "BT": 2, "BLOCK": 512}
-    for name, table in host.CONFIGS.items():
-        kept = {key: small[key] for key in table[INTERPRETED].blocks}
-        if name == "loss_grad_weight":
-            kept["BM"] = 32
-        config = replace(table[INTERPRETED], blocks=kept)
-        monkeypatch.setitem(host.CONFIGS, name, {**table, INTERPRETED: config})
+    sizes = {"BM": 16, "BN": 16, "BK": 8, "BT": 2, "BLOCK": 512}
+    shrink(host.CONFIGS, INTERPRETED, sizes, monkeypatch)
+    table = host.CONFIGS["loss_grad_weight"]
+    own = table[INTERPRETED]
+    wide = {**table, INTERPRETED: replace(own, blocks={**own.blocks, "BM": 32})}
+    monkeypatch.setitem(host.CONFIGS, "loss_grad_weight", wide)
 
 
 def check() -> None:
@@ -81,15 +73,12 @@ def check() -> None:
     assert_close(found, exact, 4e-3)
 
 
-@pytest.mark.parametrize("bug", OFTEN)
+@pytest.mark.parametrize("bug", some_often(BUGS))
 def test_a_bug_in_the_loss_is_caught(
     bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    planted = mutated(kernels, *BUGS[bug], tmp_path)
-    for name in host.CONFIGS:
-        monkeypatch.setattr(host, name, getattr(planted, name))
-    with pytest.raises((InterpreterError, AssertionError)):
-        check()
+    plant(BUGS[bug], kernels, (host, host.CONFIGS), tmp_path, monkeypatch)
+    assert_caught(check)
 
 
 def test_without_a_bug_nothing_is_caught() -> None:
