@@ -11,7 +11,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # git: a test reads the list of tracked files. Slurm and munge: the tests below tests/slurm run one.
 # hadolint ignore=DL3008 # Debian removes old versions from its archive; the image's tag is the pin
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential git make munge slurm-wlm \
+    && apt-get install --yes --no-install-recommends build-essential git make munge slurm-wlm strace \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/zaya-train
