@@ -8,7 +8,7 @@ ARG CPU_IMAGE=python:3.11-slim-bookworm
 FROM ${CPU_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# git: a test reads the list of tracked files. Slurm and munge: the tests below tests/slurm run one.
+# git: a test reads the list of tracked files. Slurm, munge and strace: tests start them.
 # hadolint ignore=DL3008 # Debian removes old versions from its archive; the image's tag is the pin
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential git make munge slurm-wlm strace \

@@ -211,7 +211,10 @@ def test_torchrun_launcher_hands_its_arguments_on(tmp_path: Path) -> None:
     ("apt", "said"),
     [
         ("exit 0", ""),
-        ("echo 'E: no network' >&2; exit 100", "could not be installed, its tests skip: E: no net"),
+        (
+            "echo 'E: no network' >&2; exit 100",
+            "slurmctld could not be installed, tests under Slurm skip: E: no net",
+        ),
     ],
 )
 def test_ci_goes_on_whatever_apt_does(tmp_path: Path, apt: str, said: str) -> None:
@@ -223,6 +226,7 @@ def test_ci_goes_on_whatever_apt_does(tmp_path: Path, apt: str, said: str) -> No
     executable(tools / "make", "echo '7 passed, 0 failed, 0 skipped'")
     done = shell(["bash", ".ci/run"], tools, tmp_path)
     assert done.returncode == 0 and said in done.stdout
+    assert ("strace could not be installed" in done.stdout) == bool(said)
     assert done.stdout.splitlines()[-1] == "7 passed, 0 failed, 0 skipped"
     # A failing run says the count last, and fails.
     executable(tools / "make", "exit 2")
