@@ -35,11 +35,19 @@ class Supervised:
     """`zaya supervise` as a process of its own, and its ranks below it."""
 
     def __init__(
-        self, overrides: Sequence[str], run_dir: Path, log: Path, *options: str, **environment: str
+        self,
+        overrides: Sequence[str],
+        run_dir: Path,
+        log: Path,
+        *options: str,
+        node: int = 0,
+        prefix: Sequence[str] = (),
+        **environment: str,
     ) -> None:
         self.run_dir = run_dir
         self.log = log
-        command = [sys.executable, "-m", "zaya_train", "supervise", *options, *overrides]
+        self._suffix = f"-node{node}" if node else ""
+        command = [*prefix, sys.executable, "-m", "zaya_train", "supervise", *options, *overrides]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env={**ENVIRONMENT, **environment}, stdout=output, stderr=output
@@ -58,7 +66,7 @@ class Supervised:
         return self.process.wait(timeout=500)
 
     def status(self) -> dict[str, Any]:
-        path = self.run_dir / "status.json"
+        path = self.run_dir / f"status{self._suffix}.json"
         values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return values
 
@@ -69,6 +77,10 @@ class Supervised:
             assert alive or there(), self.output()
             time.sleep(0.005)
         return value
+
+    def in_attempt(self, number: int) -> None:
+        """Wait for that attempt to begin."""
+        self.until(lambda: self.status().get("attempt", 0) >= number)
 
     def pid_of(self, rank: int, attempt: int) -> int:
         """Of a rank, once that attempt has made a step."""
@@ -87,7 +99,7 @@ class Supervised:
         os.kill(self.pid_of(rank, attempt), number)
 
     def incidents(self) -> list[dict[str, Any]]:
-        path = self.run_dir / "incidents.jsonl"
+        path = self.run_dir / f"incidents{self._suffix}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def output(self) -> str:

@@ -25,9 +25,12 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from zaya_train.config.errors import ConfigError, ZayaError
 from zaya_train.runtime.device import pick_device, usable_cores
 from zaya_train.runtime.log import FILE_ONLY
+from zaya_train.runtime.meeting import Place, meet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+
+    from torch._C._distributed_c10d import Store
 
     from zaya_train.config.schema import RuntimeConfig
 
@@ -72,6 +75,7 @@ def start(config: RuntimeConfig) -> Ranks:
 
     Raises:
         ConfigError: incomplete or contradictory launch variables, or no such device.
+        LostRankError: not all ranks came within runtime.init_timeout_seconds.
     """
     launch = _read_launch(os.environ)
     device = pick_device(config.device, launch.local_rank if launch else 0)
@@ -81,7 +85,11 @@ def start(config: RuntimeConfig) -> Ranks:
     timeout = timedelta(seconds=config.init_timeout_seconds)
     if launch:
         dist.init_process_group(
-            backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+            backend,
+            store=_store(launch, os.environ, config.init_timeout_seconds),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
         )
     else:
         launch = _Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -95,6 +103,16 @@ def start(config: RuntimeConfig) -> Ranks:
         device=device,
         backend=backend,
     )
+
+
+def _store(
+    launch: _Launch, environment: Mapping[str, str], timeout_seconds: float
+) -> Store | None:
+    """Where the ranks have met; None where torchrun's agent keeps a store for every attempt."""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return None
+    host, port = environment["MASTER_ADDR"], _integer(environment, "MASTER_PORT")
+    return meet(Place(host, port, launch.rank, launch.world_size, timeout_seconds))
 
 
 def stop() -> None:
