@@ -209,7 +209,7 @@ def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya plan`, `supervise`, `doctor`, `report` and `smoke`."""
+    """`zaya plan`, `supervise`, `doctor`, `report`, `diff` and `smoke`."""
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
@@ -244,6 +244,13 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
+    parser = add_command(
+        commands, "diff", handlers["diff"], "must two runs give the same loss curve, and why not"
+    )
+    place = "run directory, checkpoint, or configuration (frozen, or kept by a run)"
+    parser.add_argument("first", type=Path, help=place)
+    parser.add_argument("second", type=Path, help="the same")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser = add_command(commands, "smoke", handlers["smoke"], "the whole main job on this machine")
     parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
     parser.add_argument("--data", help="train on this dataset instead of generated problems")

@@ -215,6 +215,12 @@ def _report(options: argparse.Namespace) -> None:
     Console().print(str(report(options.runs, output)))
 
 
+def _diff(options: argparse.Namespace) -> int:
+    from zaya_train.tools.diff import diff_runs
+
+    return diff_runs(options.first, options.second, options.json, _wide_console())
+
+
 def _smoke(options: argparse.Namespace) -> int:
     from zaya_train.tools.smoke import SmokeRequest, smoke
 
@@ -308,6 +314,7 @@ HANDLERS = {
     "supervise": _supervise,
     "doctor": _doctor,
     "report": _report,
+    "diff": _diff,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
     "checkpoint ls": _checkpoint_ls,

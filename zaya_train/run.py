@@ -19,13 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from zaya_train.config.build import to_dict
-from zaya_train.config.derive import (
-    Layout,
-    config_hash,
-    layout,
-    layout_notes,
-    phase_sequences,
-)
+from zaya_train.config.derive import Layout, config_hash, layout, layout_notes, phase_sequences
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, NumericsError
 from zaya_train.data.check import check_corpora, keep_tokenizer
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
@@ -46,6 +40,7 @@ from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.lost import naming_lost_ranks
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
+from zaya_train.runtime.versions import versions
 from zaya_train.train.attempts import Attempt
 from zaya_train.train.built import build_phase
 from zaya_train.train.checkpoint import CheckpointStore
@@ -54,6 +49,7 @@ from zaya_train.train.evaluate import validation_losses
 from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.followers import open_followers
 from zaya_train.train.guard import Guard, Incidents, RollBack
+from zaya_train.train.identity import identity_of
 from zaya_train.train.loop import Hooks, PhaseRun, load_summary, run_phase
 from zaya_train.train.manifest import CheckpointRecord
 from zaya_train.train.metrics import MetricsWriter
@@ -135,7 +131,7 @@ def train(config: TrainConfig) -> int:
         stack.enter_context(saver := Saver(store, metrics, run_dir, config.checkpoint, ledger.sync))
         # Leaving may wait for the save under way: the supervisor must not call that a hang.
         stack.callback(heartbeat.mark, "save")
-        facts = {"world_size": ranks.world_size, "device": str(ranks.device)}
+        identity = identity_of(config, corpora, ranks.world_size, versions(ranks.device))
         context = Context(
             config=config,
             ranks=ranks,
@@ -150,7 +146,7 @@ def train(config: TrainConfig) -> int:
             ledger=ledger,
             heartbeat=heartbeat,
             incidents=incidents,
-            attempt=Attempt(config, run_dir, metrics, ranks.rank, facts),
+            attempt=Attempt(config, identity, run_dir, metrics, ranks.rank, ranks.device),
         )
         _describe(context)
         return _run_plan(context)
@@ -180,15 +176,15 @@ def _run_plan(context: Context) -> int:
         context.heartbeat.mark("load")
         found = starting_point(context.store, config.checkpoint.branch_from, Peers.world())
         state = TrainState.from_dict(found.record.train_state) if found else TrainState()
+        own = found is not None and found.path.parent == context.store.root
         if found:
-            check_entry(found, config, context.corpora)
+            check_entry(found, config, context.corpora, own)
         if back:
             state = _rolled_back(context, state, back)
             back = None
         # May refuse the run, so before anything is written about this attempt.
         enough = only_phase_is_done(config, state.phase_index)
         if first:
-            own = found is not None and found.path.parent == context.store.root
             context.attempt.announce(state.step, found.path if found else None, own)
             first = False
         if state.phase_index >= len(phases):
@@ -393,6 +389,7 @@ def _save(
             context.config, state.phase_index - int(state.phase_rows == 0), context.corpora
         ),
         keep=keep,
+        identity=context.attempt.identity.to_dict(),
     )
     context.heartbeat.mark("save", state.step)
     context.saver.save(built.tensors(), record, required)

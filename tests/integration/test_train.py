@@ -25,6 +25,8 @@ from zaya_train.main import main
 from zaya_train.run import CHECKPOINTS
 from zaya_train.runtime.heartbeat import Heartbeat
 from zaya_train.tools.compare import compare_runs
+from zaya_train.train.identity import read_attempts
+from zaya_train.train.manifest import read
 from zaya_train.train.metrics import read_metrics
 from zaya_train.train.restore import find_newest, load_full, verify
 from zaya_train.train.saving import Saver
@@ -310,14 +312,33 @@ def test_a_changed_configuration_is_told_and_both_are_kept(finished: Path, tmp_p
     refused = Launched(_again(finished, run_dir, {"run.seed": 9}), tmp_path / "refused")
     assert refused.wait() == [2], refused.output()
     assert _config(run_dir) == before
-    words = _again(finished, run_dir, {"optim.muon.learning_rate": 0.01})
+    change = {"optim.muon.learning_rate": 0.01}
+    unnamed = Launched(_again(finished, run_dir, change), tmp_path / "unnamed")
+    assert unnamed.wait() == [2], unnamed.output()
+    line = unnamed.output().splitlines()[-1]
+    assert "optim.muon.learning_rate: 0.02 -> 0.01; restore them, or say so: " in line
+    assert line.endswith("checkpoint.allow_changed=[optim.muon.learning_rate]")
+    assert _config(run_dir) == before
+    named = {**change, "checkpoint.allow_changed": ["optim.muon.learning_rate"]}
+    words = _again(finished, run_dir, named)
     launched = Launched(words, tmp_path / "out")
     assert launched.wait() == [0], launched.output()
     (row,) = (row for row in read_metrics(run_dir) if row["kind"] == "resume")
     assert row["config_changes"] == {
         "optim.muon.learning_rate": [0.02, 0.01],
         "run.dir": [str(finished), str(run_dir)],
+        "checkpoint.allow_changed": [[], ["optim.muon.learning_rate"]],
     }
+    attempts = read_attempts(run_dir)
+    assert [entry["step"] for entry in attempts] == [0, 9]
+    assert attempts[0]["math_hash"] != attempts[1]["math_hash"] == row["math_hash"]
+    assert attempts[0]["versions"] == attempts[1]["versions"]
+    identities = [read(run_dir / CHECKPOINTS / f"step-{step:08d}") for step in (9, 12)]
+    hashes = [manifest.record.identity["math_hash"] for manifest in identities]
+    assert hashes == [entry["math_hash"] for entry in attempts]
+    # From here on it is the run's own value.
+    again = Launched(_again(finished, run_dir, change), tmp_path / "again")
+    assert again.wait() == [0], again.output()
     log = (run_dir / "logs" / "rank-0.log").read_text()
     assert "configuration changed since the attempt before: optim.muon.learning_rate" in log
     assert _config(run_dir)["optim"]["muon"]["learning_rate"] == 0.01

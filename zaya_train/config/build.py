@@ -60,6 +60,11 @@ def _convert(hint: Any, value: object, path: str) -> Any:
             shown = ", ".join(map(str, choices))
             raise ConfigError(f"{path}: {_show(value)} is not one of {shown}")
         return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path}: expected a list, got {_show(value)}")
+        item = get_args(hint)[0]
+        return tuple(_convert(item, v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{path}: expected a mapping, got {_show(value)}")
@@ -86,5 +91,13 @@ def _convert_scalar(hint: type, value: object, path: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The plain dictionary of a configuration; `build` of it gives an equal configuration."""
-    return dataclasses.asdict(config)
+    """The plain dictionary of a configuration; `build` of it gives an equal configuration. Lists,
+    as JSON has them, for tuples."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

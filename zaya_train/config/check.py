@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from zaya_train.config.build import to_dict
 from zaya_train.config.derive import context_degree, layout
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.kernel_rules import kernel_problems
+from zaya_train.config.kinds import kind_of, math_values
+from zaya_train.config.suggest import unknown_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -181,12 +184,25 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     yield from _positive("runtime", runtime, ("init_timeout_seconds", "step_timeout_seconds"))
     yield from _guard(config.guard)
     yield from _supervisor(config.supervisor)
+    yield from _allowed(config)
     start = config.checkpoint
     if start.initial_weights and start.branch_from:
         yield (
             f"checkpoint.branch_from: {start.branch_from} brings its weights; set it or "
             f"checkpoint.initial_weights ({start.initial_weights}), not both"
         )
+
+
+def _allowed(config: TrainConfig) -> Iterator[str]:
+    known = math_values(to_dict(config))
+    for key in config.checkpoint.allow_changed:
+        kind = kind_of(key)
+        if kind == "math" and key not in known:
+            yield f"checkpoint.allow_changed: {key}: this configuration has no such entry"
+        elif kind is None:
+            yield f"checkpoint.allow_changed: {unknown_key(type(config), key)}"
+        elif kind != "math":
+            yield f"checkpoint.allow_changed: {key} is of kind {kind}, which may always change"
 
 
 def _guard(guard: GuardConfig) -> Iterator[str]:

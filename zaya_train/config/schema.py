@@ -310,6 +310,9 @@ class CheckpointConfig:
     branch_from: str | None = None
     """Checkpoint directory of another run that a run without checkpoints of its own goes on from:
     weights, optimizer and data position, under this configuration's phases ahead."""
+    allow_changed: tuple[str, ...] = ()
+    """Math keys (config.kinds) whose values may differ from those of the checkpoint that the run
+    resumes from; any other that differs is an error."""
 
 
 @dataclass(frozen=True, kw_only=True)

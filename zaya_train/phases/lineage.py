@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 from zaya_train.config.derive import phase_sequences, sources_drawn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from zaya_train.config.schema import PhaseConfig, TrainConfig
 
 _MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens", "exit_gate"}
 """Of the phase under way: how a step is computed, where the phase ends and what that asks for."""
+
+_MAY_BE_NAMED = {"learning_rate_scale", "schedule", "rope_base"}
+"""Of phases behind a checkpoint, what checkpoint.allow_changed may name: none of these decides
+which documents stand in which row, so a run can go on without repeating or losing any."""
 
 
 def lineage(config: TrainConfig, phase_index: int, corpora: Mapping[str, str]) -> dict[str, Any]:
@@ -51,9 +55,17 @@ def _row_settings(config: TrainConfig, drawn: Iterable[str]) -> dict[str, int | 
     return settings | limits
 
 
-def changes(before: dict[str, Any], config: TrainConfig, corpora: Mapping[str, str]) -> list[str]:
+def changes(
+    before: dict[str, Any],
+    config: TrainConfig,
+    corpora: Mapping[str, str],
+    named: Collection[str] = (),
+) -> list[str]:
     """Keys of `config` that differ from a checkpoint's lineage, as `key: old -> new`, and sources
-    whose corpora hold something else than they did."""
+    whose corpora hold something else than they did.
+
+    named: full keys that may differ all the same, of those that decide no row (_MAY_BE_NAMED).
+    """
     now = lineage(config, len(before["phases"]) - 1, corpora)
     # A source that is no longer drawn from shows as a change of a mixture.
     found = [
@@ -80,9 +92,21 @@ def changes(before: dict[str, Any], config: TrainConfig, corpora: Mapping[str, s
         found += [
             f"plan.phases.{name}.{key}: {old.get(key)} -> {new[key]}"
             for key in new
-            if key not in allowed and old.get(key) != new[key]
+            if key not in allowed
+            and old.get(key) != new[key]
+            and not _named(f"plan.phases.{name}.{key}", (old.get(key), new[key]), named)
         ]
     return found
+
+
+def _named(key: str, values: tuple[Any, Any], named: Collection[str]) -> bool:
+    """Whether the user allowed everything in which the two values differ."""
+    if key.rpartition(".")[2] not in _MAY_BE_NAMED:
+        return False
+    old, new = values
+    if not isinstance(old, dict):
+        return key in named
+    return all(f"{key}.{field}" in named for field in new if old.get(field) != new[field])
 
 
 def lengthened(past_rows: Sequence[int], phases: Mapping[str, PhaseConfig]) -> list[str]:

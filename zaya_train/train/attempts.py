@@ -1,5 +1,6 @@
 """The configuration of every attempt at a run, and what changed from one to the next.
 
+run.json                     every attempt's identity (train.identity)
 config.json                  the newest attempt's
 configs/attempt-0001.json    each attempt's, numbered as in metrics.jsonl
 """
@@ -16,12 +17,16 @@ from zaya_train.config.derive import config_hash
 from zaya_train.config.diff import differences
 from zaya_train.config.errors import ConfigError, StorageError
 from zaya_train.runtime.files import write_json
+from zaya_train.train.identity import record_identity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
+
     from zaya_train.config.schema import TrainConfig
+    from zaya_train.train.identity import Identity
     from zaya_train.train.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -35,11 +40,11 @@ class Attempt:
     """What this process writes about taking up the run."""
 
     config: TrainConfig
+    identity: Identity
     run_dir: Path
     metrics: MetricsWriter
     rank: int
-    facts: dict[str, Any]
-    """`world_size` and `device`."""
+    device: torch.device
 
     def announce(self, step: int, start: Path | None, own: bool) -> None:
         """Record this attempt, once nothing speaks against it, and what it changed.
@@ -53,6 +58,7 @@ class Attempt:
         if self.rank == 0:
             values = to_dict(self.config)
             changed = record_attempt(self.run_dir, self.metrics.attempt, values)
+            record_identity(self.run_dir, self.metrics.attempt, step, self.identity)
         for key, (old, new) in changed.items():
             log.warning(
                 "configuration changed since the attempt before: %s: %s -> %s", key, old, new
@@ -72,8 +78,13 @@ class Attempt:
         log.warning("rolled back to step %d; will pass over rows %d to %d", step, rows[0], rows[1])
 
     def _row(self, kind: str, step: int, **values: Any) -> None:
-        digest = config_hash(self.config)
-        self.metrics.write(kind, step=step, config_hash=digest, **self.facts, **values)
+        facts = {
+            "world_size": self.identity.world_size,
+            "device": str(self.device),
+            "config_hash": config_hash(self.config),
+            "math_hash": self.identity.math_hash,
+        }
+        self.metrics.write(kind, step=step, **facts, **values)
 
 
 def record_attempt(

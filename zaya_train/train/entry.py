@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.build import to_dict
-from zaya_train.config.diff import model_differences
+from zaya_train.config.defaults import defaults
+from zaya_train.config.diff import ABSENT, model_differences
 from zaya_train.config.errors import CheckpointError, ConfigError, NumericsError, StorageError
+from zaya_train.config.kinds import AT_START, math_values
+from zaya_train.config.schema import TrainConfig
 from zaya_train.phases.gates import missed
 from zaya_train.phases.lineage import changes, lengthened
 from zaya_train.train.manifest import MANIFEST_NAME
@@ -18,7 +21,6 @@ from zaya_train.train.state import TrainState
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from zaya_train.config.schema import TrainConfig
     from zaya_train.train.checkpoint import CheckpointStore
     from zaya_train.train.peers import Peers
     from zaya_train.train.restore import Found
@@ -64,17 +66,25 @@ def branch_point(path: Path, peers: Peers) -> Found:
         raise CheckpointError(f"checkpoint.branch_from: {error}") from error
 
 
-def check_entry(found: Found, config: TrainConfig, corpora: Mapping[str, str]) -> None:
+def check_entry(
+    found: Found, config: TrainConfig, corpora: Mapping[str, str], own: bool = True
+) -> None:
     """Raise where `config` cannot go on from the checkpoint.
 
-    corpora: content hash of each source by name.
+    Args:
+        found: its own, or the one it branches from.
+        config: what is to go on.
+        corpora: content hash of each source by name.
+        own: whether it resumes; a branch is another run, which may have other math.
 
     Raises:
-        ConfigError: model, phases or corpora behind the checkpoint are not the configuration's.
+        ConfigError: model, phases or corpora behind the checkpoint are not the configuration's, or
+            math keys are not that checkpoint.allow_changed does not name.
         NumericsError: the phase that ended there missed its exit gate.
     """
     state = TrainState.from_dict(found.record.train_state)
-    different = changes(found.record.lineage, config, corpora)
+    named = frozenset(config.checkpoint.allow_changed)
+    different = changes(found.record.lineage, config, corpora, named)
     ours = to_dict(config.model)
     different += [f"model.{line}" for line in model_differences(found.record.model, ours)]
     different += lengthened(state.past_rows, config.plan.phases)
@@ -83,7 +93,40 @@ def check_entry(found: Found, config: TrainConfig, corpora: Mapping[str, str]) -
             f"{found.path}: was trained under another plan or on other data, so the run cannot "
             f"continue it: {'; '.join(different)}; restore these or choose another run.dir"
         )
+    if own:
+        _check_math(found, config, named)
     _check_gate(found, state, config)
+
+
+def _check_math(found: Found, config: TrainConfig, named: frozenset[str]) -> None:
+    """ConfigError for changed math keys besides those that `check_entry` has compared by then."""
+    changed = changed_math(found.record.identity.get("config", {}), config)
+    unnamed = {key: pair for key, pair in changed.items() if key not in named}
+    if unnamed:
+        lines = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in unnamed.items())
+        raise ConfigError(
+            f"{found.path}: was trained with other values of keys that decide the curve: {lines}; "
+            f"restore them, or say so: checkpoint.allow_changed=[{','.join(unnamed)}]"
+        )
+
+
+def changed_math(before: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Math keys outside model, data and plan that differ: dotted key -> (old, new value).
+
+    before: the configuration behind a checkpoint; empty where it is not known. A key that it lacks
+    is of a later version, and had the effect of its default.
+    """
+    if not before:
+        return {}
+    now = {k: v for k, v in math_values(to_dict(config)).items() if _compared_here(k)}
+    old = {**math_values(defaults(TrainConfig)), **math_values(before)}
+    return {k: (old.get(k, ABSENT), v) for k, v in now.items() if old.get(k, ABSENT) != v}
+
+
+def _compared_here(key: str) -> bool:
+    """Lineage and model have rules of their own, and a start is behind a run that resumes."""
+    section = key.split(".")[0]
+    return section not in ("run", "model", "data", "plan") and key not in AT_START
 
 
 def _check_gate(found: Found, state: TrainState, config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import CheckpointError
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "MANIFEST.json"
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READ_VERSIONS = (2, FORMAT_VERSION)
+"""Version 2 had no `identity`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class CheckpointRecord:
     """Seed, phases and corpora behind the checkpoint; see phases.lineage."""
     keep: bool = False
     """Never deleted by retention: the end of a phase."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What decided the curve that led here (train.identity); empty where not recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +89,7 @@ def encode(manifest: Manifest) -> bytes:
     Raises:
         TypeError, ValueError: the record holds something that is no JSON value (NaN included).
     """
-    body = asdict(manifest)
-    digest = hashlib.sha256(_dump(body)).hexdigest()
-    return _dump({"sha256": digest, "manifest": body})
+    return _sealed(asdict(manifest))
 
 
 def decode(data: bytes) -> Manifest:
@@ -99,12 +101,15 @@ def decode(data: bytes) -> Manifest:
     try:
         body = json.loads(data)["manifest"]
         version = body["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in _READ_VERSIONS:
             raise CheckpointError(
-                f"{MANIFEST_NAME}: format {version!r}, this version reads {FORMAT_VERSION}"
+                f"{MANIFEST_NAME}: format {version!r}, this version reads "
+                f"{' and '.join(map(str, _READ_VERSIONS))}"
             )
+        intact = _sealed(body) == data
+        if version < FORMAT_VERSION:
+            body["record"]["identity"] = {}
         manifest = _build(body)
-        intact = encode(manifest) == data
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST_NAME}: not a manifest ({error!r})") from error
     if not intact:
@@ -175,9 +180,14 @@ def _build(body: dict[str, Any]) -> Manifest:
             for key, entry in body["tensors"].items()
         },
         record=CheckpointRecord(
-            **{field.name: body["record"][field.name] for field in fields(CheckpointRecord)}
+            **{entry.name: body["record"][entry.name] for entry in fields(CheckpointRecord)}
         ),
     )
+
+
+def _sealed(body: dict[str, Any]) -> bytes:
+    digest = hashlib.sha256(_dump(body)).hexdigest()
+    return _dump({"sha256": digest, "manifest": body})
 
 
 def _dump(value: object) -> bytes:
