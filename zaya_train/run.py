@@ -369,6 +369,7 @@ def _phase_run(context: Context, built: Built, hooks: Hooks, feed: Feed) -> Phas
         eval_every_steps=config.logging.eval_every_steps,
         save_every_steps=config.checkpoint.every_steps,
         guard=guard,
+        drawn=feed.rows.drawn,
         hooks=hooks,
     )
 

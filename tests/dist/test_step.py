@@ -189,6 +189,7 @@ def phase_run(setup: Setup, folder: Path, saved: list[int], stop: list[int]) -> 
             "short",
             lambda consumed: [[consumed + 0, consumed + 2], [consumed + 1, consumed + 3]],
         ),
+        drawn=lambda rows: {"problems": rows},
         hooks=Hooks(
             evaluate=lambda state: None,
             save=save,

@@ -29,6 +29,10 @@ class Rows(Protocol):
         """Indices [first, stop), the most attention work first."""
         ...
 
+    def drawn(self, index: int) -> dict[str, int]:
+        """Rows of every source among 0 to index - 1."""
+        ...
+
 
 @dataclass(frozen=True)
 class Feed:

@@ -16,6 +16,7 @@ from zaya_train.config.derive import phase_sequences
 from zaya_train.config.errors import NumericsError
 from zaya_train.phases.plan import batch_sequences, schedule_factor
 from zaya_train.train.guard import RollBack, Skipped, norm_limit, remember
+from zaya_train.train.observe import observations, watched
 from zaya_train.train.step import Rates, StepResult, pass_over, train_step
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from zaya_train.train.batch import Batch
     from zaya_train.train.guard import Guard
     from zaya_train.train.metrics import MetricsWriter
+    from zaya_train.train.observe import StreamWatch
     from zaya_train.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,8 @@ class PhaseRun:
     eval_every_steps: int
     save_every_steps: int
     guard: Guard
+    drawn: Callable[[int], dict[str, int]]
+    """Rows of every source among the phase's first n."""
     hooks: Hooks
 
 
@@ -143,8 +147,10 @@ def _one_step(
     data_seconds = batches.wait_seconds - waited
     consumed = (state.phase_rows + rows) * run.phase.context_tokens
     now = rates(run, consumed, norm_limit(state.norms, run.guard.config))
+    logged = number % run.log_every_steps == 0
     try:
-        result = _take(run, micro_batches, now, state)
+        with watched(run.model, logged) as watch:
+            result = _take(run, micro_batches, now, state)
     except NumericsError as error:
         raise NumericsError(f"step {number}: {error}") from error
     state = state.after_step(rows, run.phase.context_tokens, result.supervised, result.applied)
@@ -152,9 +158,9 @@ def _one_step(
         state = remember(state, result.grad_norm, run.guard.config)
     seconds = time.perf_counter() - start
     run.hooks.step_done(seconds, data_seconds)
-    if state.step % run.log_every_steps == 0:
+    if watch:
         timing = (seconds, data_seconds, rows * run.phase.context_tokens / seconds)
-        _report(run, state, result, now, timing)
+        _report(run, state, result, now, timing, _observed(run, state, watch))
     if result.finding is not None:
         _skipped(run, state, result, rows, now.norm_limit)
     return state, result
@@ -212,12 +218,23 @@ def _action(config: GuardConfig, state: TrainState) -> str:
     return "rolled back" if may else "stopped"
 
 
+def _observed(run: PhaseRun, state: TrainState, watch: StreamWatch) -> dict[str, Any]:
+    """The fields of the metrics row that the step itself does not need; collective."""
+    memory = run.hooks.memory_bytes()
+    return {
+        "memory_bytes": memory,
+        **observations(watch, run.optimizer, run.reduction.replicas, memory),
+        "drawn_rows": run.drawn(state.phase_rows),
+    }
+
+
 def _report(
     run: PhaseRun,
     state: TrainState,
     result: StepResult,
     now: Rates,
     timing: tuple[float, float, float],
+    observed: dict[str, Any],
 ) -> None:
     """The console line and the metrics row of one step."""
     seconds, data_seconds, speed = timing
@@ -238,8 +255,8 @@ def _report(
         tokens_per_second=speed,
         applied=result.applied,
         **({"reason": result.reason} if result.reason else {}),
-        memory_bytes=run.hooks.memory_bytes(),
         **balance,
+        **observed,
     )
     log.info(
         "%s step %d | loss %.4f | grad %.3f | lr %.2e | %s tokens/s | balance %.3f | skip %.1e",

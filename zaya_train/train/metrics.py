@@ -52,6 +52,16 @@ _STEP_FIELDS = (
     "max_violation",
     "memory_bytes",
 )
+OBSERVED_FIELDS = (
+    "stream_rms",
+    "eda_gain",
+    "balancing_bias",
+    "memory_bytes_ranks",
+    "drawn_rows",
+)
+"""Step fields since 2026-11-22, which older runs lack; observe.py has their units. `drawn_rows`:
+rows of every source in this phase so far, each of the context_tokens of the phase."""
+
 ROW_FIELDS: dict[str, frozenset[str]] = {
     "start": frozenset({"step", "world_size", "device", "config_hash"}),
     "resume": frozenset({"step", "world_size", "device", "config_hash"}),
