@@ -48,6 +48,15 @@ def test_the_wheel_brings_packages_and_configs_and_nothing_else(installed: Path)
     assert {p.relative_to(shipped) for p in shipped.rglob("*.yaml")} == ours and len(ours) > 10
 
 
+def test_the_wheel_brings_the_report_page_and_the_licence_of_its_library(installed: Path) -> None:
+    ours = REPOSITORY / "zaya_train" / "tools" / "report_page"
+    shipped = installed / "zaya_train" / "tools" / "report_page"
+    names = {path.name for path in ours.iterdir()}
+    assert {path.name for path in shipped.iterdir()} == names and len(names) == 5
+    (licence,) = installed.glob("*.dist-info/licenses/zaya_train/tools/report_page/LICENSE-uPlot")
+    assert "Permission is hereby granted" in licence.read_text()
+
+
 def test_an_installed_wheel_plans_a_recipe(installed: Path) -> None:
     result = run_installed(installed, "plan", "recipe=zaya1_8b", "--ranks", "1024")
     assert result.returncode == 0, result.stderr

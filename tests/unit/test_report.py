@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from zaya_train.config.errors import DataError, StorageError
 from zaya_train.tools.report import report
-from zaya_train.tools.report_data import MAX_LOAD_ROWS, load_run
-from zaya_train.tools.report_figure import BAND, GRID, INK, MUTED, smooth, thin
+from zaya_train.tools.report_data import MAX_MATRIX_ROWS, load_run
+from zaya_train.tools.report_maps import average_over_time
+from zaya_train.tools.report_panels import extremes, numbers, smooth
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter
 
 if TYPE_CHECKING:
@@ -46,6 +50,11 @@ def step_values(step: int, loss: float, layers: int = 3) -> dict[str, Any]:
         "skip_rate": 0.2,
         "max_violation": 0.5,
         "memory_bytes": 2**30,
+        "stream_rms": [0.5, 1.0, 2.0, 4.0],
+        "eda_gain": [1.1, 0.9],
+        "balancing_bias": [[0.01, -0.01, -1.0]] * layers,
+        "memory_bytes_ranks": [2**29, 2**30],
+        "drawn_rows": {"text": phase_step, "sums": 3 * phase_step},
     }
 
 
@@ -126,43 +135,110 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return output, output.read_text()
 
 
+def data_of(text: str) -> dict[str, Any]:
+    """What the page's script draws."""
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
+    assert found
+    data: dict[str, Any] = json.loads(found[1])
+    return data
+
+
 def test_the_page_needs_nothing_from_outside(finished: tuple[Path, str]) -> None:
     output, text = finished
     page = Page(text)
-    assert not page.tags & {"script", "iframe", "object", "embed"}
+    assert not page.tags & {"iframe", "object", "embed"}
     outside = [link for link in page.links if re.match(r"[a-z]+:", link)]
     assert all(link.startswith("data:") for link in outside)
     assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert not re.search(r"<script[^>]* src", text)
+    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|importScripts|sendBeacon)\b", text)
     for link in set(page.links) - set(outside):
-        if not link.startswith("#"):
-            assert (output.parent / link).exists(), link
+        assert (output.parent / link).exists(), link
 
 
-def test_ids_are_unique_and_every_reference_resolves(finished: tuple[Path, str]) -> None:
-    page = Page(finished[1])
-    assert len(page.ids) == len(set(page.ids))
-    targets = set(re.findall(r"url\(#([^)]+)\)", finished[1]))
-    targets |= {link[1:] for link in page.links if link.startswith("#")}
-    assert targets and targets <= set(page.ids)
-
-
-def test_all_figures_are_there_and_as_png(finished: tuple[Path, str]) -> None:
+def test_every_section_is_there_once(finished: tuple[Path, str]) -> None:
     output, text = finished
-    names = ["loss", "exact_match", "learning_rate", "grad_norm", "router", "load"]
-    names += ["throughput", "memory"]
-    assert Page(text).figures == names
-    for name in names:
-        content = (output.parent / "report" / f"{name}.png").read_bytes()
-        assert content.startswith(b"\x89PNG") and len(content) > 5_000
+    ids = Page(text).ids
+    assert len(ids) == len(set(ids))
+    charts = {"loss", "learning_rate", "grad_norm", "supervised", "throughput", "seconds"}
+    charts |= {"goodput", "memory", "balance", "violation", "mixture", "stream", "eda"}
+    heat = {"load_map", "bias_map", "stream_map", "eda_map"}
+    tables = {"phases", "mixture-table", "time", "restarts", "incidents", "checkpoints"}
+    assert charts | heat | tables | {"exact-match", "files"} <= set(ids)
+    assert set(Page(text).figures) == charts | heat
+    assert "prefers-color-scheme: dark" in text and "@media print" in text
     assert not list(output.parent.rglob("*.tmp"))
 
 
-def test_greys_follow_the_readers_theme(finished: tuple[Path, str]) -> None:
-    svgs = "".join(re.findall(r"<svg.*?</svg>", finished[1], flags=re.DOTALL))
-    assert not any(color in svgs for color in (INK, MUTED, GRID, BAND))
-    for variable in ("ink", "muted", "grid", "band"):
-        assert f"var(--{variable})" in svgs
-    assert "prefers-color-scheme: dark" in finished[1] and "@media print" in finished[1]
+def test_the_chart_library_comes_with_its_licence(finished: tuple[Path, str]) -> None:
+    assert "Permission is hereby granted" in finished[1] and "var uPlot=" in finished[1]
+
+
+def test_curves_are_the_rows_that_stand(finished: tuple[Path, str]) -> None:
+    (run,) = data_of(finished[1])["runs"]
+    (loss, *held_out) = run["panels"]["loss"]
+    assert loss["x"] == list(range(1, 61))
+    expected = [None if step == 7 else pytest.approx(5 / step, rel=1e-4) for step in range(1, 61)]
+    assert loss["lines"][0]["y"] == expected
+    assert [table["lines"][0]["label"] for table in held_out] == [
+        "held out: text",
+        "held out: sums",
+    ]
+    assert run["phases"] == [["core", 0.5, 30.5], ["long", 30.5, 60.5]]
+    assert run["restarts"] == [20.5, 20.5] and run["checkpoints"] == [10, 20, 30, 40, 50, 60]
+    (mixture,) = run["panels"]["mixture"]
+    assert [line["label"] for line in mixture["lines"]] == ["sums", "text"]
+    assert set(mixture["lines"][0]["y"]) == {0.75}
+    (stream,) = run["panels"]["stream"]
+    assert stream["x"] == [0, 1, 2, 3] and stream["lines"][-1]["y"] == [0.5, 1, 2, 4]
+    (eda,) = run["panels"]["eda"]
+    assert eda["x"] == [1, 2]
+
+
+def test_heat_maps_hold_what_was_recorded(finished: tuple[Path, str]) -> None:
+    (run,) = data_of(finished[1])["runs"]
+    load = run["maps"]["load_map"]
+    assert (load["layers"], load["classes"], load["first"], load["last"]) == (3, 3, 0.5, 60.5)
+    grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(load["png"]))))
+    assert grey.shape == (9, 60)
+    told = load["low"] + (grey[:, 0] - 1.0) / 253 * (load["high"] - load["low"])
+    even = np.log2(np.array([0.5, 0.3, 0.2] * 3) * 3)
+    assert np.allclose(told, even, atol=4 / 253)
+
+
+def test_goodput_counts_only_steps_that_stand(tmp_path: Path) -> None:
+    row = {"attempt": 1, "step": 0, **LAUNCH}
+    rows = [{"kind": "start", "wall_time": 100.0, **row}]
+    rows += [written(1, 1, 101.0), written(2, 1, 102.0), written(3, 1, 103.0)]
+    rows += [{"kind": "resume", "wall_time": 110.0, **row, "attempt": 2, "step": 1}]
+    rows += [written(2, 2, 112.0), written(3, 2, 113.0)]
+    text = "".join(json.dumps(each) + "\n" for each in rows)
+    (tmp_path / METRICS_FILE).write_text(text)
+    spent = load_run(tmp_path).spent
+    # Three steps of half a second stand, two were done again; 7 s passed between the attempts.
+    assert spent.wall_seconds == 13.0 and spent.between_seconds == 7.0
+    assert spent.standing_seconds == 1.5 and spent.redone_seconds == 1.0
+    assert spent.other_seconds == pytest.approx(6.0 - 2.5)
+    assert spent.goodput == pytest.approx(1.5 / 13.0)
+
+
+def written(step: int, attempt: int, wall_time: float) -> dict[str, Any]:
+    return {"kind": "step", "attempt": attempt, "wall_time": wall_time, **step_values(step, 1.0)}
+
+
+def test_incidents_are_told_without_a_torn_one(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    record = {"wall_time": 1.0, "attempt": 1, "kind": "skipped_step", "step": 7, "phase": "core"}
+    record |= {"reason": "gradient not finite", "action": "skipped", "grad_norm": "NaN"}
+    (run_dir / "incidents.jsonl").write_text(json.dumps(record) + '\n{"kind":"sk')
+    text = report([run_dir], tmp_path / "report.html").read_text()
+    assert data_of(text)["runs"][0]["incidents"] == [7]
+    cells = Page(text).cells
+    at = cells.index("skipped step")
+    assert cells[at + 2 : at + 7] == ["7", "core", "gradient not finite", "skipped", "nan"]
+    (run_dir / "incidents.jsonl").write_text("no\n")
+    with pytest.raises(DataError, match=r"incidents\.jsonl: not JSON"):
+        report([run_dir], tmp_path / "report.html")
 
 
 def test_tables_tell_the_rows_that_stand(finished: tuple[Path, str]) -> None:
@@ -174,15 +250,17 @@ def test_tables_tell_the_rows_that_stand(finished: tuple[Path, str]) -> None:
     assert cells[at : at + 8] == ["core", *expected]
     at = cells.index("long")
     assert cells[at : at + 4] == ["long", "31 to 60", "30 K", f"{long:.4g}"]
-    at = cells.index("sums")
+    at = cells.index("sums", cells.index("family"))
     assert cells[at : at + 3] == ["sums", "0 of 10", "9 of 10"]
     assert cells.count("resume") == 2
     assert "checkpoints/step-60 (3 MB)" in cells
+    at = cells.index("sums", cells.index("realised"))
+    assert cells[at : at + 4] == ["sums", "", "75.00 %", "90"]
     assert "90.0 %" in finished[1]
 
 
 def test_sampled_answers_of_the_best_model_are_shown(finished: tuple[Path, str]) -> None:
-    assert "<h2>Sampled answers, trained</h2>" in finished[1]
+    assert "<h3>Sampled answers, trained</h3>" in finished[1]
     assert finished[1].count("<details>") == 1
     assert "right: 1 &lt; 2?" in finished[1] and "&lt;think&gt;so&lt;/think&gt;yes" in finished[1]
 
@@ -190,19 +268,19 @@ def test_sampled_answers_of_the_best_model_are_shown(finished: tuple[Path, str])
 def test_equal_runs_give_equal_pages(finished: tuple[Path, str]) -> None:
     output, text = finished
     again = report([output.parent], output)
-    # The report and its PNG directory are now listed among the files; the rest is the same.
+    # The report is now listed among the files; the rest is the same.
     strip = re.compile(r"<h2>Where everything lies</h2>.*", flags=re.DOTALL)
     assert strip.sub("", again.read_text()) == strip.sub("", text)
 
 
-@pytest.mark.filterwarnings("error")  # matplotlib warns when a layout collapses
 def test_a_live_run_with_a_torn_line_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     write_attempt(tmp_path / "live", 0, 1)
     with (tmp_path / "live" / METRICS_FILE).open("a") as file:
         file.write('{"kind":"step","st')
     text = report([tmp_path / "live"], tmp_path / "report.html").read_text()
     assert "1 so far" in text
-    assert "exact_match" not in Page(text).figures
+    assert "exact-match" not in Page(text).ids
+    assert data_of(text)["runs"][0]["panels"]["loss"][0]["x"] == [1]
 
 
 def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
@@ -210,8 +288,9 @@ def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     text = report(runs, tmp_path / "both.html").read_text()
     figures = Page(text).figures
     assert figures.count("loss") == 1
-    assert {"load_one", "load_two"} <= set(figures)
-    assert Page(text).cells.count("core") == 2
+    assert [run["name"] for run in data_of(text)["runs"]] == ["one", "two"]
+    assert {"one-phases", "two-phases"} <= set(Page(text).ids)
+    assert Page(text).cells.count("core") == 2 * 3  # phases, and two sources of the mixture
     (tmp_path / "elsewhere").mkdir()
     twin = write_run(tmp_path / "elsewhere" / "one")
     with pytest.raises(DataError, match="different directory names, got one, one"):
@@ -219,7 +298,7 @@ def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:
-    run_dir = write_run(tmp_path / "a<b>&'\"c")
+    run_dir = write_run(tmp_path / "a<b>&'\"c<!--<script>")
     text = report([run_dir], tmp_path / "report.html").read_text()
     assert "<b>&" not in text and "a&lt;b&gt;&amp;" in text
 
@@ -274,28 +353,39 @@ def test_no_run_and_an_unwritable_place_are_errors(tmp_path: Path) -> None:
 
 
 def test_loads_of_a_long_run_are_thinned_evenly(tmp_path: Path) -> None:
-    rows = 5 * MAX_LOAD_ROWS
+    rows = 5 * MAX_MATRIX_ROWS
     row = {"kind": "step", "wall_time": 0.0, "attempt": 1, **step_values(1, 1.0)}
     with (tmp_path / METRICS_FILE).open("w") as file:
         for step in range(1, rows + 1):
             file.write(json.dumps(row | {"step": step}) + "\n")
     run = load_run(tmp_path)
-    steps, loads = run.loads
+    steps, loads = run.matrix("load")
     assert len(run.steps) == rows
-    assert MAX_LOAD_ROWS <= len(steps) < 2 * MAX_LOAD_ROWS and loads.shape[1:] == (3, 3)
+    assert MAX_MATRIX_ROWS <= len(steps) < 2 * MAX_MATRIX_ROWS and loads.shape[1:] == (3, 3)
     assert set(np.diff(steps)) == {4.0} and steps[0] == 1
+    assert run.matrix("balancing_bias")[1].shape == loads.shape
 
 
-def test_thin_keeps_spikes_and_drops_what_cannot_be_drawn() -> None:
-    x = np.arange(100_000, dtype=np.float64)
-    y = np.sin(x / 3000)
-    y[12_345], y[54_321], y[77_777] = 50.0, -40.0, np.nan
-    few_x, few_y = thin(x, y)
-    assert len(few_x) <= 600 and np.all(np.diff(few_x) > 0)
-    assert {12_345.0, 54_321.0, 0.0, 99_999.0} <= set(few_x)
-    assert few_y.max() == 50.0 and few_y.min() == -40.0 and np.isfinite(few_y).all()
-    same_x, same_y = thin(x[:5], y[:5])
-    assert np.array_equal(same_x, x[:5]) and np.array_equal(same_y, y[:5])
+def test_thinning_keeps_spikes_of_every_line() -> None:
+    y, z = np.sin(np.arange(100_000) / 3000), np.cos(np.arange(100_000) / 500)
+    y[12_345], y[54_321], y[77_777], z[31_415] = 50.0, -40.0, np.nan, 9.0
+    kept = extremes([y, z], 300)
+    assert len(kept) <= 1_202 and np.all(np.diff(kept) > 0)
+    assert {12_345, 54_321, 31_415, 0, 99_999} <= set(kept.tolist())
+    assert extremes([y[:5]], 300).tolist() == [0, 1, 2, 3, 4]
+    assert len(extremes([np.full(2_000, np.nan)], 300)) == 2
+
+
+def test_numbers_of_the_page_are_short_and_json() -> None:
+    told = numbers(np.array([1.23456789, np.nan, np.inf, 3.0, 1e-9, 123456.7]))
+    assert told == [1.2346, None, None, 3, 1e-9, 123460.0]
+
+
+def test_columns_of_a_map_are_means_of_equal_stretches() -> None:
+    steps = np.array([1.0, 2.0, 3.0, 4.0])
+    values = np.arange(4.0).reshape(4, 1, 1)
+    assert average_over_time(steps, values, 2).ravel().tolist() == [0.5, 2.5]
+    assert average_over_time(steps, values, 9).ravel().tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_smooth_is_an_unbiased_running_mean() -> None:

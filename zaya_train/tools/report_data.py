@@ -12,13 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zaya_train.config.errors import DataError
-from zaya_train.train.metrics import METRICS_FILE, current_rows, is_launch, iter_rows
+from zaya_train.runtime.files import INCIDENTS_FILE
+from zaya_train.train.attempts import CONFIG_FILE, read_config
+from zaya_train.train.metrics import (
+    METRICS_FILE,
+    ROW_FIELDS,
+    current_rows,
+    decode_floats,
+    is_launch,
+    iter_rows,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-MAX_LOAD_ROWS = 1_000  # 40 layers x 17 classes are 22 KB a row as Python floats
+MAX_MATRIX_ROWS = 1_000  # 40 layers x 17 classes are 22 KB a row as Python floats
+MATRICES = ("load", "balancing_bias", "stream_rms", "eda_gain")
 TAIL_ROWS = 20  # a phase's final loss is the mean over at most this many of its last rows
 
 Array = NDArray[np.float64]
@@ -77,6 +87,31 @@ class PhaseSpan:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Where a run's wall time went."""
+
+    wall_seconds: float
+    """From the first row to the newest."""
+    standing_seconds: float
+    """In steps that stand after all roll backs, waiting for data included."""
+    data_seconds: float
+    """Of these, waiting for data."""
+    redone_seconds: float
+    """In steps that a restart or a roll back undid."""
+    saving_seconds: float
+    """Training held up by checkpoints."""
+    other_seconds: float
+    """Start-up, evaluation and logging, between the first and the last row of each attempt."""
+    between_seconds: float
+    """From the last row of an attempt to the first of the next."""
+
+    @property
+    def goodput(self) -> float:
+        """Share of the wall time in steps that stand, 0 to 1."""
+        return self.standing_seconds / self.wall_seconds if self.wall_seconds else 1.0
+
+
+@dataclass(frozen=True)
 class RunData:
     """Rows of one run that stand after all roll backs, in the order of steps."""
 
@@ -87,7 +122,15 @@ class RunData:
     steps: list[dict[str, Any]]
     evals: list[dict[str, Any]]
     checkpoints: list[dict[str, Any]]
+    phase_rows: list[dict[str, Any]]
+    """`phase` rows."""
+    save_failures: list[dict[str, Any]]
+    incidents: list[dict[str, Any]]
+    """Records of incidents.jsonl."""
+    spent: Spent
     done: bool
+    config: dict[str, Any]
+    """Of the newest attempt; empty where the run kept none."""
     evaluations: list[Evaluation]
 
     @cached_property
@@ -97,7 +140,7 @@ class RunData:
 
     def column(self, key: str) -> Array:
         """One field of the step rows."""
-        return np.array([row[key] for row in self.steps], dtype=np.float64)
+        return np.array([row.get(key, np.nan) for row in self.steps], dtype=np.float64)
 
     @cached_property
     def validation(self) -> dict[str, tuple[Array, Array]]:
@@ -110,12 +153,11 @@ class RunData:
             curves[name] = (steps, np.array([row["losses"][name] for row in rows], np.float64))
         return curves
 
-    @cached_property
-    def loads(self) -> tuple[Array, Array]:
-        """Steps [N] and class fractions [N, layers, classes] of the rows that kept their load."""
-        rows = [row for row in self.steps if row.get("load")]
+    def matrix(self, key: str) -> tuple[Array, Array]:
+        """Steps [N] and values [N, ...] of one of MATRICES, of the rows that kept it."""
+        rows = [row for row in self.steps if row.get(key)]
         steps = np.array([row["step"] for row in rows], dtype=np.float64)
-        return steps, np.array([row["load"] for row in rows], dtype=np.float64)
+        return steps, np.array([row[key] for row in rows], dtype=np.float64)
 
     @cached_property
     def phases(self) -> list[PhaseSpan]:
@@ -133,29 +175,89 @@ class RunData:
 def load_run(run_dir: Path) -> RunData:
     """Read one run. Raises DataError naming the file that is missing, empty or malformed."""
     path = run_dir / METRICS_FILE
-    rows = current_rows(_thin_loads(iter_rows(path)))
+    clock = _Clock()
+    rows = current_rows(_thin_matrices(clock.listen(iter_rows(path))))
     steps = [row for row in rows if row["kind"] == "step"]
     if not steps:
         raise DataError(f"{path}: holds no `step` row yet; nothing to draw")
     shapes = {tuple(len(layer) for layer in row["load"]) for row in steps if row.get("load")}
     if len(shapes) > 1 or any(len(set(shape)) != 1 for shape in shapes):
         raise DataError(f"{path}: `load` changes its shape (layers x classes) within the run")
+    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ROW_FIELDS}
+    config = run_dir / CONFIG_FILE
     return RunData(
         name=run_dir.resolve().name,
         run_dir=run_dir,
         launches=[row for row in rows if is_launch(row)],
         steps=steps,
-        evals=[row for row in rows if row["kind"] == "eval"],
-        checkpoints=[row for row in rows if row["kind"] == "checkpoint"],
-        done=any(row["kind"] == "done" for row in rows),
+        evals=of_kind["eval"],
+        checkpoints=of_kind["checkpoint"],
+        phase_rows=of_kind["phase"],
+        save_failures=of_kind["save_failed"],
+        incidents=_read_incidents(run_dir / INCIDENTS_FILE),
+        spent=clock.spent(steps),
+        done=bool(of_kind["done"]),
+        config=read_config(config) if config.exists() else {},
         evaluations=_read_evaluations(run_dir / "evaluation"),
     )
 
 
-def _thin_loads(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Drop `load` from all but every k-th row, k doubling as the run grows.
+class _Clock:
+    """Adds up what every attempt took while its rows pass, those rolled back included."""
 
-    Bounds the memory of a report on a long run: at most 2 MAX_LOAD_ROWS loads are ever held.
+    def __init__(self) -> None:
+        self._begins: dict[int, float] = {}
+        self._ends: dict[int, float] = {}
+        self._stepping = self._blocked = 0.0
+
+    def listen(self, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            self._begins.setdefault(row["attempt"], row["wall_time"])
+            self._ends[row["attempt"]] = row["wall_time"]
+            if row["kind"] == "step":
+                self._stepping += row["step_seconds"]
+            if row["kind"] == "checkpoint":
+                self._blocked += row.get("blocked_seconds", 0.0)
+            yield row
+
+    def spent(self, standing: list[dict[str, Any]]) -> Spent:
+        stride = _stride(standing)
+        kept = stride * sum(row["step_seconds"] for row in standing)
+        running = sum(end - self._begins[attempt] for attempt, end in self._ends.items())
+        wall = max(self._ends.values()) - min(self._begins.values())
+        stepping = stride * self._stepping
+        return Spent(
+            wall_seconds=wall,
+            standing_seconds=kept,
+            data_seconds=stride * sum(row["data_seconds"] for row in standing),
+            redone_seconds=stepping - kept,
+            saving_seconds=self._blocked,
+            other_seconds=max(0.0, running - stepping - self._blocked),
+            between_seconds=max(0.0, wall - running),
+        )
+
+
+def _stride(steps: list[dict[str, Any]]) -> float:
+    """Steps that one row stands for (logging.every_steps)."""
+    numbers = [row["step"] for row in steps]
+    return float(np.median(np.diff(numbers))) if len(numbers) > 1 else 1.0
+
+
+def _read_incidents(path: Path) -> list[dict[str, Any]]:
+    """Whole records; one being written does not end in a newline yet."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [decode_floats(json.loads(line)) for line in lines]
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON lines ({error})") from error
+
+
+def _thin_matrices(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Drop MATRICES from all but every k-th step row, k doubling as the run grows.
+
+    Bounds the memory of a report on a long run: at most 2 MAX_MATRIX_ROWS of each are ever held.
     """
     holders: list[dict[str, Any]] = []
     stride = 1
@@ -165,14 +267,19 @@ def _thin_loads(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if seen % stride == 0:
                 holders.append(row)
             else:
-                del row["load"]
+                _without_matrices(row)
             seen += 1
-        if len(holders) >= 2 * MAX_LOAD_ROWS:
+        if len(holders) >= 2 * MAX_MATRIX_ROWS:
             for dropped in holders[1::2]:
-                del dropped["load"]
+                _without_matrices(dropped)
             holders = holders[::2]
             stride *= 2
         yield row
+
+
+def _without_matrices(row: dict[str, Any]) -> None:
+    for key in MATRICES:
+        row.pop(key, None)
 
 
 def _phase_span(

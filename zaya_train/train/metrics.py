@@ -214,13 +214,14 @@ def encode_floats(value: Any) -> Any:
     return value
 
 
-def _decode(value: Any) -> Any:
+def decode_floats(value: Any) -> Any:
+    """Plain data with such strings made numbers again."""
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
+        return {key: decode_floats(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_decode(item) for item in value]
+        return [decode_floats(item) for item in value]
     return value
 
 
@@ -235,7 +236,7 @@ def _decode_line(line: bytes, where: str) -> dict[str, Any]:
     missing = {"attempt", "wall_time", *ROW_FIELDS[kind]} - row.keys()
     if missing:
         raise DataError(f"{where}: `{kind}` row lacks {', '.join(sorted(missing))}")
-    return {key: _decode(value) for key, value in row.items()}
+    return {key: decode_floats(value) for key, value in row.items()}
 
 
 def _cut_torn_line(path: Path) -> None:
