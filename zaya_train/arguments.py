@@ -209,7 +209,7 @@ def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya plan`, `supervise`, `doctor`, `report`, `diff` and `smoke`."""
+    """`zaya plan`, `supervise`, `doctor`, `report`, `watch`, `diff` and `smoke`."""
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
@@ -240,7 +240,7 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--ranks", type=int, default=4, help="2, 4 or 8 processes of this machine")
     parser.add_argument("--receipt", type=Path, help="JSON file of all figures")
     parser = add_command(
-        commands, "report", handlers["report"], "one HTML file with a run's curves"
+        commands, "report", handlers["report"], "one HTML file with the curves of runs"
     )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
@@ -251,6 +251,10 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("first", type=Path, help=place)
     parser.add_argument("second", type=Path, help="the same")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
+    parser = add_command(commands, "watch", handlers["watch"], "a live run in the terminal")
+    parser.add_argument("run_dir", metavar="run", type=Path)
+    parser.add_argument("--once", action="store_true", help="print one frame and end")
+    parser.add_argument("--every-seconds", type=float, default=2.0, help="between frames")
     parser = add_command(commands, "smoke", handlers["smoke"], "the whole main job on this machine")
     parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
     parser.add_argument("--data", help="train on this dataset instead of generated problems")

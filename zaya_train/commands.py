@@ -221,6 +221,12 @@ def _diff(options: argparse.Namespace) -> int:
     return diff_runs(options.first, options.second, options.json, _wide_console())
 
 
+def _watch(options: argparse.Namespace) -> None:
+    from zaya_train.tools.watch import watch
+
+    watch(options.run_dir, Console(), options.once, options.every_seconds)
+
+
 def _smoke(options: argparse.Namespace) -> int:
     from zaya_train.tools.smoke import SmokeRequest, smoke
 
@@ -315,6 +321,7 @@ HANDLERS = {
     "doctor": _doctor,
     "report": _report,
     "diff": _diff,
+    "watch": _watch,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
     "checkpoint ls": _checkpoint_ls,

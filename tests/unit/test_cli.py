@@ -171,6 +171,7 @@ def test_report_is_one_page(folder: Path) -> None:
         (["data", "inspect", "nowhere"], 2),
         (["data", "prepare", "--input", "nowhere.jsonl", "--output", "out"], 2),
         (["report", "nowhere"], 2),
+        (["watch", "nowhere", "--once"], 2),
         (["checkpoint", "ls", "nowhere"], 3),
         (["checkpoint", "verify", "nowhere"], 3),
         (["checkpoint", "diff", "nowhere", "nowhere"], 3),

@@ -201,9 +201,9 @@ def test_heat_maps_hold_what_was_recorded(finished: tuple[Path, str]) -> None:
     assert (load["layers"], load["classes"], load["first"], load["last"]) == (3, 3, 0.5, 60.5)
     grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(load["png"]))))
     assert grey.shape == (9, 60)
-    told = load["low"] + (grey[:, 0] - 1.0) / 253 * (load["high"] - load["low"])
+    told = load["low"] + (grey[:, 0] - 1.0) / 254 * (load["high"] - load["low"])
     even = np.log2(np.array([0.5, 0.3, 0.2] * 3) * 3)
-    assert np.allclose(told, even, atol=4 / 253)
+    assert np.allclose(told, even, atol=4 / 254)
 
 
 def test_goodput_counts_only_steps_that_stand(tmp_path: Path) -> None:

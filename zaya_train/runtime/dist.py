@@ -105,9 +105,7 @@ def start(config: RuntimeConfig) -> Ranks:
     )
 
 
-def _store(
-    launch: _Launch, environment: Mapping[str, str], timeout_seconds: float
-) -> Store | None:
+def _store(launch: _Launch, environment: Mapping[str, str], timeout_seconds: float) -> Store | None:
     """Where the ranks have met; None where torchrun's agent keeps a store for every attempt."""
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         return None

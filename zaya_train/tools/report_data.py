@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,6 @@ from zaya_train.train.metrics import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from pathlib import Path
 
 MAX_MATRIX_ROWS = 1_000  # 40 layers x 17 classes are 22 KB a row as Python floats
 MATRICES = ("load", "balancing_bias", "stream_rms", "eda_gain")
@@ -194,7 +194,7 @@ def load_run(run_dir: Path) -> RunData:
         checkpoints=of_kind["checkpoint"],
         phase_rows=of_kind["phase"],
         save_failures=of_kind["save_failed"],
-        incidents=_read_incidents(run_dir / INCIDENTS_FILE),
+        incidents=read_incidents(run_dir),
         spent=clock.spent(steps),
         done=bool(of_kind["done"]),
         config=read_config(config) if config.exists() else {},
@@ -243,15 +243,18 @@ def _stride(steps: list[dict[str, Any]]) -> float:
     return float(np.median(np.diff(numbers))) if len(numbers) > 1 else 1.0
 
 
-def _read_incidents(path: Path) -> list[dict[str, Any]]:
-    """Whole records; one being written does not end in a newline yet."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    try:
-        return [decode_floats(json.loads(line)) for line in lines]
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON lines ({error})") from error
+def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of the guard and of every node's supervisor, oldest first; one that is being written
+    has no newline yet and is left out. DataError naming the file that holds something else."""
+    found: list[dict[str, Any]] = []
+    stem, suffix = Path(INCIDENTS_FILE).stem, Path(INCIDENTS_FILE).suffix
+    for path in sorted(run_dir.glob(f"{stem}*{suffix}")):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        try:
+            found += [decode_floats(json.loads(line)) for line in lines]
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON lines ({error})") from error
+    return sorted(found, key=lambda record: float(record["wall_time"]))
 
 
 def _thin_matrices(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

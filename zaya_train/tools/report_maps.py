@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_COLUMNS = 300
 MAX_COLUMNS_OF_MANY = 120  # with more than MANY runs on the page
 MANY = 4
-LEVELS = 254  # grey 0 stands for no value
+LEVELS = 254  # greys 1 to 255; grey 0 stands for no value
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
-                    yield _decode_line(line, f"{path}:{number}")
+                    yield decode_line(line, f"{path}:{number}")
     except OSError as error:
         raise DataError(f"{path}: cannot read metrics: {error.strerror}") from error
 
@@ -225,7 +225,8 @@ def decode_floats(value: Any) -> Any:
     return value
 
 
-def _decode_line(line: bytes, where: str) -> dict[str, Any]:
+def decode_line(line: bytes, where: str) -> dict[str, Any]:
+    """One row from its line; DataError with `where` if it is none."""
     try:
         row = json.loads(line)
     except ValueError as error:

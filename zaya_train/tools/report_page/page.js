@@ -197,7 +197,7 @@
   }
 
   const decoded = new Map();
-  async function greys(map) {
+  async function cellsOf(map) {
     if (!decoded.has(map)) {
       const image = new Image();
       image.src = `data:image/png;base64,${map.png}`;
@@ -208,30 +208,32 @@
       const context = canvas.getContext("2d", { willReadFrequently: true });
       context.drawImage(image, 0, 0);
       const pixels = context.getImageData(0, 0, image.width, image.height).data;
-      const values = new Float64Array(image.width * image.height);
-      for (let i = 0; i < values.length; i += 1) {
-        const grey = pixels[4 * i];
-        values[i] = grey ? map.low + ((grey - 1) / 253) * (map.high - map.low) : NaN;
-      }
-      decoded.set(map, { values, columns: image.width, rows: image.height });
+      const greys = new Uint8Array(image.width * image.height);
+      for (let i = 0; i < greys.length; i += 1) greys[i] = pixels[4 * i];
+      decoded.set(map, { greys, columns: image.width, rows: image.height });
     }
     return decoded.get(map);
   }
 
-  function painted(map, cells, diverging) {
+  function painted(cells, diverging) {
     const canvas = document.createElement("canvas");
     canvas.width = cells.columns;
     canvas.height = cells.rows;
     const context = canvas.getContext("2d");
     const pixels = context.createImageData(cells.columns, cells.rows);
-    cells.values.forEach((value, i) => {
-      const known = Number.isFinite(value);
-      const share = known ? (value - map.low) / (map.high - map.low) : 0;
-      pixels.data.set([...shade(share, diverging), known ? 255 : 0], 4 * i);
+    const words = new Uint32Array(pixels.data.buffer);
+    // Opaque, as little-endian words; grey 0 is no value and stays clear.
+    const colours = Uint32Array.from({ length: 256 }, (_, grey) => {
+      const [red, green, blue] = shade((grey - 1) / 254, diverging);
+      return grey ? ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0 : 0;
     });
+    cells.greys.forEach((grey, i) => { words[i] = colours[grey]; });
     context.putImageData(pixels, 0, 0);
     return canvas;
   }
+
+  const valueOf = (map, grey) =>
+    grey ? map.low + ((grey - 1) / 254) * (map.high - map.low) : NaN;
 
   function heat(plot, map, canvas) {
     const { ctx, bbox } = plot;
@@ -260,7 +262,7 @@
     const column = Math.floor(((step - map.first) / (map.last - map.first)) * cells.columns);
     const row = Math.floor((y / map.layers) * cells.rows);
     if (column < 0 || column >= cells.columns || row < 0 || row >= cells.rows) return "";
-    const value = cells.values[row * cells.columns + column];
+    const value = valueOf(map, cells.greys[row * cells.columns + column]);
     const layer = Math.floor(row / map.classes) + info.first_row;
     const where = map.classes > 1 ? `layer ${layer}, class ${row % map.classes}` : `row ${layer}`;
     return `step ${short(Math.round(step))}, ${where}: ${short(value)} (${info.unit})`;
@@ -276,8 +278,8 @@
       box.textContent = `not recorded in ${page.runs[r].name}`;
       return;
     }
-    const cells = await greys(map);
-    const canvas = painted(map, cells, info.diverging);
+    const cells = await cellsOf(map);
+    const canvas = painted(cells, info.diverging);
     const height = Math.min(560, Math.max(190, 70 + cells.rows * 4));
     const opts = options(box, [{ label: "", show: false }], { height });
     opts.scales.y = { range: [0, map.layers], dir: -1 };
@@ -310,12 +312,13 @@
     box.textContent = "";
     const map = page.runs[r].maps[info.id];
     if (!map || layer >= map.layers) return;
-    const cells = await greys(map);
+    const cells = await cellsOf(map);
     const width = (map.last - map.first) / cells.columns;
     const x = Array.from({ length: cells.columns }, (_, i) => map.first + (i + 0.5) * width);
     const lines = Array.from({ length: map.classes }, (_, c) => {
       const start = (layer * map.classes + c) * cells.columns;
-      return Array.from(cells.values.subarray(start, start + cells.columns));
+      return Array.from(cells.greys.subarray(start, start + cells.columns), (grey) =>
+        valueOf(map, grey));
     });
     const series = lines.map((_, c) => ({
       label: String(c),
