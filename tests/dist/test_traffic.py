@@ -51,10 +51,10 @@ class Sent:
     def __init__(self, dispatcher: AllToAllDispatcher) -> None:
         self.tokens = [0, 0]
         self.inner = dispatcher.route
-        dispatcher.route = self.route  # type: ignore[method-assign]
+        dispatcher.route = self.route  # type: ignore[assignment, method-assign]
 
-    def route(self, choice: torch.Tensor, num_experts: int) -> Route:
-        route = self.inner(choice, num_experts)
+    def route(self, *arguments: Any) -> Route:
+        route = self.inner(*arguments)
         self.tokens[0] += sum(route.handle.sends)
         self.tokens[1] += sum(route.handle.receives)
         return route

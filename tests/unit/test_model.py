@@ -199,15 +199,18 @@ def test_dispatch_and_combine(name: str) -> None:
     choice = torch.tensor(CHOICES[name], dtype=torch.int64)
     tokens = torch.randn(len(choice), 5, dtype=torch.float64, requires_grad=True)
     dispatcher = LocalDispatcher()
-    route = dispatcher.route(choice, 4)
-    rows = dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
+    route = dispatcher.route(choice, 4, KernelsConfig())
+    going = dispatcher.start_dispatch(tokens, route)
+    rows = dispatcher.finish_dispatch(going)
+    assert going.tokens is tokens
     expected = [token for e in range(4) for token in tokens[choice == e]]
     assert route.counts.tolist() == [int((choice == e).sum()) for e in range(4)]
     assert torch.equal(rows, torch.stack(expected) if expected else tokens[:0])
     sent = (choice < 4).unsqueeze(-1)
     pending = dispatcher.start_combine(rows * 3, route)
-    out = dispatcher.finish_combine(pending, torch.where(sent, 0.0, tokens * 7))
-    factor = torch.where(sent, 3.0, 7.0).double().expand_as(tokens)
+    probability = 0.5 ** torch.arange(len(choice), dtype=torch.float64)
+    out = dispatcher.finish_combine(pending, tokens * 7, probability)
+    factor = torch.where(sent, 3.0, 7.0) * probability.unsqueeze(-1).expand_as(tokens)
     assert torch.equal(out, tokens * factor)
     torch.autograd.backward(out.sum())
     assert tokens.grad is not None

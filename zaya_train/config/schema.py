@@ -283,6 +283,8 @@ class KernelsConfig:
     attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
     router: TritonKernelName = "eager"
+    moe_permute: TritonKernelName = "eager"
+    """Sorts tokens by expert and moves them there and back."""
     grouped_mlp: TritonKernelName = "eager"
     grouped_mlp_recompute: bool = False
     """Make the experts' pre-activation, 2 x expert_ffn_size numbers a token, again in the backward

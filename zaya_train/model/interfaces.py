@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from zaya_kernels.counts import count_classes
+from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 
 from zaya_train.config.schema import KernelsConfig, RecomputeKind
 
@@ -51,7 +50,8 @@ class Route:
     """Where one layer's tokens go; follows from the choice alone, so it is made once per choice."""
 
     counts: Tensor
-    """[E_local] int64 on the host: rows that each local expert receives, summing to R."""
+    """[E_local] int64: rows that each local expert receives. On the host they sum to R; on the
+    device, where nobody waited for them, perhaps to less: the last rows have no expert then."""
     handle: Any
     """What the dispatcher that made it needs to bring tokens there and back."""
 
@@ -64,6 +64,8 @@ class Pending:
     route: Route
     awaited: Any = None
     """What the dispatcher that started it waits for."""
+    tokens: Tensor | None = None
+    """On the way there: the tokens again, for what those put out that go to no expert."""
 
 
 class TokenDispatcher(Protocol):
@@ -74,9 +76,10 @@ class TokenDispatcher(Protocol):
     while rows travel; its backward, between the launch and the wait of the gradients' way.
     """
 
-    def route(self, choice: Tensor, num_experts: int) -> Route:
+    def route(self, choice: Tensor, num_experts: int, kernels: KernelsConfig) -> Route:
         """choice [T] int64; tokens with choice >= num_experts go to no expert. num_experts counts
-        all experts, wherever they are. Waits for the device once, because sizes are shapes."""
+        all experts, wherever they are. Waits for the device once where sizes are shapes: for rows
+        that travel, or of an expert kernel that needs the counts."""
         ...
 
     def start_dispatch(self, tokens: Tensor, route: Route) -> Pending:
@@ -91,10 +94,10 @@ class TokenDispatcher(Protocol):
         """rows [R, D], as `finish_dispatch` gave them, leave for where they came from."""
         ...
 
-    def finish_combine(self, pending: Pending, base: Tensor) -> Tensor:
-        """-> base [T, D] with the rows written over it, in place, in token order; tokens that went
-        to no expert keep their row of `base`. Its other rows must not depend on any input: their
-        gradient is not zeroed."""
+    def finish_combine(self, pending: Pending, base: Tensor | None, probability: Tensor) -> Tensor:
+        """-> [T, D] in token order, times probability [T]; tokens that went to no expert have
+        their row of `base` [T, D] there, or zero. `base` is `Pending.tokens` of the way there, or
+        has rows that depend on their own token alone."""
         ...
 
     def own_experts(self, stack: Tensor) -> Tensor:
@@ -103,51 +106,22 @@ class TokenDispatcher(Protocol):
         ...
 
 
-class Permute(torch.autograd.Function):
-    """Rows of x [T, D] by index [R]; the backward is a gather by the inverse, or a copy when rows
-    are left out."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.size = x.shape[0]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        full = grad.new_empty if index.numel() == ctx.size else grad.new_zeros
-        return full(ctx.size, *grad.shape[1:]).index_copy_(0, index, grad), None
-
-
-class Unpermute(torch.autograd.Function):
-    """The reverse: rows [R, D] to their places in base [T, D], in place. The backward hands base's
-    gradient back whole: what stands where rows land must not depend on anything."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, index: Tensor, base: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.mark_dirty(base)
-        return base.index_copy_(0, index, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        (index,) = ctx.saved_tensors
-        return grad.index_select(0, index), None, grad
-
-
 class LocalDispatcher:
     """TokenDispatcher of a rank that holds every expert: a stable sort, no communication."""
 
-    def route(self, choice: Tensor, num_experts: int) -> Route:
+    def route(self, choice: Tensor, num_experts: int, kernels: KernelsConfig) -> Route:
         """See TokenDispatcher."""
-        order = torch.argsort(choice, stable=True)
-        counts = count_classes(choice, num_experts + 1)[:num_experts].cpu()
-        return Route(counts, order[: int(counts.sum())])
+        load = count_by_expert(choice, num_experts, kernels.moe_permute)
+        counts = load.counts[:num_experts]
+        if kernels.grouped_mlp == "triton":
+            return Route(counts, sort_by_expert(load))
+        counts = counts.cpu()
+        return Route(counts, sort_by_expert(load, int(counts.sum())))
 
     def start_dispatch(self, tokens: Tensor, route: Route) -> Pending:
         """See TokenDispatcher."""
-        return Pending(Permute.apply(tokens, route.handle), route)
+        rows, tokens = gather(tokens, route.handle)
+        return Pending(rows, route, tokens=tokens)
 
     def finish_dispatch(self, pending: Pending) -> Tensor:
         """See TokenDispatcher."""
@@ -157,9 +131,11 @@ class LocalDispatcher:
         """See TokenDispatcher."""
         return Pending(rows, route)
 
-    def finish_combine(self, pending: Pending, base: Tensor) -> Tensor:
+    def finish_combine(self, pending: Pending, base: Tensor | None, probability: Tensor) -> Tensor:
         """See TokenDispatcher."""
-        return Unpermute.apply(pending.rows, pending.route.handle, base)
+        order = pending.route.handle
+        rest = None if base is None else rest_of(base, order)
+        return scatter(pending.rows, order, rest, probability)
 
     def own_experts(self, stack: Tensor) -> Tensor:
         """See TokenDispatcher."""

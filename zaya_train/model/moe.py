@@ -35,7 +35,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """rows [R, D] sorted by local expert, counts [E_local] -> [R, D]."""
+        """rows [R, D] sorted by local expert, counts [E_local], see Route -> [R, D]."""
         own = self.around.dispatcher.own_experts
         kernels = self.around.kernels
         return grouped_mlp(
@@ -60,27 +60,19 @@ class MoE(nn.Module):
         """x [B, S, D] before `norm`, previous router state, valid [B, S] -> [B, S, D], routing."""
         make = again_but_products if self.around.recompute == "selective" else run
         normed, routing = make(self._choose, x, previous, valid, norm, tape)
-        tokens, choice = normed.flatten(0, 1), routing.choice.flatten()
         dispatcher = self.around.dispatcher
         if tape.route is None:
-            tape.route = dispatcher.route(choice, self.config.num_experts)
+            tape.route = dispatcher.route(
+                routing.choice.flatten(), self.config.num_experts, self.around.kernels
+            )
         route = tape.route
-        arrived = dispatcher.finish_dispatch(dispatcher.start_dispatch(tokens, route))
+        going = dispatcher.start_dispatch(normed.flatten(0, 1), route)
+        arrived = dispatcher.finish_dispatch(going)
         leaving = dispatcher.start_combine(self.experts(arrived, route.counts), route)
-        # While rows travel.
-        base = self._without_expert(tokens, choice)
-        weight = routing.probability.flatten().unsqueeze(-1).to(base.dtype)
-        out = dispatcher.finish_combine(leaving, base)
-        return (out * weight).view_as(x), routing
-
-    def _without_expert(self, tokens: Tensor, choice: Tensor) -> Tensor:
-        """[T, D]: what tokens put out that go to no expert; the other rows wait for theirs."""
-        if not self.config.skip_class:
-            return torch.empty_like(tokens)
-        if self.config.skip_output == "zero":
-            return torch.zeros_like(tokens)
-        skipped = (choice == self.config.num_experts).unsqueeze(-1)
-        return torch.where(skipped, tokens, 0)
+        identity = self.config.skip_class and self.config.skip_output == "identity"
+        base = going.tokens if identity else None
+        out = dispatcher.finish_combine(leaving, base, routing.probability.flatten())
+        return out.view_as(x), routing
 
     def _choose(
         self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape

@@ -74,9 +74,7 @@ def rest(base: Tensor, order: Order) -> Tensor:
     return torch.where(skipped.unsqueeze(-1), base, 0)
 
 
-def scatter(
-    rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None
-) -> Tensor:
+def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """See `zaya_kernels.moe_permute.op.scatter`."""
     if order.known is None:
         out = _Gather.apply(_only_routed(rows, order), torch.argsort(order.order))

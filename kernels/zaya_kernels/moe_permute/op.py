@@ -74,9 +74,7 @@ def rest_of(base: Tensor, order: Order) -> Tensor:
     return _of(order.load.backend).rest(base, order)
 
 
-def scatter(
-    rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None
-) -> Tensor:
+def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """rows [R, D] -> [T, D] in the tokens' places; tokens without an expert have their row of
     `rest` there, or zero. Each token's is multiplied by probability [T], if one is given."""
     return _of(order.load.backend).scatter(rows, order, rest, probability)

@@ -37,9 +37,7 @@ def rest(base: Tensor, order: Order) -> Tensor:
     return base
 
 
-def scatter(
-    rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None
-) -> Tensor:
+def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """See `zaya_kernels.moe_permute.op.scatter`."""
     kept = int(order.load.counts[:-1].sum())
     left = order.order.numel() - kept

@@ -1,4 +1,4 @@
-"""Stable counting sort by expert, gather and weighted scatter in Triton; nothing waits for the host.
+"""Stable counting sort by expert, gather and weighted scatter in Triton, without a host wait.
 
 The sort: every block of tokens counts its classes; one program sums the blocks up; every block then
 puts its tokens behind those of earlier blocks. No atomics, so places do not depend on timing.
@@ -186,9 +186,7 @@ def rest(base: Tensor, order: Order) -> Tensor:
     return base
 
 
-def scatter(
-    rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None
-) -> Tensor:
+def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """See `zaya_kernels.moe_permute.op.scatter`."""
     require_triton("moe_permute", rows, rest, probability)
     require_one_type("moe_permute", rows, rest)
