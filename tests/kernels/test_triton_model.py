@@ -13,7 +13,7 @@ from zaya_train.config.schema import KernelsConfig
 from ..helpers.models import TINY, packed, random_model, with_kernels
 
 if TYPE_CHECKING:
-    from zaya_train.config.schema import RecomputeKind
+    from zaya_train.config.schema import ModelConfig, RecomputeKind, TritonKernelName
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -21,18 +21,9 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 ROW = 24
 
 
-def test_loss_and_gradients_agree_with_eager() -> None:
-    config = replace(TINY, num_layers=2, num_kv_heads=1, head_dim=32, num_query_heads=2)
+def assert_agrees_with_eager(config: ModelConfig, kernels: KernelsConfig) -> None:
+    """Loss and gradients, equal but for rounding."""
     eager = random_model(config)
-    kernels = KernelsConfig(
-        cca="triton",
-        norm_residual="triton",
-        attention="triton",
-        grouped_mlp="triton",
-        grouped_mlp_recompute=True,
-        router="triton",
-        linear_cross_entropy="triton",
-    )
     triton = with_kernels(eager, kernels)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
@@ -50,6 +41,39 @@ def test_loss_and_gradients_agree_with_eager() -> None:
     for name, gradient in found.items():
         scale = float(expected[name].norm())
         assert float((gradient - expected[name]).norm()) <= 2e-4 * scale + 1e-6, name
+
+
+def test_loss_and_gradients_agree_with_eager() -> None:
+    config = replace(TINY, num_layers=2, num_kv_heads=1, head_dim=32, num_query_heads=2)
+    kernels = KernelsConfig(
+        cca="triton",
+        norm_residual="triton",
+        attention="triton",
+        grouped_mlp="triton",
+        grouped_mlp_recompute=True,
+        router="triton",
+        moe_permute="triton",
+        linear_cross_entropy="triton",
+    )
+    assert_agrees_with_eager(config, kernels)
+
+
+@pytest.mark.parametrize(
+    ("permute", "experts"), [("triton", "triton"), ("triton", "eager"), ("eager", "triton")]
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(TINY, num_layers=1, skip_output="identity"),
+        replace(TINY, num_layers=1, skip_output="zero"),
+        replace(TINY, num_layers=1, skip_class=False),
+    ],
+    ids=["identity", "zero", "no skip class"],
+)
+def test_permutation_and_experts_may_be_of_different_back_ends(
+    config: ModelConfig, permute: TritonKernelName, experts: TritonKernelName
+) -> None:
+    assert_agrees_with_eager(config, KernelsConfig(moe_permute=permute, grouped_mlp=experts))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -91,6 +91,11 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         ["kernels.router=triton", "model.hidden_size 72", "multiple of 16"],
     ),
     (
+        {"kernels.moe_permute": "triton", "model.num_experts": 512},
+        2,
+        ["kernels.moe_permute=triton", "model.num_experts 512", "at most 511"],
+    ),
+    (
         {"kernels.linear_cross_entropy": "triton", "model.hidden_size": 72},
         2,
         ["kernels.linear_cross_entropy=triton", "model.hidden_size 72", "multiple of 16"],

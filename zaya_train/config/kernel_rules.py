@@ -20,6 +20,10 @@ def kernel_problems(kernels: KernelsConfig, model: ModelConfig) -> Iterator[str]
         )
     if kernels.router == "triton":
         yield from _triton_router(model)
+    if kernels.moe_permute == "triton" and model.num_experts > 511:
+        yield (
+            f"kernels.moe_permute=triton: model.num_experts {model.num_experts} must be at most 511"
+        )
     if kernels.linear_cross_entropy == "triton" and model.hidden_size % 16:
         yield (
             f"kernels.linear_cross_entropy=triton: model.hidden_size {model.hidden_size} "

@@ -17,7 +17,15 @@ from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
-from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
+from zaya_kernels.workshop.cases import (
+    Case,
+    attention_run,
+    cca_run,
+    error,
+    passed,
+    permute_run,
+    random,
+)
 
 from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.model.layout import SequenceLayout
@@ -96,6 +104,7 @@ def _checks(config: TrainConfig) -> list[Check]:
         _norm(model, kernels.norm_residual),
         _residual(model, kernels.norm_residual),
         _router(model, kernels.router),
+        _permutation(model, kernels.moe_permute),
         _experts(model, kernels.grouped_mlp),
         _loss(model, kernels.linear_cross_entropy),
         _newton_schulz(model, kernels.newton_schulz),
@@ -194,6 +203,13 @@ def _router(model: ModelConfig, backend: str) -> Check:
         return [routed.probability, routed.state]
 
     return Check(Case("router", run, inputs), backend, f"{hidden} to {size} to {classes} classes")
+
+
+def _permutation(model: ModelConfig, backend: str) -> Check:
+    experts, hidden = model.num_experts, model.hidden_size
+    inputs = {"tokens": random(TOKENS, hidden, seed=50), "probability": random(TOKENS, seed=51)}
+    run = permute_run(torch.arange(TOKENS) * 7 % (experts + 1), experts)
+    return Check(Case("moe_permute", run, inputs), backend, f"{hidden} to {experts} experts")
 
 
 def _experts(model: ModelConfig, backend: str) -> Check:

@@ -116,6 +116,26 @@ BUDGETS = {
     "loss_grad_hidden": Budget(waves=2, matrix=True),
     "loss_grad_weight": Budget(waves=2, matrix=True),
     "loss_finish": Budget(waves=6),
+    "permute_count": Budget(
+        waves=8,
+        narrow_loads=1,
+        narrow_lds_reads=_both(2),
+        why="loads: a token's choice; LDS: sums of classes across waves",
+    ),
+    "permute_sum": Budget(
+        waves=8, narrow_lds_reads=_both(1), why="LDS: sums of classes across waves"
+    ),
+    "permute_place": Budget(
+        waves=4,
+        narrow_loads=2,
+        narrow_lds_reads=_both(4),
+        why="loads: a token's choice; LDS: its rank, one number a token",
+    ),
+    "permute_gather": Budget(waves=8),
+    "permute_scatter": Budget(waves=8),
+    "permute_scatter_backward": Budget(
+        waves=8, narrow_lds_reads=_both(2), why="LDS: the probability's gradient across waves"
+    ),
     "grouped_mlp_plan": Budget(waves=8),
     "grouped_mlp_up": _PRODUCT,
     "grouped_mlp_up_again": _PRODUCT,

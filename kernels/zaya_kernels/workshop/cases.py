@@ -13,6 +13,7 @@ import torch
 
 from zaya_kernels.attention.op import attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
+from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -73,5 +74,17 @@ def attention_run(plan: AttentionPlan) -> Run:
 
     def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [attention(x["q"], x["k"], x["v"], plan, backend)]
+
+    return run
+
+
+def permute_run(choice: Tensor, num_experts: int) -> Run:
+    """Tokens to their experts, doubled, and back with their probability."""
+
+    def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        load = count_by_expert(choice, num_experts, backend)
+        order = sort_by_expert(load, int(load.counts[:-1].sum()))
+        rows, left = gather(x["tokens"], order)
+        return [rows, scatter(2 * rows, order, rest_of(left, order), x["probability"])]
 
     return run

@@ -23,7 +23,15 @@ from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
-from zaya_kernels.workshop.cases import Case, attention_run, cca_run, error, passed, random
+from zaya_kernels.workshop.cases import (
+    Case,
+    attention_run,
+    cca_run,
+    error,
+    passed,
+    permute_run,
+    random,
+)
 from zaya_kernels.workshop.interpreter import install
 from zaya_train.config.labels import IGNORE_LABEL
 
@@ -106,6 +114,13 @@ def _loss() -> Case:
     return Case("linear_cross_entropy", run, inputs)
 
 
+def _moe_permute() -> Case:
+    """An expert without tokens, and tokens without an expert; more than one block of them."""
+    choice = torch.arange(300) ** 2 % 11 % 6
+    inputs = {"tokens": random(300, 72, seed=1), "probability": random(300, seed=2)}
+    return Case("moe_permute", permute_run(choice, 5), inputs)
+
+
 def _grouped_mlp() -> Case:
     """An over-full expert, one without rows, widths that no tile divides."""
     counts = torch.tensor([290, 0, 70, 1])
@@ -158,7 +173,9 @@ def _router() -> Case:
     return Case("router", run, inputs)
 
 
-CASES = (_norm_residual, _cca, _attention, _router, _loss, _grouped_mlp, _newton_schulz)
+CASES = (
+    _norm_residual, _cca, _attention, _router, _loss, _moe_permute, _grouped_mlp, _newton_schulz,
+)  # fmt: skip
 
 
 def judge(case: Case, dtype: torch.dtype) -> dict[str, Any]:

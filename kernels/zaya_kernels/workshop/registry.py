@@ -20,6 +20,7 @@ from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 from zaya_kernels.newton_schulz.op import newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
@@ -146,6 +147,22 @@ def _loss(
     return lambda backend: [linear_cross_entropy(hidden, weight, labels, backend)], [hidden, weight]
 
 
+def _moe_permute(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    """As in the model: tokens without an expert put out themselves."""
+    tokens = _tensor(device, B * S, D, dtype=dtype)
+    probability = _tensor(device, B * S, dtype=torch.float32)
+    choice = torch.arange(B * S, device=device) % CLASSES
+
+    def forward(backend: str) -> Sequence[Tensor]:
+        order = sort_by_expert(count_by_expert(choice, E, backend))
+        rows, left = gather(tokens, order)
+        return [scatter(rows, order, rest_of(left, order), probability)]
+
+    return forward, [tokens, probability]
+
+
 def _grouped_mlp(
     device: torch.device, rows: int, dtype: torch.dtype, main: bool = False
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
@@ -195,6 +212,8 @@ REGISTRY = (
     ),
     # Of the full vocabulary a fp32 weight is over 2 GiB, which is slower to address.
     Shipped("linear_cross_entropy", "fp32", lambda device: _loss(device, 65_536, torch.float32)),
+    Shipped("moe_permute", "bf16", lambda device: _moe_permute(device, torch.bfloat16)),
+    Shipped("moe_permute", "fp32", lambda device: _moe_permute(device, torch.float32)),
     Shipped("grouped_mlp", "many", lambda device: _grouped_mlp(device, B * S, torch.bfloat16)),
     Shipped(
         "grouped_mlp", "main", lambda device: _grouped_mlp(device, B * S, torch.bfloat16, True)
