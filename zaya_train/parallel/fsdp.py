@@ -58,8 +58,9 @@ def shard(
 def _gather_ahead(model: ZayaModel) -> None:
     """Launch a layer's gathers when the layer before it begins.
 
-    Every layer makes the host wait for the device once, for the experts' counts, so a gather that
-    is launched where it is needed runs beside half a layer at best. In the backward pass nothing
+    Every layer makes the host wait for the device once, for the experts' counts (unless their
+    kernels read them, and all are here), so a gather that is launched where it is needed runs
+    beside half a layer at best. In the backward pass nothing
     waits and torch launches the next gather by itself. The rehearsed peak is the same either way:
     it lies in the backward pass or where all weights are gathered anyway.
     """

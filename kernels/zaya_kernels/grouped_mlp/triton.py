@@ -2,8 +2,8 @@
 
 The products of all experts are one launch: `grouped_mlp_plan` cuts every expert's rows into tiles,
 from their own start and on the device, so the host need not know how many rows an expert has; it
-launches programs for the most tiles there can be, and those without one end at once. (The model's
-dispatchers still wait for the counts.) An expert without rows has no tile, an over-full one more.
+launches programs for the most tiles there can be, and those without one end at once. An expert
+without rows has no tile, an over-full one more.
 
 Fused: SwiGLU into the end of the first product, and its gradient into the end of the product
 before it. Saved for backward: the rows and, unless `recompute`, the pre-activation, which the first
