@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
-from zaya_kernels import programs
+from zaya_kernels import triton_kernels as programs
 from zaya_kernels.grouped_mlp import triton as host
 from zaya_kernels.grouped_mlp import triton_kernels as kernels
 

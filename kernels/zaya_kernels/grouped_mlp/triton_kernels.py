@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zaya_kernels.programs import on_chiplets
+from zaya_kernels.triton_kernels import on_chiplets
 
 
 @triton.jit

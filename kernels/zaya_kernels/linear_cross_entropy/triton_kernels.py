@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zaya_kernels.programs import on_chiplets
+from zaya_kernels.triton_kernels import on_chiplets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
