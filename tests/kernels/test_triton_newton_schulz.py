@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from zaya_kernels import programs
+from zaya_kernels import triton_kernels as programs
 from zaya_kernels.launch import ARCHITECTURES, INTERPRETED, recording
 from zaya_kernels.newton_schulz.op import QUINTIC, newton_schulz
 
