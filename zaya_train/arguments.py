@@ -209,7 +209,7 @@ def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya plan`, `supervise`, `doctor`, `report`, `watch`, `diff` and `smoke`."""
+    """`zaya plan`, `supervise`, `doctor`, `report`, `watch`, `sync`, `diff` and `smoke`."""
     parser = add_command(
         commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
     )
@@ -244,6 +244,17 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     )
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
+    parser = add_command(
+        commands, "sync", handlers["sync"], "show a run's metrics in TensorBoard and wandb"
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument(
+        "--only", choices=("tensorboard", "wandb"), help="one of them; both by default"
+    )
+    parser.add_argument(
+        "--online", action="store_true", help="upload to wandb now, not by `wandb sync` later"
+    )
+    parser.add_argument("--follow", action="store_true", help=argparse.SUPPRESS)
     parser = add_command(
         commands, "diff", handlers["diff"], "must two runs give the same loss curve, and why not"
     )

@@ -215,6 +215,13 @@ def _report(options: argparse.Namespace) -> None:
     Console().print(str(report(options.runs, output)))
 
 
+def _sync(options: argparse.Namespace) -> None:
+    from zaya_train.tools.replay import SyncRequest, sync
+
+    sinks = (options.only,) if options.only else ("tensorboard", "wandb")
+    sync(SyncRequest(options.run_dir, sinks, options.online, options.follow), Console())
+
+
 def _diff(options: argparse.Namespace) -> int:
     from zaya_train.tools.diff import diff_runs
 
@@ -320,6 +327,7 @@ HANDLERS = {
     "supervise": _supervise,
     "doctor": _doctor,
     "report": _report,
+    "sync": _sync,
     "diff": _diff,
     "watch": _watch,
     "smoke": _smoke,

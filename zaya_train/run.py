@@ -38,6 +38,7 @@ from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, s
 from zaya_train.runtime.heartbeat import Heartbeat, start_heartbeat
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.lost import naming_lost_ranks
+from zaya_train.runtime.replays import Replays
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
 from zaya_train.runtime.versions import versions
@@ -47,7 +48,6 @@ from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.entry import check_entry, check_paths, starting_point
 from zaya_train.train.evaluate import validation_losses
 from zaya_train.train.feed import Feed, step_starts
-from zaya_train.train.followers import open_followers
 from zaya_train.train.guard import Guard, Incidents, RollBack
 from zaya_train.train.identity import identity_of
 from zaya_train.train.loop import Hooks, PhaseRun, load_summary, run_phase
@@ -123,7 +123,9 @@ def train(config: TrainConfig) -> int:
             device=ranks.device,
         )
         stack.callback(store.close)
-        metrics = stack.enter_context(_open_metrics(config, run_dir, ranks))
+        if ranks.rank == 0:
+            stack.callback(Replays(config.logging, run_dir).close)
+        metrics = stack.enter_context(MetricsWriter(run_dir, enabled=ranks.rank == 0))
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
         incidents = Incidents(run_dir, metrics.attempt, enabled=ranks.rank == 0)
@@ -150,12 +152,6 @@ def train(config: TrainConfig) -> int:
         )
         _describe(context)
         return _run_plan(context)
-
-
-def _open_metrics(config: TrainConfig, run_dir: Path, ranks: Ranks) -> MetricsWriter:
-    main, name = ranks.rank == 0, config.run.name
-    followers = open_followers(config.logging, run_dir, name, to_dict(config)) if main else []
-    return MetricsWriter(run_dir, followers, enabled=main)
 
 
 def _describe(context: Context) -> None:

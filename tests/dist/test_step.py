@@ -179,7 +179,7 @@ def phase_run(setup: Setup, folder: Path, saved: list[int], stop: list[int]) -> 
         reduction=setup.reduction,
         unit=setup.mesh.layout.data,
         num_experts=setup.config.model.num_experts,
-        metrics=MetricsWriter(folder, [], enabled=dist.get_rank() == 0),
+        metrics=MetricsWriter(folder, enabled=dist.get_rank() == 0),
         log_every_steps=1,
         eval_every_steps=0,
         save_every_steps=3,

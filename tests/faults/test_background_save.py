@@ -193,7 +193,7 @@ def test_only_finite_tensors_reach_the_background(tmp_path: Path) -> None:
 
 def make_saver(run_dir: Path) -> tuple[CheckpointStore, MetricsWriter, Saver]:
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
-    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    metrics = MetricsWriter(run_dir, enabled=dist.get_rank() == 0)
     return store, metrics, Saver(store, metrics, run_dir, CONFIG, lambda: None)
 
 

@@ -107,7 +107,7 @@ def test_every_rank_fails_and_older_ones_stay(
 def _save_through_refusals(run_dir: Path, asynchronous: bool) -> tuple[list[str], list[str]]:
     """Two refusals, a success, two refusals, a required save, which is refused for good."""
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
-    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    metrics = MetricsWriter(run_dir, enabled=dist.get_rank() == 0)
     config = CheckpointConfig(retry_seconds=0.0, asynchronous=asynchronous)
     saver = Saver(store, metrics, run_dir, config, lambda: None)
     mesh = make_mesh()
@@ -159,7 +159,7 @@ def test_the_third_refusal_in_a_row_and_a_refused_required_save_end_the_run(
 
 def _required_save_of_a_disk_that_recovers(run_dir: Path) -> list[str]:
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
-    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    metrics = MetricsWriter(run_dir, enabled=dist.get_rank() == 0)
     state = shard(plain_state(1), make_mesh())
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
@@ -184,7 +184,7 @@ def test_a_required_save_is_tried_again(tmp_path: Path) -> None:
 def _ledger_refused(run_dir: Path, asynchronous: bool) -> list[str]:
     """What a checkpoint counts on cannot be flushed on rank 0: no rank saves, none is alone."""
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
-    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    metrics = MetricsWriter(run_dir, enabled=dist.get_rank() == 0)
     config = CheckpointConfig(retry_seconds=0.0, asynchronous=asynchronous)
     full = [True]
 

@@ -76,7 +76,7 @@ def steps_while_saving(store: CheckpointStore) -> int:
 def _fill_and_free(root: Path, run_dir: Path) -> tuple[list[str], list[str]]:
     """Save, fill the file system, fail, free it, save; what failed and what differs."""
     store = CheckpointStore(root, keep_last=2)
-    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    metrics = MetricsWriter(run_dir, enabled=dist.get_rank() == 0)
     saver = Saver(store, metrics, root, CheckpointConfig(retry_seconds=0.0), lambda: None)
     mesh, bad = make_mesh(), []
     filler = root.parent / "filler"
@@ -123,7 +123,7 @@ def _fill(path: Path) -> None:
 def _all_records_on_it(run_dir: Path) -> list[str]:
     """Records of rank 0 and checkpoints on one file system, which is full during step 2."""
     main = dist.get_rank() == 0
-    metrics = MetricsWriter(run_dir, [], enabled=main)
+    metrics = MetricsWriter(run_dir, enabled=main)
     ledger, incidents = LedgerWriter(run_dir, main), Incidents(run_dir, 1, main)
     store = CheckpointStore(run_dir / "checkpoints", keep_last=2)
     config = CheckpointConfig(retry_seconds=0.0)

@@ -128,7 +128,7 @@ def test_plan_names_every_broken_rule(capsys: pytest.CaptureFixture[str]) -> Non
 
 def write_metrics(run_dir: Path) -> None:
     """The record of a run of two steps."""
-    with MetricsWriter(run_dir, [], enabled=True) as metrics:
+    with MetricsWriter(run_dir, enabled=True) as metrics:
         metrics.write("start", step=0, world_size=1, device="cpu", config_hash="x")
         metrics.write("phase", name="short", event="begin", step=0)
         for step in (1, 2):

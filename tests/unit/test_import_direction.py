@@ -236,7 +236,7 @@ def test_a_planted_import_is_caught(module: str, source: str) -> None:
         ("zaya_kernels.cca.triton", "import triton.language as tl"),
         ("zaya_kernels.workshop.compile", "import triton"),
         ("zaya_kernels.cca.op", "def f():\n    from zaya_kernels.cca import triton"),
-        ("zaya_train.train.followers", "def f():\n    import wandb"),
+        ("zaya_train.tools.replay_sinks", "def f():\n    import wandb"),
     ],
 )
 def test_an_allowed_import_is_let_through(module: str, source: str) -> None:

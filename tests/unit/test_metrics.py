@@ -1,12 +1,9 @@
-"""metrics.jsonl as the record of a run, and the followers that must never stop one."""
+"""metrics.jsonl as the record of a run."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
-import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from zaya_train.config.errors import DataError, StorageError
-from zaya_train.config.schema import LoggingConfig
-from zaya_train.train.followers import WANDB_ID_FILE, curves, open_followers
-from zaya_train.train.metrics import METRICS_FILE, ROW_FIELDS, MetricsWriter, read_metrics
+from zaya_train.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +44,7 @@ def step_values(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def write_run(run_dir: Path, launch: str, first: int, last: int) -> None:
-    with MetricsWriter(run_dir, [], enabled=True) as metrics:
+    with MetricsWriter(run_dir, enabled=True) as metrics:
         metrics.write(launch, step=first, **LAUNCH)
         for step in range(first + 1, last + 1):
             metrics.write("step", **step_values(step))
@@ -60,23 +55,8 @@ def steps_of(run_dir: Path) -> list[tuple[int, int]]:
     return [(row["step"], row["attempt"]) for row in rows if row["kind"] == "step"]
 
 
-class Recorder:
-    """A follower that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.closed = 0
-
-    def follow(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-
-    def close(self) -> None:
-        self.closed += 1
-
-
 def test_rows_come_back_exactly_and_are_on_disk_at_once(tmp_path: Path) -> None:
-    follower = Recorder()
-    writer = MetricsWriter(tmp_path, [follower], enabled=True)
+    writer = MetricsWriter(tmp_path, enabled=True)
     writer.write("start", step=0, **LAUNCH)
     writer.write("step", **step_values(1))
     rows = read_metrics(tmp_path)  # before close: flushed row by row
@@ -85,12 +65,10 @@ def test_rows_come_back_exactly_and_are_on_disk_at_once(tmp_path: Path) -> None:
     assert [row["kind"] for row in rows] == ["start", "step"]
     assert rows[1]["loss"] == 1.0 / 3.0 + 1  # every bit
     assert rows[1]["attempt"] == 1 and rows[1]["wall_time"] > 1.7e9
-    assert follower.rows == rows
-    assert follower.closed == 1
 
 
 def test_load_is_rounded_and_nothing_else(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
         metrics.write("step", **step_values(1, load=[[1 / 3, 2 / 3]], load_entropy=1 / 3))
     row = read_metrics(tmp_path)[0]
     assert row["load"] == [[0.33333, 0.66667]]
@@ -98,7 +76,7 @@ def test_load_is_rounded_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_non_finite_values_are_valid_json_and_come_back(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
         values = step_values(1, loss=math.nan, grad_norm=math.inf, applied=False)
         metrics.write("step", **values)
         metrics.write("eval", step=1, phase="core", losses={"text": -math.inf})
@@ -114,18 +92,16 @@ def test_non_finite_values_are_valid_json_and_come_back(tmp_path: Path) -> None:
 
 
 def test_only_the_enabled_rank_writes(tmp_path: Path) -> None:
-    follower = Recorder()
-    with MetricsWriter(tmp_path / "run", [follower], enabled=False) as metrics:
+    with MetricsWriter(tmp_path / "run", enabled=False) as metrics:
         metrics.write("step", **step_values(1))
     assert not (tmp_path / "run").exists()
-    assert follower.rows == [] and follower.closed == 0
 
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_rows_that_break_the_contract_are_refused_on_every_rank(
     tmp_path: Path, enabled: bool
 ) -> None:
-    with MetricsWriter(tmp_path, [], enabled=enabled) as metrics:
+    with MetricsWriter(tmp_path, enabled=enabled) as metrics:
         with pytest.raises(ValueError, match="unknown metrics row `stpe`; known: start"):
             metrics.write("stpe", step=1)
         with pytest.raises(ValueError, match="row `eval` lacks losses, phase"):
@@ -138,7 +114,7 @@ def test_values_that_are_not_plain_data_are_refused_before_the_file_is_touched(
     tmp_path: Path,
 ) -> None:
     with (
-        MetricsWriter(tmp_path, [], enabled=True) as metrics,
+        MetricsWriter(tmp_path, enabled=True) as metrics,
         pytest.raises(TypeError, match="not JSON serializable"),
     ):
         metrics.write("step", **step_values(1, loss=object()))
@@ -152,20 +128,20 @@ def test_a_torn_last_line_is_ignored_then_cut(tmp_path: Path, torn: bytes) -> No
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     assert steps_of(tmp_path) == [(1, 1), (2, 1), (3, 1)]
-    MetricsWriter(tmp_path, [], enabled=True).close()
+    MetricsWriter(tmp_path, enabled=True).close()
     assert path.read_bytes() == whole
 
 
 def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_bytes(b'{"kind"')
-    with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
         assert metrics.attempt == 1
     assert (tmp_path / METRICS_FILE).read_bytes() == b""
 
 
 def test_a_resume_supersedes_later_steps_of_earlier_attempts(tmp_path: Path) -> None:
     write_run(tmp_path, "start", 0, 5)
-    with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
         metrics.write("eval", step=4, phase="core", losses={"text": 1.0})
         metrics.write("checkpoint", step=3, path="c3", seconds=0.1, bytes=1)
         metrics.write("phase", name="core", event="end", step=5)
@@ -205,14 +181,14 @@ def test_missing_and_unwritable_files_are_named(tmp_path: Path) -> None:
         read_metrics(tmp_path)
     (tmp_path / METRICS_FILE).mkdir()
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot open for append"):
-        MetricsWriter(tmp_path, [], enabled=True)
+        MetricsWriter(tmp_path, enabled=True)
 
 
 REFUSED_WRITE = """
 import logging, pathlib, resource, sys
 from zaya_train.train.metrics import MetricsWriter
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
-metrics = MetricsWriter(pathlib.Path(sys.argv[1]), [], enabled=True)
+metrics = MetricsWriter(pathlib.Path(sys.argv[1]), enabled=True)
 metrics.write("done", step=1)
 free, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 for step, limit in ((2, 100), (3, 100), (4, free), (5, 400)):
@@ -240,129 +216,5 @@ def test_refused_rows_wait_and_are_written_in_order(tmp_path: Path) -> None:
     assert lost.startswith(f"{path}: ") and lost.endswith(" bytes lost: File too large")
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert path.stat().st_size == 400, "the part of a row that fitted is not there"
-    MetricsWriter(tmp_path, [], enabled=True).close()
+    MetricsWriter(tmp_path, enabled=True).close()
     assert path.read_bytes().endswith(b"}\n")
-
-
-def test_curves_are_the_numbers_of_step_and_eval_rows() -> None:
-    values = curves({"kind": "step", "attempt": 1, "wall_time": 0.0, **step_values(7)})
-    assert values["train/tokens"] == 448.0 and values["train/applied"] == 1.0
-    assert not {"train/step", "train/load", "train/phase", "train/attempt"} & values.keys()
-    assert curves({"kind": "eval", "losses": {"a": 2.0}}) == {"validation/a": 2.0}
-    assert curves({"kind": "done", "step": 3}) == {}
-    assert set(ROW_FIELDS["step"]) >= {key.removeprefix("train/") for key in values}
-
-
-def test_tensorboard_forgets_superseded_steps(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first, last, shift in ((0, 5, 0.0), (3, 6, 100.0)):
-        followers = open_followers(LoggingConfig(wandb="disabled"), tmp_path, "run", {})
-        with MetricsWriter(tmp_path, followers, enabled=True) as metrics:
-            metrics.write("resume" if first else "start", step=first, **LAUNCH)
-            for step in range(first + 1, last + 1):
-                metrics.write("step", **step_values(step, loss=step + shift))
-            metrics.write("eval", step=last, phase="core", losses={"text": shift})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
-    assert losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 104.0), (5, 105.0), (6, 106.0)]
-    assert [event.value for event in events.Scalars("validation/text")] == [100.0]
-
-
-def test_a_failing_follower_warns_once_and_the_run_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "tensorboard").write_text("a file where the directory should be")
-    followers = open_followers(LoggingConfig(wandb="disabled"), tmp_path, "run", {})
-    with (
-        caplog.at_level(logging.WARNING),
-        MetricsWriter(tmp_path, followers, enabled=True) as metrics,
-    ):
-        metrics.write("start", step=0, **LAUNCH)
-        for step in (1, 2, 3):
-            metrics.write("step", **step_values(step))
-    assert steps_of(tmp_path) == [(1, 1), (2, 1), (3, 1)]
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert message.startswith("tensorboard dropped, training goes on without it: ")
-    assert "tensorboard" in message.split(": ", 1)[1]
-
-
-def test_a_follower_that_cannot_be_opened_warns_and_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / WANDB_ID_FILE).mkdir()
-    chosen = LoggingConfig(wandb="offline", tensorboard=False)
-    with caplog.at_level(logging.WARNING):
-        (wandb,) = open_followers(chosen, tmp_path, "run", {})
-        wandb.follow({"kind": "done", "step": 1})
-        wandb.close()
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "wandb dropped, training goes on without it"
-    ]
-
-
-def test_neither_package_is_imported_unless_chosen(tmp_path: Path) -> None:
-    code = (
-        "import pathlib, sys\n"
-        "from zaya_train.config.schema import LoggingConfig\n"
-        "from zaya_train.train.followers import open_followers\n"
-        "off = LoggingConfig(wandb='disabled', tensorboard=False)\n"
-        "assert open_followers(off, pathlib.Path('.'), 'run', {}) == []\n"
-        "sys.exit(bool({'wandb', 'tensorboard'} & set(sys.modules)))\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-
-
-WANDB_ATTEMPT = """
-import logging, pathlib, sys
-from zaya_train.config.schema import LoggingConfig
-from zaya_train.train.followers import open_followers
-logging.basicConfig(level=logging.WARNING)
-chosen = LoggingConfig(wandb=sys.argv[2], tensorboard=False)
-(wandb,) = open_followers(chosen, pathlib.Path(sys.argv[1]), "run", {"model": {"layers": 2}})
-wandb.follow({"kind": "start", "step": 0})
-wandb.follow({"kind": "step", "step": 1, "loss": 2.0})
-wandb.follow({"kind": "eval", "step": 1, "losses": {"text": 2.5}})
-wandb.close()
-"""
-
-
-def run_wandb(run_dir: Path, mode: str, proxy: socket.socket) -> str:
-    """One attempt in a fresh process that can reach nothing but `proxy`. Returns its stderr."""
-    address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-    kept = {k: v for k, v in os.environ.items() if "WANDB" not in k and "PROXY" not in k.upper()}
-    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), address)
-    # A well-formed key: without one an online run stops before it would connect.
-    online = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
-    done = subprocess.run(
-        [sys.executable, "-c", WANDB_ATTEMPT, str(run_dir), mode],
-        env=kept | proxies | online,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stderr
-
-
-def connections(server: socket.socket) -> int:
-    """Connections waiting at a listening socket."""
-    server.setblocking(False)
-    count = 0
-    try:
-        while True:
-            server.accept()[0].close()
-            count += 1
-    except BlockingIOError:
-        return count
-
-
-def test_offline_wandb_keeps_one_run_id_and_opens_no_connection(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        assert "dropped" not in run_wandb(tmp_path, "offline", proxy)
-        run_id = (tmp_path / WANDB_ID_FILE).read_text().strip()
-        assert "dropped" not in run_wandb(tmp_path, "offline", proxy)
-        assert connections(proxy) == 0
-    assert (tmp_path / WANDB_ID_FILE).read_text().strip() == run_id
-    logged = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
-    assert logged and b"validation/text" in logged[0].read_bytes()

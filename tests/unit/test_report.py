@@ -59,7 +59,7 @@ def step_values(step: int, loss: float, layers: int = 3) -> dict[str, Any]:
 
 
 def write_attempt(run_dir: Path, first: int, last: int, shift: float = 0.0) -> None:
-    with MetricsWriter(run_dir, [], enabled=True) as metrics:
+    with MetricsWriter(run_dir, enabled=True) as metrics:
         metrics.write("resume" if first else "start", step=first, **LAUNCH)
         for step in range(first + 1, last + 1):
             loss = math.nan if step == 7 else 5.0 / step + shift
@@ -77,7 +77,7 @@ def write_run(run_dir: Path) -> Path:
     write_attempt(run_dir, 0, 20)
     write_attempt(run_dir, 20, 45, shift=100.0)
     write_attempt(run_dir, 20, 60)
-    with MetricsWriter(run_dir, [], enabled=True) as metrics:
+    with MetricsWriter(run_dir, enabled=True) as metrics:
         metrics.write("done", step=60)
     return run_dir
 
@@ -308,7 +308,7 @@ def test_a_run_without_steps_is_an_error_that_names_the_file(
     tmp_path: Path, content: str | None
 ) -> None:
     if content == "start":
-        MetricsWriter(tmp_path, [], enabled=True).write("start", step=0, **LAUNCH)
+        MetricsWriter(tmp_path, enabled=True).write("start", step=0, **LAUNCH)
     elif content is not None:
         (tmp_path / METRICS_FILE).write_text(content)
     output = tmp_path / "out" / "report.html"
@@ -337,7 +337,7 @@ def test_a_malformed_evaluation_is_named(tmp_path: Path, record: Any) -> None:
 
 def test_load_that_changes_shape_is_an_error(tmp_path: Path) -> None:
     write_attempt(tmp_path, 0, 3)
-    with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
         metrics.write("step", **step_values(4, 1.0, layers=5))
     with pytest.raises(DataError, match=r"metrics\.jsonl: `load` changes its shape"):
         load_run(tmp_path)

@@ -26,10 +26,6 @@ NO_INIT = ("kernels", "configs", "launch", "docker")  # would shadow PyPI packag
 
 # file -> (handlers, why one that catches anything is right there); anywhere else it is an error.
 BROAD_EXCEPTS = {
-    "zaya_train/train/followers.py": (
-        3,
-        "wandb and TensorBoard may raise anything, none may stop a run",
-    ),
     "zaya_train/runtime/dist.py": (1, "fail fast: says why, then ends the process"),
     "zaya_train/data/prefetch.py": (1, "hands the error to the consuming thread, which raises it"),
     "zaya_train/data/tokenizer.py": (

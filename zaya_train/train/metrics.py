@@ -19,13 +19,13 @@ import json
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import DataError, StorageError
 from zaya_train.runtime.files import Records
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
 
@@ -82,30 +82,19 @@ before."""
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class Follower(Protocol):
-    """Something that shows rows as they are written (see followers.py)."""
-
-    def follow(self, row: dict[str, Any]) -> None:
-        """Take one row, as `read_metrics` would return it. Must not raise."""
-
-    def close(self) -> None:
-        """Flush and let go. Must not raise."""
-
-
 class MetricsWriter:
-    """Appends rows to `<run_dir>/metrics.jsonl` and passes them to the followers.
+    """Appends rows to `<run_dir>/metrics.jsonl`.
 
-    Only the rank with `enabled` touches the file or the followers. Opening for append first cuts a
-    torn last line off, and raises StorageError naming the file where it cannot be opened. Rows that
-    the file system refuses later wait (runtime.files.Records).
+    Only the rank with `enabled` touches the file. Opening for append first cuts a torn last line
+    off, and raises StorageError naming the file where it cannot be opened. Rows that the file
+    system refuses later wait (runtime.files.Records).
     """
 
-    def __init__(self, run_dir: Path, followers: Sequence[Follower], enabled: bool) -> None:
+    def __init__(self, run_dir: Path, enabled: bool) -> None:
         self.path = run_dir / METRICS_FILE
         self.attempt = 1
         self._enabled = enabled
         self._closed = False
-        self._followers = followers if enabled else ()
         if not enabled:
             return
         try:
@@ -134,16 +123,12 @@ class MetricsWriter:
         row = {"kind": kind, "wall_time": time.time(), "attempt": self.attempt, **values}
         line = json.dumps(encode_floats(row), allow_nan=False, separators=(",", ":"))
         self._records.append(line.encode())
-        for follower in self._followers:
-            follower.follow(row)
 
     def close(self) -> None:
-        """Close the file and the followers; safe to call twice."""
+        """Close the file; safe to call twice."""
         if not self._enabled or self._closed:
             return
         self._closed = True
-        for follower in self._followers:
-            follower.close()
         self._records.close()
 
     def __enter__(self) -> MetricsWriter:
@@ -174,6 +159,23 @@ def iter_rows(path: Path) -> Iterator[dict[str, Any]]:
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n"):
                     yield decode_line(line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read metrics: {error.strerror}") from error
+
+
+def rows_between(
+    path: Path, start: int, end: int | None = None
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """(row, position behind it) of every whole row from byte `start` on, up to byte `end`. Errors
+    as `read_metrics`."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            for line in file:
+                start += len(line)
+                if not line.endswith(b"\n") or (end is not None and start > end):
+                    return
+                yield _decode_line(line, f"{path}: byte {start - len(line)}"), start
     except OSError as error:
         raise DataError(f"{path}: cannot read metrics: {error.strerror}") from error
 

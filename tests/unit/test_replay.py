@@ -1,0 +1,250 @@
+"""`zaya sync`: every row in TensorBoard and wandb, once, whatever happened before."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.helpers.replays import expected, in_tensorboard, in_wandb, same
+from tests.helpers.tiny import tiny
+from tests.unit.test_metrics import LAUNCH, step_values, write_run
+from zaya_train.config.build import to_dict
+from zaya_train.config.schema import LoggingConfig
+from zaya_train.main import main
+from zaya_train.runtime.replays import Replays, log_of
+from zaya_train.tools.replay import replay
+from zaya_train.tools.replay_sinks import WANDB_ID_FILE, curves, shown
+from zaya_train.train.attempts import record_attempt
+from zaya_train.train.metrics import METRICS_FILE, ROW_FIELDS, MetricsWriter, current_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run that was rolled back twice, with numbers that JSON does not have."""
+    record_attempt(tmp_path, 1, to_dict(tiny()))
+    for first, last in ((0, 5), (3, 6), (2, 4)):
+        with MetricsWriter(tmp_path, enabled=True) as metrics:
+            metrics.write("resume" if first else "start", step=first, **LAUNCH)
+            for step in range(first + 1, last + 1):
+                loss = math.nan if step == 4 else step + 0.1 * first
+                metrics.write("step", **step_values(step, loss=loss, tokens=10**13 + step))
+            metrics.write("eval", step=last, phase="core", losses={"text": math.inf})
+            metrics.write("checkpoint", step=last, path="c", seconds=0.1, bytes=10**11)
+    return tmp_path
+
+
+def sync(run_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """In a process that can reach nothing."""
+    kept = {k: v for k, v in os.environ.items() if "WANDB" not in k and "PROXY" not in k.upper()}
+    command = [sys.executable, "-m", "zaya_train", "sync", str(run_dir), *options]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_replay_is_complete_and_repeating_it_shows_nothing_twice(run_dir: Path) -> None:
+    (run_dir / "tensorboard").mkdir()
+    (run_dir / "tensorboard" / "events.out.tfevents.1.dead.1").write_bytes(b"torn")
+    rows = expected(run_dir)
+    assert sum("superseded/train/loss" in values for _, values in rows) == 6
+    sync(run_dir, "--only", "tensorboard")
+    run_id = ""
+    for _ in range(2):
+        done = sync(run_dir, "--only", "wandb")
+        assert f"wandb: {len(rows)} rows" in done.stdout
+        assert run_id in ("", (run_dir / WANDB_ID_FILE).read_text())
+        run_id = (run_dir / WANDB_ID_FILE).read_text()
+        assert same(in_wandb(run_dir), rows)
+    assert same(in_tensorboard(run_dir), rows, single=True)
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert folder.name.endswith(run_id.strip())
+
+
+def test_what_counts_is_shown_as_the_readers_of_metrics_see_it(run_dir: Path) -> None:
+    sync(run_dir, "--only", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert "events/start/text_summary" not in events.Tags()["tensors"]
+    assert "events/start" in events.Tags()["tensors"]
+
+
+class Kept:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, bool]] = []
+        self.closed = 0
+
+    def write(self, row: dict[str, Any], superseded: bool) -> None:
+        self.rows.append((row["kind"], row["step"], superseded))
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def scripted(*events: Callable[[], None]) -> Callable[[float], bool]:
+    """A run that does something between two looks, and has ended after the last."""
+    left: Iterator[Callable[[], None]] = iter(events)
+
+    def ended(_: float) -> bool:
+        event = next(left, None)
+        if event is not None:
+            event()
+        return event is None
+
+    return ended
+
+
+def test_a_run_that_is_followed_is_shown_from_before_its_first_row_to_its_last(
+    tmp_path: Path,
+) -> None:
+    sinks: list[Kept] = []
+
+    def make() -> Kept:
+        sinks.append(Kept())
+        return sinks[-1]
+
+    def torn() -> None:
+        with (tmp_path / METRICS_FILE).open("ab") as file:
+            file.write(b'{"kind":"st')
+
+    ended = scripted(
+        lambda: None,
+        lambda: write_run(tmp_path, "start", 0, 2),
+        torn,
+        # Goes on where it was: nothing shown is taken back.
+        lambda: write_run(tmp_path, "resume", 2, 3),
+        # Takes step 2 and 3 back.
+        lambda: write_run(tmp_path, "resume", 1, 2),
+    )
+    rows = replay(tmp_path / METRICS_FILE, make, ended)
+    first, second = sinks
+    assert first.rows == [
+        ("start", 0, False),
+        ("step", 1, False),
+        ("step", 2, False),
+        ("resume", 2, False),
+        ("step", 3, False),
+    ]
+    assert second.rows == [
+        ("start", 0, False),
+        ("step", 1, False),
+        ("step", 2, True),
+        ("resume", 2, False),
+        ("step", 3, True),
+        ("resume", 1, False),
+        ("step", 2, False),
+    ]
+    assert [sink.closed for sink in sinks] == [1, 1]
+    assert rows == len(second.rows)
+
+
+def test_marks_are_what_readers_drop(run_dir: Path) -> None:
+    sink = Kept()
+    replay(run_dir / METRICS_FILE, lambda: sink)
+    from zaya_train.train.metrics import iter_rows
+
+    rows = [(r["kind"], r["step"]) for r in current_rows(iter_rows(run_dir / METRICS_FILE))]
+    assert [(kind, step) for kind, step, superseded in sink.rows if not superseded] == rows
+
+
+def test_a_run_without_metrics_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sync", str(tmp_path)]) == 2
+    assert "metrics.jsonl: no such file; nothing to replay" in capsys.readouterr().err
+
+
+def test_curves_are_the_numbers_of_step_and_eval_rows() -> None:
+    values = curves({"kind": "step", "attempt": 1, "wall_time": 0.0, **step_values(7)})
+    assert values["train/tokens"] == 448.0 and values["train/applied"] == 1.0
+    assert not {"train/step", "train/load", "train/phase", "train/attempt"} & values.keys()
+    assert curves({"kind": "eval", "losses": {"a": 2.0}}) == {"validation/a": 2.0}
+    assert curves({"kind": "done", "step": 3}) == {}
+    assert set(ROW_FIELDS["step"]) >= {key.removeprefix("train/") for key in values}
+    assert shown({"kind": "eval", "losses": {"a": 2.0}}, True) == {"superseded/validation/a": 2.0}
+
+
+OFF: dict[str, Any] = {"tensorboard": False, "wandb": "disabled"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "broken", "reason"),
+    [
+        ({"wandb": "online"}, "no key", "no api key configured"),
+        ({"tensorboard": True}, "tensorboard", "tensorboard"),
+        ({"tensorboard": True}, "logs", ""),
+    ],
+)
+def test_what_is_misconfigured_is_told_and_stops_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    chosen: dict[str, Any],
+    broken: str,
+    reason: str,
+) -> None:
+    """Everything that training calls, without training around it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    record_attempt(tmp_path, 1, to_dict(tiny()))
+    write_run(tmp_path, "start", 0, 2)
+    if broken != "no key":
+        (tmp_path / broken).write_text("a file where a folder should be")
+    with caplog.at_level(logging.WARNING):
+        Replays(LoggingConfig(**{**OFF, **chosen}), tmp_path).close()
+    (message,) = [record.getMessage() for record in caplog.records]
+    if broken == "logs":
+        assert message.startswith("tensorboard not started, training goes on without it: ")
+        return
+    (name,) = chosen
+    assert message.startswith(f"the replay in {name} ended with ")
+    assert message.endswith(f"zaya sync {tmp_path}")
+    assert reason in log_of(tmp_path, name).read_text().lower()
+
+
+def test_nothing_is_started_unless_chosen(tmp_path: Path) -> None:
+    Replays(LoggingConfig(**OFF), tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def connections(server: socket.socket) -> int:
+    """Connections waiting at a listening socket."""
+    server.setblocking(False)
+    count = 0
+    try:
+        while True:
+            server.accept()[0].close()
+            count += 1
+    except BlockingIOError:
+        return count
+
+
+def test_offline_wandb_opens_no_connection(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
+            monkeypatch.setenv(name, address)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        replays = Replays(LoggingConfig(tensorboard=False, wandb="offline"), run_dir)
+        replays.close()
+        assert connections(server) == 0
+    assert [r.getMessage() for r in caplog.records if "has not finished" not in r.message] == []
+    replays._processes["wandb"].wait()
+    assert same(in_wandb(run_dir), expected(run_dir))
