@@ -38,6 +38,7 @@ from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, s
 from zaya_train.runtime.heartbeat import Heartbeat, start_heartbeat
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.lost import naming_lost_ranks
+from zaya_train.runtime.peaks import Peaks, peaks_of
 from zaya_train.runtime.replays import Replays
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
@@ -57,6 +58,7 @@ from zaya_train.train.peers import Peers
 from zaya_train.train.progress import PhaseProgress
 from zaya_train.train.saving import Saver
 from zaya_train.train.state import TrainState
+from zaya_train.train.throughput import Throughput
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import PhaseConfig, TrainConfig
@@ -90,6 +92,7 @@ class Context:
     heartbeat: Heartbeat
     incidents: Incidents
     attempt: Attempt
+    peaks: Peaks
 
 
 def train(config: TrainConfig) -> int:
@@ -149,6 +152,7 @@ def train(config: TrainConfig) -> int:
             heartbeat=heartbeat,
             incidents=incidents,
             attempt=Attempt(config, identity, run_dir, metrics, ranks.rank, ranks.device),
+            peaks=peaks_of(ranks.device, config.precision.compute_dtype),
         )
         _describe(context)
         return _run_plan(context)
@@ -158,6 +162,7 @@ def _describe(context: Context) -> None:
     name, world = context.config.run.name, context.ranks.world_size
     device = describe(context.ranks.device)
     log.info("run %s in %s: ranks %d, %s", name, context.run_dir, world, device)
+    log.info("%s", context.peaks)
     for note in layout_notes(context.config, world):
         log.info("%s", note)
 
@@ -367,6 +372,7 @@ def _phase_run(context: Context, built: Built, hooks: Hooks, feed: Feed) -> Phas
         guard=guard,
         drawn=feed.rows.drawn,
         hooks=hooks,
+        throughput=Throughput(built.model_config, context.ranks.world_size, context.peaks),
     )
 
 

@@ -17,6 +17,7 @@ from tests.dist.harness import ROWS, Case, Setup, digest, rows_of_step
 from tests.helpers.distributed import RankError, run_ranks
 from zaya_train.config.errors import NumericsError
 from zaya_train.parallel.apply import chunking_of
+from zaya_train.runtime.peaks import Peaks
 from zaya_train.train import step
 from zaya_train.train.batch import Batch, make_batch, without_labels
 from zaya_train.train.guard import Guard, Incidents
@@ -24,6 +25,7 @@ from zaya_train.train.loop import Hooks, PhaseRun, load_summary, run_phase
 from zaya_train.train.metrics import MetricsWriter, read_metrics
 from zaya_train.train.state import TrainState
 from zaya_train.train.step import Rates, StepResult, train_step
+from zaya_train.train.throughput import Throughput
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -200,6 +202,7 @@ def phase_run(setup: Setup, folder: Path, saved: list[int], stop: list[int]) -> 
             mark=lambda part, number: None,
             step_done=lambda seconds, data_seconds: None,
         ),
+        throughput=Throughput(setup.config.model, dist.get_world_size(), Peaks("", None, "", 1e9)),
     )
 
 

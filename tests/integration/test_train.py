@@ -76,6 +76,9 @@ def test_a_finished_run_holds_what_it_should(finished: Path) -> None:
     assert [row["phase"] for row in steps] == ["short"] * 8 + ["long"] * 5
     assert steps[-1]["tokens"] == 8 * 4 * 64 + 5 * 2 * 128
     assert steps[-1]["loss"] < steps[0]["loss"]
+    assert all(row["flops"] > 0 and row["mfu_measured"] > 0 for row in steps)
+    assert not any("mfu" in row for row in steps)
+    assert "so no MFU by it" in (finished / "logs" / "rank-0.log").read_text()
     evals = [row for row in rows if row["kind"] == "eval"]
     assert [row["step"] for row in evals] == [4, 8, 12, 13]
     assert all(row["losses"]["problems"] > 0 for row in evals)
@@ -167,6 +170,8 @@ def test_two_ranks_train_as_one_does(unbroken: Path, finished: Path) -> None:
     for ours, alone in zip(steps_of(unbroken), steps_of(finished), strict=True):
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)
+        # Attention's pairs and the like, whatever ranks they were split over.
+        assert ours["flops"] == pytest.approx(alone["flops"], rel=1e-6)
     found, _ = find_newest(unbroken / CHECKPOINTS)
     assert found is not None
     assert found.record.mesh == {"replicate": 1, "shard": 1, "context": 2, "expert": 1}

@@ -1,25 +1,34 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from zaya_kernels.attention.op import attention
 
-from zaya_train.config.schema import ModelConfig
+from zaya_train.config.labels import IGNORE_LABEL
+from zaya_train.config.schema import KernelsConfig, ModelConfig
 from zaya_train.hub.convert import meta_model
 from zaya_train.model.flops import (
+    Work,
     attention_flops_per_token,
+    document_pairs,
+    forward_flops,
     matmul_flops_per_token,
     model_size,
+    train_flops,
     train_flops_per_token,
 )
 
-from ..helpers.models import REFERENCE, TINY, VARIANTS, blocks, random_model, random_tokens
+from ..helpers.models import TINY, VARIANTS, blocks, packed, random_model, random_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
 
 torch.set_num_threads(1)
 ZAYA1_8B = ModelConfig(
@@ -80,25 +89,130 @@ def test_counts_are_exact(config: ModelConfig) -> None:
     assert size.active == size.total - size.embedding - idle
 
 
-def counted_flops(config: ModelConfig, sequence: int) -> int:
-    """Operations torch counts in one forward of the readable back ends, no token skipped."""
-    model = random_model(config, kernels=REFERENCE)
-    with torch.no_grad():
-        for layer in blocks(model):
-            layer.moe.router.balancing_bias[-1] = -100.0
-    tokens = random_tokens(config, 1, sequence)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.logits(tokens)
+COUNTED = KernelsConfig(
+    cca="reference",
+    attention="reference",
+    norm_residual="reference",
+    router="reference",
+    grouped_mlp="reference",
+    # The reference's head takes all tokens; this one the supervised, as training does.
+    linear_cross_entropy="eager",
+)
+DOCUMENTS = [[5, 1, 9, 3], [18]]
+"""Of two packed rows, filled whole."""
+
+
+def counted(run: Callable[[], object]) -> int:
+    """Operations of products and convolutions, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        run()
     return int(counter.get_total_flops())
 
 
-@pytest.mark.parametrize("name", ["one_kv_head", "one_layer", "no_taps"])
-def test_flops_are_what_torch_counts(name: str) -> None:
-    """The readable attention computes all S x S scores, of which half are needed."""
-    config, sequence = VARIANTS[name], 8
-    counted = counted_flops(config, sequence)
-    scores = 4 * config.num_layers * config.num_query_heads * config.head_dim * sequence**2
-    assert counted - scores == sequence * matmul_flops_per_token(config)
+def whole_scores(config: ModelConfig, backward: bool) -> int:
+    """What one layer's readable attention computes: all pairs of each document."""
+    shape = (len(DOCUMENTS), sum(DOCUMENTS[0]))
+    q, k, v = (
+        torch.zeros(*shape, heads, config.head_dim, requires_grad=True)
+        for heads in (config.num_query_heads, config.num_kv_heads, config.num_kv_heads)
+    )
+    plan = packed(DOCUMENTS, shape[1]).attention
+
+    def run() -> None:
+        out = attention(q, k, v, plan, "reference")
+        if backward:
+            torch.autograd.backward(out.sum())
+
+    return counted(run)
+
+
+def visible_pairs() -> int:
+    """By looking at every pair of tokens of every row."""
+    pairs = 0
+    for lengths in DOCUMENTS:
+        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        same = document[:, None] == document[None, :]
+        pairs += int(same.tril().sum())
+    return pairs
+
+
+def depthwise(config: ModelConfig) -> int:
+    """Of one token and layer: the readable form multiplies element by element, which torch does
+    not count, so the library's own convolution over ten tokens stands for it."""
+    channels = (config.num_query_heads + config.num_kv_heads) * config.head_dim
+    taps = config.conv_depthwise_taps
+    x, weight = torch.zeros(1, channels, 10 + taps - 1), torch.zeros(channels, 1, taps)
+    return counted(lambda: torch.nn.functional.conv1d(x, weight, groups=channels)) // 10
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One real step: what the counter says, and what the step had to do."""
+
+    flops: int
+    work: Work
+
+
+def count_step(config: ModelConfig, backward: bool) -> Counted:
+    """A step over packed rows in which some tokens skip and some are not supervised."""
+    model = random_model(config, kernels=COUNTED).double()
+    with torch.no_grad():
+        for layer in blocks(model):
+            layer.moe.router.balancing_bias.zero_()
+    shape = (len(DOCUMENTS), sum(DOCUMENTS[0]))
+    tokens = random_tokens(config, *shape)
+    labels = tokens.clone()
+    labels[:, ::3] = IGNORE_LABEL
+    layout = packed(DOCUMENTS, shape[1])
+    loads: list[Tensor] = []
+
+    def run() -> None:
+        with torch.set_grad_enabled(backward):
+            out = model(tokens, labels, layout)
+        loads.append(out.load)
+        if backward:
+            torch.autograd.backward(out.loss)
+
+    flops = counted(run)
+    times = 3 if backward else 1
+    pairs = 4 * config.num_query_heads * config.head_dim * visible_pairs()
+    flops += config.num_layers * (times * pairs - whole_scores(config, backward))
+    flops += config.num_layers * times * depthwise(config) * tokens.numel()
+    work = Work(
+        tokens=int(loads[0][0].sum()),
+        expert_tokens=int(loads[0][:, : config.num_experts].sum()),
+        pairs=document_pairs(n for row in DOCUMENTS for n in row),
+        supervised=int((labels != IGNORE_LABEL).sum()),
+    )
+    return Counted(flops, work)
+
+
+SIX = ["one_kv_head", "three_kv_heads", "four_kv_heads", "one_layer", "odd_widths", "one_expert"]
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_a_forward_pass_over_packed_rows_is_what_the_counter_says(name: str) -> None:
+    config = VARIANTS[name]
+    step = count_step(config, backward=False)
+    assert 0 < step.work.expert_tokens < config.num_layers * step.work.tokens, "some must skip"
+    assert step.flops == forward_flops(config, step.work).total
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_forward_and_backward_are_what_the_counter_says(name: str) -> None:
+    step = count_step(VARIANTS[name], backward=True)
+    assert step.flops == train_flops(VARIANTS[name], step.work)
+
+
+def test_per_token_figures_are_those_of_a_step_in_which_nothing_is_left_out() -> None:
+    n = 12
+    work = Work(
+        tokens=n, expert_tokens=n * TINY.num_layers, pairs=document_pairs([n]), supervised=n
+    )
+    flops = forward_flops(TINY, work)
+    assert n * matmul_flops_per_token(TINY) == flops.total - flops.attention
+    assert n * attention_flops_per_token(TINY, n) == flops.attention
+    assert train_flops(TINY, work) == 3 * flops.total == n * train_flops_per_token(TINY, n)
 
 
 def test_attention_sees_half_the_document_on_average() -> None:

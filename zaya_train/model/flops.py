@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zaya_train.config.schema import ModelConfig
 
 
@@ -57,18 +59,74 @@ def _router_size(config: ModelConfig) -> int:
     return down + 2 * (size * size + size) + classes * size + 2 * size
 
 
-def matmul_flops_per_token(config: ModelConfig) -> int:
-    """Forward operations of the weight products one token passes through, LM head included:
-    two per weight. Elementwise work and attention scores are not in it."""
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a forward pass over packed rows has to do; padding is no work."""
+
+    tokens: int
+    """In documents."""
+    expert_tokens: int
+    """Tokens that went to an expert, summed over the layers; those that skip do not."""
+    pairs: int
+    """Pairs of a query and a key that it may see, of one layer (`document_pairs`)."""
+    supervised: int
+    """Tokens with a label: the LM head's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardFlops:
+    """Forward operations by part, a multiplication and an addition each. Elementwise work (norms,
+    rotation, softmax, activations) is not in it."""
+
+    projections: int
+    """Into and out of CCA's compressed space."""
+    depthwise_convolution: int
+    grouped_convolution: int
+    attention: int
+    """Scores and weighted values of the pairs there are."""
+    router: int
+    experts: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def forward_flops(config: ModelConfig, work: Work) -> ForwardFlops:
+    """Exact counts of one forward pass; forward and backward are three times as many."""
     d, hidden, size = config.head_dim, config.hidden_size, config.router_size
-    heads = config.num_query_heads + config.num_kv_heads
-    attention = hidden * (heads + config.num_kv_heads) * d + hidden * config.num_query_heads * d
-    convolution = heads * d * d * config.conv_grouped_taps
+    channels = (config.num_query_heads + config.num_kv_heads) * d
+    values = config.num_kv_heads * d
     classes = config.num_experts + int(config.skip_class)
-    router = size * hidden + 2 * size * size + classes * size
-    expert = 3 * hidden * config.expert_ffn_size
-    per_layer = attention + convolution + router + expert
-    return 2 * (config.num_layers * per_layer + config.vocab_size * hidden)
+    layers = 2 * config.num_layers * work.tokens
+    return ForwardFlops(
+        projections=layers * hidden * (channels + values + config.num_query_heads * d),
+        depthwise_convolution=layers * channels * config.conv_depthwise_taps,
+        grouped_convolution=layers * channels * d * config.conv_grouped_taps,
+        attention=4 * config.num_layers * config.num_query_heads * d * work.pairs,
+        router=layers * (size * hidden + 2 * size * size + classes * size),
+        experts=2 * work.expert_tokens * 3 * hidden * config.expert_ffn_size,
+        head=2 * work.supervised * config.vocab_size * hidden,
+    )
+
+
+def document_pairs(lengths: Iterable[int]) -> int:
+    """Pairs of a query and a key before it or itself, in documents of these lengths."""
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+def train_flops(config: ModelConfig, work: Work) -> int:
+    """Forward and backward of `work`: every product of the forward pass has two in the backward.
+    What kernels or `parallel.recompute` make again is not counted."""
+    return 3 * forward_flops(config, work).total
+
+
+def matmul_flops_per_token(config: ModelConfig) -> int:
+    """Forward operations of the weight products one token passes through, convolutions and LM head
+    included, no expert skipped: two per weight. Attention scores are not in it."""
+    token = Work(tokens=1, expert_tokens=config.num_layers, pairs=0, supervised=1)
+    return forward_flops(config, token).total
 
 
 def attention_flops_per_token(config: ModelConfig, document_tokens: float) -> float:
@@ -79,6 +137,6 @@ def attention_flops_per_token(config: ModelConfig, document_tokens: float) -> fl
 
 
 def train_flops_per_token(config: ModelConfig, document_tokens: float) -> float:
-    """Forward and backward: three times forward."""
+    """Forward and backward of a supervised token that skips no expert: three times forward."""
     forward = matmul_flops_per_token(config) + attention_flops_per_token(config, document_tokens)
     return 3 * forward

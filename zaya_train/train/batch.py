@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from zaya_train.config.labels import IGNORE_LABEL
+from zaya_train.model.flops import document_pairs
 from zaya_train.model.layout import SequenceLayout
 from zaya_train.parallel.sequence import local_part
 
@@ -62,6 +63,8 @@ class Batch:
     fingerprint: int = 0
     """Sum of the rows' fingerprints modulo 2^64, signed; 0 on all context-parallel ranks of a group
     but the first, which share the rows."""
+    pairs: int = 0
+    """Pairs of a query and a key it may see (model.flops) of the rows; 0 as `fingerprint`."""
 
 
 def make_batch(
@@ -72,15 +75,15 @@ def make_batch(
     labels = local_part(torch.from_numpy(np.stack([row.labels for row in rows])), chunking, rank)
     row_tokens = tokens.shape[1]
     ranges = chunking.ranges_of(rank, row_tokens) if chunking.ranks > 1 else None
-    layout = SequenceLayout.of_documents(
-        [row.document_lengths.tolist() for row in rows], row_tokens, device, ranges
-    )
+    lengths = [row.document_lengths.tolist() for row in rows]
+    layout = SequenceLayout.of_documents(lengths, row_tokens, device, ranges)
     return Batch(
         tokens=local_part(tokens, chunking, rank).to(device),
         labels=labels.to(device),
         layout=layout,
         supervised=int((labels != IGNORE_LABEL).sum()),
         fingerprint=wrapped_sum(row.fingerprint for row in rows) if rank == 0 else 0,
+        pairs=document_pairs(n for row in lengths for n in row) if rank == 0 else 0,
     )
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from zaya_train.train.metrics import MetricsWriter
     from zaya_train.train.observe import StreamWatch
     from zaya_train.train.state import TrainState
+    from zaya_train.train.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class PhaseRun:
     drawn: Callable[[int], dict[str, int]]
     """Rows of every source among the phase's first n."""
     hooks: Hooks
+    throughput: Throughput
 
 
 def rates(run: PhaseRun, phase_tokens: int, norm_limit: float = math.inf) -> Rates:
@@ -239,6 +241,7 @@ def _report(
     """The console line and the metrics row of one step."""
     seconds, data_seconds, speed = timing
     balance = load_summary(result.load, run.num_experts)
+    work = run.throughput.of(result, seconds)
     run.metrics.write(
         "step",
         step=state.step,
@@ -255,6 +258,7 @@ def _report(
         tokens_per_second=speed,
         applied=result.applied,
         **({"reason": result.reason} if result.reason else {}),
+        **work,
         **balance,
         **observed,
     )

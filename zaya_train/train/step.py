@@ -63,6 +63,8 @@ class StepResult:
     """Why the step was not applied."""
     finding: Finding | None = None
     """Where that lies; None for applied steps and rows passed over."""
+    pairs: int = 0
+    """Pairs of a query and a key it may see, of all ranks' rows."""
 
 
 def unmarked(phase: str) -> None:
@@ -88,7 +90,7 @@ def train_step(
     What the step does next (skip, scale, update) follows from numbers that are equal on every rank.
     NumericsError on all ranks, with nothing updated, where replicas disagree on the gradient.
     """
-    count, fingerprint = _count(batches)
+    count, fingerprint, pairs = _count(batches)
     own_loss, load = _accumulate(model, batches, count.clamp_min(1), reduction, mark)
     mark("exchange")
     loss, load, heard = _reduce(own_loss, load, stop_signal)
@@ -111,12 +113,13 @@ def train_step(
         fingerprint=int(fingerprint),
         reason=reason,
         finding=finding,
+        pairs=int(pairs),
     )
 
 
 def pass_over(optimizer: Optimizer, batches: Sequence[Batch], stop_signal: int = 0) -> StepResult:
     """A step over rows that a roll back decided to avoid: counted, and nothing else."""
-    count, fingerprint = _count(batches)
+    count, fingerprint, _ = _count(batches)
     load = torch.zeros_like(optimizer.balancing.first, dtype=torch.float64)
     loss = load.new_full((), math.nan)
     _, load, heard = _reduce(loss, load, stop_signal)
@@ -132,13 +135,14 @@ def pass_over(optimizer: Optimizer, batches: Sequence[Batch], stop_signal: int =
     )
 
 
-def _count(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    """Supervised tokens and fingerprint of all ranks' rows."""
+def _count(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+    """Supervised tokens, fingerprint and attention's pairs of all ranks' rows."""
     # int64 sums wrap around, which is what a sum of fingerprints means.
-    own = (sum(b.supervised for b in batches), wrapped_sum(b.fingerprint for b in batches))
+    fingerprint = wrapped_sum(b.fingerprint for b in batches)
+    own = (sum(b.supervised for b in batches), fingerprint, sum(b.pairs for b in batches))
     counts = torch.tensor(own, dtype=torch.int64, device=batches[0].tokens.device)
-    count, fingerprint = sum_over(counts).unbind()
-    return count, fingerprint
+    supervised, fingerprints, pairs = sum_over(counts).unbind()
+    return supervised, fingerprints, pairs
 
 
 def _accumulate(
