@@ -76,7 +76,7 @@ def _save_over_errors(
     """Save, fail, save; names after the failure, and what differs from what was meant."""
     rank, calls, name = failing
     store = CheckpointStore(root, keep_last=2)
-    metrics = MetricsWriter(run_dir, [], enabled=dist.get_rank() == 0)
+    metrics = MetricsWriter(run_dir, enabled=dist.get_rank() == 0)
     config = CheckpointConfig(retry_seconds=0.0)
     saver = Saver(store, metrics, run_dir, config, lambda: None)
     mesh, bad, left = make_mesh(), [], []

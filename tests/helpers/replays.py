@@ -32,7 +32,7 @@ def expected(run_dir: Path) -> Shown:
         if row["kind"] == "step":
             left_out = {"kind", "attempt", "wall_time", "step", "phase_step", "load"}
             values = {f"train/{k}": v for k, v in row.items() if k not in left_out}
-            values = {k: float(v) for k, v in values.items() if not isinstance(v, str)}
+            values = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
         elif row["kind"] == "eval":
             values = {f"validation/{name}": loss for name, loss in row["losses"].items()}
         else:

@@ -136,7 +136,7 @@ def test_a_run_without_a_row_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_live_run_is_followed_to_its_end(tmp_path: Path) -> None:
     def train() -> None:
-        with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+        with MetricsWriter(tmp_path, enabled=True) as metrics:
             metrics.write("start", step=0, **LAUNCH)
             for step in range(1, 4):
                 metrics.write("step", **step_values(step, 1.0))

@@ -59,8 +59,8 @@ TAGS: dict[str, dict[Kind, str]] = {
     },
     "precision": {"math": "compute_dtype reduce_dtype"},
     "kernels": {
-        "speed": "cca attention norm_residual router grouped_mlp grouped_mlp_recompute "
-        "linear_cross_entropy newton_schulz",
+        "speed": "cca attention norm_residual router moe_permute grouped_mlp "
+        "grouped_mlp_recompute linear_cross_entropy newton_schulz",
     },
     "checkpoint": {
         "math": "initial_weights branch_from",

@@ -175,7 +175,7 @@ def rows_between(
                 start += len(line)
                 if not line.endswith(b"\n") or (end is not None and start > end):
                     return
-                yield _decode_line(line, f"{path}: byte {start - len(line)}"), start
+                yield decode_line(line, f"{path}: byte {start - len(line)}"), start
     except OSError as error:
         raise DataError(f"{path}: cannot read metrics: {error.strerror}") from error
 
