@@ -226,6 +226,22 @@ def test_minus_zero_is_not_zero(tmp_path: Path) -> None:
     assert [(d.key, d.elements, d.relative) for d in result.tensors] == [("w", 3, 0.0)]
 
 
+def _with_identity(root: Path, config: dict[str, Any]) -> None:
+    store = CheckpointStore(root, keep_last=2)
+    store.save(plain_state(1), record(1, identity={"config": config}))
+    store.close()
+
+
+def test_a_checkpoint_carries_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rate in (("a", 0.02), ("b", 0.01)):
+        run_ranks(_with_identity, 1, tmp_path / name, {"optim": {"clip_norm": rate}})
+    code, out = said(["diff", str(tmp_path / "a"), str(tmp_path / "b")], capsys)
+    assert code == 0
+    assert "optim.clip_norm" in out and "0.02" in out
+
+
 def _with_config(root: Path, config: dict[str, Any]) -> None:
     digest = sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
     store = CheckpointStore(root / "checkpoints", keep_last=2)

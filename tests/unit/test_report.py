@@ -283,6 +283,21 @@ def test_a_live_run_with_a_torn_line_is_shown_as_far_as_it_is(tmp_path: Path) ->
     assert data_of(text)["runs"][0]["panels"]["loss"][0]["x"] == [1]
 
 
+def test_shares_of_what_devices_can_are_drawn_where_rows_have_them(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
+        metrics.write("start", step=0, **LAUNCH)
+        for step in (1, 2):
+            shares = {"flops": 1e9, "mfu": 0.25, "mfu_measured": 0.5 * step}
+            metrics.write("step", **step_values(step, 1.0) | shares)
+    (tmp_path / "config.json").write_text("{}")
+    text = report([tmp_path], tmp_path / "report.html").read_text()
+    (compute,) = data_of(text)["runs"][0]["panels"]["compute"]
+    assert {line["label"]: line["y"] for line in compute["lines"]} == {
+        "MFU, %": [25, 25],
+        "of a plain product, %": [50, 100],
+    }
+
+
 def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("one", "two")]
     text = report(runs, tmp_path / "both.html").read_text()

@@ -203,8 +203,11 @@ def _places(checkpoint: Found) -> tuple[dict[str, Any], ...]:
 
 
 def _config_of(path: Path, record: CheckpointRecord) -> dict[str, Any]:
-    """The configuration of the attempt that wrote the checkpoint, if the run kept it: the one of
-    the record's hash."""
+    """The configuration of the attempt that wrote the checkpoint, its own or, of earlier versions,
+    the one of the record's hash that the run kept."""
+    if record.identity:
+        config: dict[str, Any] = record.identity["config"]
+        return config
     for file in sorted((path.parent.parent / CONFIG_DIR).glob("attempt-*.json")):
         values = read_config(file)
         if hash_of(values) == record.config_hash:

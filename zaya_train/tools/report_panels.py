@@ -63,9 +63,10 @@ PANELS = (
     Panel(
         "compute",
         "Compute",
-        "What the model's arithmetic comes to, per rank. Where rows carry no MFU: forward and "
-        "backward of the weight products, attention scores not counted.",
-        "GFLOP/s",
+        "Share of what the devices can: of the data sheet's peak where it is known, and of a plain "
+        "product measured at the start. Rows of older versions carry neither: GFLOP/s per rank of "
+        "the weight products, attention scores not counted.",
+        "",
         zero=True,
     ),
     Panel(
@@ -250,9 +251,10 @@ def goodput(run: RunData) -> Array:
 
 
 def _compute(run: RunData) -> Lines:
-    measured = run.column("mfu")
-    if np.isfinite(measured).any():
-        return [_line("MFU, %", 100 * measured)]
+    shares = {"MFU, %": run.column("mfu"), "of a plain product, %": run.column("mfu_measured")}
+    known = [_line(name, 100 * s) for name, s in shares.items() if np.isfinite(s).any()]
+    if known:
+        return known
     try:
         model = build(ModelConfig, run.config["model"])
     except (KeyError, ConfigError):
