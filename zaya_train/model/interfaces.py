@@ -16,7 +16,10 @@ from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatte
 from zaya_train.config.schema import KernelsConfig, RecomputeKind
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+    from zaya_kernels.grouped_mlp.types import MainGradients
 
 
 class ContextExchange(Protocol):
@@ -142,12 +145,19 @@ class LocalDispatcher:
         return stack
 
 
+def no_sums(_: nn.Module) -> None:
+    """Nobody keeps sums of gradients: autograd gets them all."""
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """Everything injected into a model: who exchanges, who dispatches, which kernels run, what is
-    made again in the backward pass."""
+    made again in the backward pass, where gradients are summed."""
 
     exchange: ContextExchange = field(default_factory=WholeRows)
     dispatcher: TokenDispatcher = field(default_factory=LocalDispatcher)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     recompute: RecomputeKind = "none"
+    main_gradients: Callable[[nn.Module], MainGradients | None] = no_sums
+    """Of a module of experts: fp32 sums to which kernels add its gradients in the coming backward
+    pass, or None."""

@@ -40,7 +40,7 @@ class Experts(nn.Module):
         kernels = self.around.kernels
         return grouped_mlp(
             rows, counts, own(self.gate_up), own(self.down), kernels.grouped_mlp,
-            recompute=kernels.grouped_mlp_recompute,
+            recompute=kernels.grouped_mlp_recompute, main=self.around.main_gradients(self),
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from zaya_train.model.interfaces import (
 )
 from zaya_train.model.zaya import ZayaModel
 from zaya_train.parallel.experts import AllToAllDispatcher
-from zaya_train.parallel.fsdp import shard, write_full
+from zaya_train.parallel.fsdp import GradientSums, shard, write_full
 from zaya_train.parallel.sequence import Chunking, SharedRows
 
 if TYPE_CHECKING:
@@ -64,9 +64,14 @@ def sharded_on_meta(
         dispatcher = AllToAllDispatcher(mesh.sparse.get_group("expert"))
     if mesh.layout.context > 1:
         exchange = SharedRows(mesh.context_group, chunking_of(mesh, config), device)
+    sums = GradientSums()
     with torch.device("meta"):
-        around = Surroundings(exchange, dispatcher, config.kernels, config.parallel.recompute)
+        around = Surroundings(
+            exchange, dispatcher, config.kernels, config.parallel.recompute, sums.of
+        )
         model = ZayaModel(model_config, around)
     shard(model, mesh, config.precision, config.parallel.reshard_after_forward)
+    if config.kernels.grouped_mlp == "triton":
+        sums.attach(model)
     register_fsdp_forward_method(model, "logits")
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,12 +11,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from zaya_kernels.dtypes import DTYPES
+from zaya_kernels.grouped_mlp.types import MainGradients
 
 from zaya_train.parallel.collectives import row_counts
 from zaya_train.parallel.experts import divide_experts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
     from zaya_train.config.schema import AccumulationKind, ParallelConfig, PrecisionConfig
     from zaya_train.model.zaya import ZayaModel
@@ -97,6 +100,38 @@ class Reduction:
         model.set_requires_gradient_sync(last or self.accumulation != "keep_unsharded")
         model.set_requires_all_reduce(last or self.accumulation == "reduce_each")
         model.set_reshard_after_backward(last or not self.keep_gathered)
+
+
+class GradientSums:
+    """The fp32 sums in which FSDP2 keeps a unit's whole gradients from one micro-batch to the next,
+    for kernels that add to them by themselves.
+
+    They exist from a step's second micro-batch on, under parallel.accumulation=keep_unsharded,
+    where gradients are of another type than their reduction (torch 2.13, `FSDPParam`: post_backward
+    makes them, adds what autograd left in `.grad`, if anything, and hands them to the reduction).
+    """
+
+    def __init__(self) -> None:
+        self._parameters: dict[nn.Module, dict[str, FSDPParam]] = defaultdict(dict)
+
+    def attach(self, model: nn.Module) -> None:
+        """After `shard`."""
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for group in module._get_fsdp_state()._fsdp_param_groups:
+                    for parameter in group.fsdp_params:
+                        place = parameter._module_info
+                        self._parameters[place.module][place.param_name] = parameter
+
+    def of(self, experts: nn.Module) -> MainGradients | None:
+        """See Surroundings.main_gradients."""
+        own = self._parameters.get(experts, {})
+        sums = [
+            own[name].unsharded_accumulated_grad_data
+            for name in MainGradients.__dataclass_fields__
+            if name in own and own[name].unsharded_accumulated_grad is not None
+        ]
+        return MainGradients(*sums) if len(sums) == 2 else None
 
 
 def reshard(model: ZayaModel) -> None:
