@@ -22,7 +22,7 @@ from zaya_kernels.workshop.interpreter import counting
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-EXPERTS, TOKENS, HIDDEN = 5, 70, 24
+EXPERTS, TOKENS, HIDDEN = 5, 40, 24
 
 
 def choices(name: str) -> Tensor:
@@ -84,9 +84,20 @@ def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {n: value.to(dtype) for n, value in made.items()}
 
 
-@pytest.mark.parametrize("skip", ["identity", "zero"])
-@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
-@pytest.mark.parametrize("name", ["random", "skipped", "none", "one"])
+@pytest.mark.parametrize(
+    ("name", "known", "skip"),
+    [
+        ("random", True, "identity"),
+        ("random", True, "zero"),
+        ("random", False, "identity"),
+        ("random", False, "zero"),
+        ("one", False, "identity"),
+        ("skipped", True, "zero"),
+        ("skipped", False, "identity"),
+        ("none", True, "identity"),
+        ("none", False, "zero"),
+    ],
+)
 def test_rows_and_gradients(name: str, known: bool, skip: str) -> None:
     def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return there_and_back(name, known, skip, backend, x)
@@ -94,11 +105,11 @@ def test_rows_and_gradients(name: str, known: bool, skip: str) -> None:
     assert_backends_agree(run, inputs_of(name, torch.float64))
     for dtype in (torch.float32, torch.bfloat16):
         assert_no_worse(run, inputs_of(name, dtype), "triton")
-        if name == "random":
-            assert_bitwise(run, inputs_of(name, dtype), "triton")
-    alone = inputs_of(name, torch.float32)
-    del alone["probability"]
-    assert_no_worse(run, alone, "triton")
+    if skip == "identity":
+        assert_bitwise(run, inputs_of(name, torch.bfloat16), "triton")
+        alone = inputs_of(name, torch.float32)
+        del alone["probability"]
+        assert_no_worse(run, alone, "triton")
 
 
 def test_probabilities_may_be_more_exact_than_rows() -> None:
