@@ -25,7 +25,7 @@ CHANGES = {"kernels.grouped_mlp": "triton", "model.num_layers": 1}
 
 
 def gradients(case: Case) -> tuple[dict[str, Tensor], list[bool]]:
-    """Of two micro-batches, whole; and for each whether it had sums."""
+    """Of two micro-batches, whole; and for each pass of a layer whether it had sums."""
     found = []
     inner = GradientSums.of
 
@@ -44,7 +44,7 @@ def gradients(case: Case) -> tuple[dict[str, Tensor], list[bool]]:
 
 
 def with_and_without(case: Case) -> tuple[list[bool], dict[str, float]]:
-    """Micro-batches that had sums; each gradient's relative distance from the one of which
+    """Passes that had sums; each gradient's relative distance from the one of which
     autograd rounds every micro-batch's share to bf16 first."""
     from zaya_kernels.workshop.interpreter import install
 
@@ -57,11 +57,19 @@ def with_and_without(case: Case) -> tuple[list[bool], dict[str, float]]:
     return used, {n: float((mine[n] - g).norm() / g.norm()) for n, g in usual.items()}
 
 
-@pytest.mark.parametrize("expert", [1, 2])
-def test_they_are_added_once_and_not_rounded(expert: int) -> None:
-    case = Case(shard=2, expert=expert, compute="bf16")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(shard=2, recompute="full", compute="bf16"),
+        Case(shard=2, expert=2, compute="bf16"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_they_are_added_once_and_not_rounded(case: Case) -> None:
     for used, errors in run_ranks(with_and_without, 2, case):
-        assert used == [False, True]
+        # With recompute each layer is passed twice.
+        passes = len(used) // 2
+        assert passes and used == [False] * passes + [True] * passes
         for name, error in errors.items():
             rounded = name.endswith(("experts.gate_up", "experts.down"))
             assert (0 < error < 2**-8) if rounded else error == 0, name

@@ -37,9 +37,12 @@ def pass_on(device: torch.device, kernels: KernelsConfig, recompute: RecomputeKi
             replace(TINY, num_layers=2), Surroundings(kernels=kernels, recompute=recompute)
         )
         moe, norm = (model.layers[1].get_submodule(name) for name in ("moe", "moe_norm"))
-        x = torch.zeros(1, 40, TINY.hidden_size, requires_grad=True)
+        x = torch.randn(1, 40, TINY.hidden_size, requires_grad=True)
         previous = torch.zeros(1, 40, TINY.router_size)
         valid = torch.ones(1, 40, dtype=torch.bool)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.normal_()
     out, _ = moe(x, previous, valid, norm, RoutingTape())
     torch.autograd.backward(out, torch.ones_like(out))
     assert x.grad is not None
