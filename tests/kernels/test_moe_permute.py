@@ -50,7 +50,7 @@ def test_sorted_stably_and_counted(name: str, backend: str) -> None:
     choice = choices(name)
     found = ordered(choice, backend)
     assert torch.equal(found.order, torch.argsort(choice, stable=True))
-    assert torch.equal(found.load.counts, torch.bincount(choice, minlength=EXPERTS + 1))
+    assert torch.equal(found.counts, torch.bincount(choice, minlength=EXPERTS + 1))
 
 
 @pytest.mark.parametrize("experts", [1, 40, host.MOST_EXPERTS])

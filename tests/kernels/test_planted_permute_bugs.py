@@ -38,7 +38,7 @@ def check() -> None:
     choice = torch.arange(40) % 6
     found = ordered(choice, "triton")
     assert torch.equal(found.order, torch.argsort(choice, stable=True))
-    assert torch.equal(found.load.counts, torch.bincount(choice))
+    assert torch.equal(found.counts, torch.bincount(choice))
 
     def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return there_and_back("random", True, "identity", backend, x)

@@ -51,7 +51,7 @@ class Journey:
         local = torch.arange(experts, device=self.arriving.device).repeat(len(self.receives))
         total = sum(self.receives)
         expert = torch.repeat_interleave(local, self.arriving, output_size=total)
-        return sort_by_expert(count_by_expert(expert, experts, self.order.load.backend), total)
+        return sort_by_expert(count_by_expert(expert, experts, self.order.backend), total)
 
 
 class AllToAllDispatcher:

@@ -70,7 +70,8 @@ def gather(tokens: Tensor, order: Order) -> tuple[Tensor, Tensor]:
 
 def rest(base: Tensor, order: Order) -> Tensor:
     """See `zaya_kernels.moe_permute.op.rest_of`."""
-    skipped = order.load.choice == order.num_experts
+    routed = _routed(order)
+    skipped = torch.empty_like(routed).index_copy_(0, order.order, ~routed)
     return torch.where(skipped.unsqueeze(-1), base, 0)
 
 
@@ -89,6 +90,11 @@ def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor
 
 def _only_routed(rows: Tensor, order: Order) -> Tensor:
     """rows [T, D], zero from the first that has no expert on; so are their gradients."""
-    places = torch.arange(rows.shape[0], device=rows.device)
-    kept = rows.shape[0] - order.load.counts[-1]
-    return torch.where((places < kept).unsqueeze(-1), rows, 0)
+    return torch.where(_routed(order).unsqueeze(-1), rows, 0)
+
+
+def _routed(order: Order) -> Tensor:
+    """[T] bool: places with an expert."""
+    tokens = order.order.numel()
+    places = torch.arange(tokens, device=order.order.device)
+    return places < tokens - order.counts[-1]

@@ -58,23 +58,23 @@ def count_by_expert(choice: Tensor, num_experts: int, backend: str) -> Load:
 
 def sort_by_expert(load: Load, known: int | None = None) -> Order:
     """Stable. `known`: tokens with an expert, where the host knows the number."""
-    return Order(load, _of(load.backend).sort(load), known)
+    return Order(_of(load.backend).sort(load), load.counts, load.backend, known)
 
 
 def gather(tokens: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """tokens [T, D] -> rows [R, D] by expert, and the tokens again, for `rest_of`: taken from
     there, their gradient costs no pass of its own."""
-    return _of(order.load.backend).gather(tokens, order)
+    return _of(order.backend).gather(tokens, order)
 
 
 def rest_of(base: Tensor, order: Order) -> Tensor:
     """base [T, D], what tokens without an expert put out (`gather`'s tokens, or what depends on
     no other token) -> what `scatter` takes, which need not be kept and may be overwritten. Apart
     from it, so that it can be made while rows travel."""
-    return _of(order.load.backend).rest(base, order)
+    return _of(order.backend).rest(base, order)
 
 
 def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """rows [R, D] -> [T, D] in the tokens' places; tokens without an expert have their row of
     `rest` there, or zero. Each token's is multiplied by probability [T], if one is given."""
-    return _of(order.load.backend).scatter(rows, order, rest, probability)
+    return _of(order.backend).scatter(rows, order, rest, probability)

@@ -39,7 +39,7 @@ def rest(base: Tensor, order: Order) -> Tensor:
 
 def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """See `zaya_kernels.moe_permute.op.scatter`."""
-    kept = int(order.load.counts[:-1].sum())
+    kept = int(order.counts[:-1].sum())
     left = order.order.numel() - kept
     base = rows.new_zeros(left, rows.shape[1]) if rest is None else rest[order.order[kept:]]
     out = torch.cat([rows[:kept], base])[torch.argsort(order.order)]

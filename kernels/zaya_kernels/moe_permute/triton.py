@@ -108,7 +108,7 @@ def sort(load: Load) -> Tensor:
 def _move(kernel: Any, programs: int, order: Order, columns: int, *arguments: Any) -> None:
     """Launch for so many places; there may be none."""
     if programs:
-        tokens, skipped = order.order.numel(), order.load.counts[-1:]
+        tokens, skipped = order.order.numel(), order.counts[-1:]
         config = CONFIGS[kernel.__name__][architecture(order.order.device)]
         width = 1 << (columns - 1).bit_length()
         launch(

@@ -30,16 +30,14 @@ class Load:
 class Order:
     """Tokens sorted by class, those of one class in their own order; on the tokens' device."""
 
-    load: Load
     order: Tensor
     """[T] int64: token at each place."""
+    counts: Tensor
+    """[C] int64."""
+    backend: str
     known: int | None = None
     """Tokens with an expert, if the host knows the number; without it rows are as many as tokens,
     those beyond the counts neither read nor written."""
-
-    @property
-    def num_experts(self) -> int:
-        return self.load.counts.numel() - 1
 
     @property
     def num_rows(self) -> int:
