@@ -43,7 +43,7 @@ def observed(case: Case) -> tuple[Row, list[list[float]]]:
 
 
 def stream_by_hand(case: Case) -> list[float]:
-    """Root mean squares at layer borders over the step's valid tokens, one rank."""
+    """Root mean squares at layer borders over the first micro-batch's valid tokens, one rank."""
     setup = Setup.of(case)
     seen: list[torch.Tensor] = []
     for layer in setup.model.layers:
@@ -51,15 +51,16 @@ def stream_by_hand(case: Case) -> list[float]:
     setup.model.layers[-1].register_forward_hook(
         lambda layer, given, made: seen.append(made[0].detach())
     )
-    (batch,) = setup.batches(0)
+    batch = setup.batches(0)[0]
     setup.model(batch.tokens, batch.labels, batch.layout)
     valid = batch.layout.valid
     return [float(stream[valid].double().square().mean().sqrt()) for stream in seen]
 
 
-def test_one_rank_tells_what_the_model_holds() -> None:
-    ((row, biases),) = run_ranks(observed, 1, ONE)
-    (by_hand,) = run_ranks(stream_by_hand, 1, ONE)
+@pytest.mark.parametrize("case", [ONE, Case(micro_rows=1)], ids=lambda case: case.name)
+def test_one_rank_tells_what_the_model_holds(case: Case) -> None:
+    ((row, biases),) = run_ranks(observed, 1, case)
+    (by_hand,) = run_ranks(stream_by_hand, 1, case)
     assert row["stream_rms"] == pytest.approx(by_hand, rel=1e-6)
     assert row["eda_gain"] == pytest.approx([1.35])  # router_size 8: 1 + 3.5 / 10
     assert row["balancing_bias"] == [[round(x, 5) for x in layer] for layer in biases]
