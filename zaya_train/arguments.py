@@ -266,6 +266,16 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("run_dir", metavar="run", type=Path)
     parser.add_argument("--once", action="store_true", help="print one frame and end")
     parser.add_argument("--every-seconds", type=float, default=2.0, help="between frames")
+    parser = add_command(
+        commands, "router", handlers["router"], "the balancing controller: state, advice, what-if"
+    )
+    parser.add_argument("run_dir", metavar="run", type=Path)
+    parser.add_argument(
+        "--gains",
+        action="append",
+        default=[],
+        help="replay the routing trace under these: learning_rate=0.003,beta1=0.8; repeatable",
+    )
     parser = add_command(commands, "smoke", handlers["smoke"], "the whole main job on this machine")
     parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
     parser.add_argument("--data", help="train on this dataset instead of generated problems")

@@ -234,6 +234,12 @@ def _watch(options: argparse.Namespace) -> None:
     watch(options.run_dir, Console(), options.once, options.every_seconds)
 
 
+def _router(options: argparse.Namespace) -> None:
+    from zaya_train.tools.router import router
+
+    router(options.run_dir, options.gains, Console())
+
+
 def _smoke(options: argparse.Namespace) -> int:
     from zaya_train.tools.smoke import SmokeRequest, smoke
 
@@ -330,6 +336,7 @@ HANDLERS = {
     "sync": _sync,
     "diff": _diff,
     "watch": _watch,
+    "router": _router,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
     "checkpoint ls": _checkpoint_ls,

@@ -59,6 +59,7 @@ from zaya_train.train.progress import PhaseProgress
 from zaya_train.train.saving import Saver
 from zaya_train.train.state import TrainState
 from zaya_train.train.throughput import Throughput
+from zaya_train.train.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import PhaseConfig, TrainConfig
@@ -371,6 +372,7 @@ def _phase_run(context: Context, built: Built, hooks: Hooks, feed: Feed) -> Phas
         save_every_steps=config.checkpoint.every_steps,
         guard=guard,
         drawn=feed.rows.drawn,
+        trace=RoutingTrace(context.run_dir, config.logging, context.ranks.rank == 0),
         hooks=hooks,
         throughput=Throughput(built.model_config, context.ranks.world_size, context.peaks),
     )

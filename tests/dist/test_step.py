@@ -26,6 +26,7 @@ from zaya_train.train.metrics import MetricsWriter, read_metrics
 from zaya_train.train.state import TrainState
 from zaya_train.train.step import Rates, StepResult, train_step
 from zaya_train.train.throughput import Throughput
+from zaya_train.train.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,6 +193,7 @@ def phase_run(setup: Setup, folder: Path, saved: list[int], stop: list[int]) -> 
             lambda consumed: [[consumed + 0, consumed + 2], [consumed + 1, consumed + 3]],
         ),
         drawn=lambda rows: {"problems": rows},
+        trace=RoutingTrace(folder, setup.config.logging, enabled=False),
         hooks=Hooks(
             evaluate=lambda state: None,
             save=save,

@@ -33,7 +33,16 @@ STEP_CHARTS = {
 DEPTH_CHARTS = {"stream", "eda"}
 MAPS = {"load_map", "bias_map", "stream_map", "eda_map"}
 LAYER_CHARTS = {"load_map_layer", "bias_map_layer"}
-TABLES = {"phases", "mixture-table", "time", "restarts", "incidents", "checkpoints", "files"}
+TABLES = {
+    "phases",
+    "mixture-table",
+    "time",
+    "router",
+    "restarts",
+    "incidents",
+    "checkpoints",
+    "files",
+}
 MOST_BYTES = 5_000_000
 SPIKE = 97.5
 LONG_STEPS = 100_000

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from tests.unit.test_report import LAUNCH, step_values, write_attempt
 from zaya_train.config.errors import DataError
-from zaya_train.tools import watch as watching
-from zaya_train.tools.watch import BLOCKS, PLAIN_BLOCKS, Tail, frame, sparkline, watch
+from zaya_train.tools import tail as reading
+from zaya_train.tools.tail import Tail
+from zaya_train.tools.watch import BLOCKS, PLAIN_BLOCKS, frame, sparkline, watch
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def test_of_a_long_file_only_the_end_is_read(
     path = tmp_path / METRICS_FILE
     path.write_bytes(b"not JSON\n" + b"".join(line(step) for step in range(1, 10)))
     three = len(line(7) + line(8) + line(9))
-    monkeypatch.setattr(watching, "TAIL_BYTES", three + inside)
+    monkeypatch.setattr(reading, "TAIL_BYTES", three + inside)
     # A window that begins on a line's border loses that line: it cannot know.
     assert steps_of(Tail(path).read()) == ([7, 8, 9] if inside > 0 else [8, 9])
 

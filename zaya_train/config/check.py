@@ -166,9 +166,12 @@ def _settings(config: TrainConfig) -> Iterator[str]:
             f"checkpoint.keep_every_steps: {kept} is no multiple of checkpoint.every_steps="
             f"{every}, so most of these steps have no checkpoint to keep"
         )
-    yield from _positive("logging", config.logging, ("every_steps",))
+    yield from _positive(
+        "logging", config.logging, ("every_steps", "trace_first_step", "trace_tokens")
+    )
     for key, number in (
         ("logging.eval_every_steps", config.logging.eval_every_steps),
+        ("logging.trace_steps", config.logging.trace_steps),
         ("run.seed", config.run.seed),
         ("checkpoint.retry_seconds", config.checkpoint.retry_seconds),
         ("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps),

@@ -323,6 +323,14 @@ class LoggingConfig:
     """Steps between console lines and metrics rows."""
     eval_every_steps: int = 50
     """Steps between validation losses; 0 turns them off."""
+    trace_steps: int = 0
+    """Steps whose routing is recorded below <run.dir>/routing, for `zaya router` to replay under
+    other gains; 0: none. A step is layers x trace_tokens x classes x 4 bytes: 1.4 MB for 40 layers
+    of 17 classes and 512 tokens."""
+    trace_first_step: int = 1
+    """The first of them."""
+    trace_tokens: int = 512
+    """Tokens whose probabilities are kept, of the writing rank's first micro-batch."""
     wandb: Literal["disabled", "offline", "online"] = "offline"
     wandb_project: str = "zaya-train"
     tensorboard: bool = True

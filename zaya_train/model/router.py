@@ -56,11 +56,12 @@ class Router(nn.Module):
         tape's if that holds one, else written to it."""
         tape = tape or RoutingTape()
         context = RouterContext(self.balancing_bias, valid, self.eps, tape.choice, tape.load)
-        routed = router(x, previous, self._weights(), context, self.backend)
+        routed = router(x, previous, self.weights(), context, self.backend)
         tape.choice, tape.load = routed.choice, routed.load
         return routed
 
-    def _weights(self) -> RouterWeights:
+    def weights(self) -> RouterWeights:
+        """The parameters as the operation takes them."""
         return RouterWeights(
             self.down,
             self.down_bias,

@@ -7,6 +7,17 @@ from datetime import UTC, datetime
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from zaya_train.tools.router import (
+    LEGEND,
+    NO_TRACE,
+    REPLAY_HEAD,
+    STATE_HEAD,
+    cockpit,
+    newest_steps,
+    replay_cells,
+    state_cells,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -65,6 +76,7 @@ def run_html(run: RunData, base: Path, several: bool) -> str:
         ("phases", "Phases", _phase_table(run)),
         ("mixture-table", "Data mixture", _mixture_table(run)),
         ("time", "Where the wall time went", _time_table(run)),
+        ("router", "Routers", _router_html(run)),
         ("restarts", "Starts and resumes", _launch_table(run)),
         ("incidents", "Incidents", _incident_table(run)),
         ("checkpoints", "Checkpoints", _checkpoint_table(run)),
@@ -175,6 +187,29 @@ def _time_table(run: RunData) -> str:
     whole = spent.wall_seconds or 1.0
     rows = [[name, duration(part), f"{100 * part / whole:.1f} %"] for name, part in parts]
     return _table(["", "time", "share"], rows)
+
+
+def _router_html(run: RunData) -> str:
+    """The cockpit of `zaya router`."""
+    if not run.config:
+        return "<p>The run kept no configuration, which has the gains.</p>"
+    rows = newest_steps(run.run_dir)
+    if not rows:
+        return "<p>No step was applied yet.</p>"
+    seen = cockpit(run.run_dir, rows)
+    words = "".join(f"<li>{escape(line)}</li>" for line in seen.words)
+    states = _table(STATE_HEAD, [map(escape, state_cells(state)) for state in seen.states])
+    states += f"<p>{escape(LEGEND)}</p>"
+    if not seen.tried:
+        return f"{states}<ul>{words}</ul><p>{escape(NO_TRACE)}</p>"
+    first, last = seen.traced
+    replays = [map(escape, replay_cells(each, seen.num_experts)) for each in seen.tried]
+    return (
+        f"{states}<ul>{words}</ul><h3>What if: steps {first:,} to {last:,} under other gains</h3>"
+        "<p>The first row is as recorded; means over the later half of the steps. moved: share of "
+        "the sampled choices. Weights learn from where tokens go, which a replay cannot tell.</p>"
+        f"{_table(REPLAY_HEAD, replays)}"
+    )
 
 
 def _launch_table(run: RunData) -> str:

@@ -10,7 +10,6 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -24,8 +23,9 @@ from zaya_train.config.errors import DataError
 from zaya_train.runtime.supervisor import STATUS_FILE
 from zaya_train.tools.report_data import read_incidents
 from zaya_train.tools.report_tables import count, duration
+from zaya_train.tools.tail import Tail
 from zaya_train.train.attempts import CONFIG_FILE, read_config
-from zaya_train.train.metrics import METRICS_FILE, current_rows, decode_line, is_launch
+from zaya_train.train.metrics import METRICS_FILE, is_launch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,48 +33,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-TAIL_BYTES = 8 << 20  # some 600 rows of a model with 40 layers
-MAX_ROWS = 2_000
 RECENT = 50  # rows whose median is the rate
 INCIDENTS_SHOWN = 3
 LOGARITHMIC = ("loss", "grad_norm")
 BLOCKS = "".join(map(chr, range(0x2581, 0x2589)))
 PLAIN_BLOCKS = "_.-=+*#@"
-
-
-@dataclass
-class Tail:
-    """The newest rows of a growing metrics file."""
-
-    path: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    _offset: int = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Rows that stand, of the last TAIL_BYTES or since the first call. DataError as metrics."""
-        try:
-            with self.path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size < self._offset:
-                    self.rows, self._offset = [], 0  # another run in the same place
-                begin = self._offset
-                if not self.rows and size - begin > TAIL_BYTES:
-                    begin = size - TAIL_BYTES
-                file.seek(begin)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
-        whole, newline, _ = data.rpartition(b"\n")
-        if newline:
-            lines = whole.split(b"\n")
-            if begin > self._offset:
-                del lines[0]  # the window begins inside a line
-            new = [decode_line(line, str(self.path)) for line in lines]
-            self.rows = current_rows([*self.rows, *new])[-MAX_ROWS:]
-            self._offset = begin + len(whole) + 1
-        return self.rows
 
 
 def watch(run_dir: Path, console: Console, once: bool, every_seconds: float) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from zaya_train.train.observe import StreamWatch
     from zaya_train.train.state import TrainState
     from zaya_train.train.throughput import Throughput
+    from zaya_train.train.trace import RoutingTrace
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class PhaseRun:
     guard: Guard
     drawn: Callable[[int], dict[str, int]]
     """Rows of every source among the phase's first n."""
+    trace: RoutingTrace
     hooks: Hooks
     throughput: Throughput
 
@@ -151,7 +153,10 @@ def _one_step(
     now = rates(run, consumed, norm_limit(state.norms, run.guard.config))
     logged = number % run.log_every_steps == 0
     try:
-        with watched(run.model, logged) as watch:
+        with (
+            watched(run.model, logged) as watch,
+            run.trace.recording(run.model, run.optimizer.balancing, number) as recorder,
+        ):
             result = _take(run, micro_batches, now, state)
     except NumericsError as error:
         raise NumericsError(f"step {number}: {error}") from error
@@ -160,6 +165,8 @@ def _one_step(
         state = remember(state, result.grad_norm, run.guard.config)
     seconds = time.perf_counter() - start
     run.hooks.step_done(seconds, data_seconds)
+    if recorder:
+        run.trace.write(number, recorder, result)
     if watch:
         timing = (seconds, data_seconds, rows * run.phase.context_tokens / seconds)
         _report(run, state, result, now, timing, _observed(run, state, watch))

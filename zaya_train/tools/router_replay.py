@@ -1,0 +1,148 @@
+"""What the balancing controller would have done under other gains, from a routing trace, without a
+GPU.
+
+Step by step the real controller (optim.balancing) runs on the CPU from the recorded moments. Its
+input is the recorded load plus what the sample of tokens says would have changed:
+
+    load' = load + (choices under the replayed biases - choices under the recorded ones) x N / T
+
+with N tokens of the step and T of the sample. Under the recorded gains the biases are the recorded
+ones, the difference is zero, and load' is the recorded load exactly, however small the sample. What
+a replay cannot tell: weights learn from where tokens go, and here they do not.
+
+Legend: N steps, L layers, C router classes, E experts, T sampled tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from zaya_train.config.errors import DataError
+from zaya_train.optim.balancing import BalancingController
+from zaya_train.train.trace import ROUTING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from zaya_train.config.schema import BalancingConfig
+
+_STEP = re.compile(r"step-(\d{8})\.npz")
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """One recorded step; train.trace has the shapes."""
+
+    step: int
+    counts: NDArray[np.int64]
+    bias: NDArray[np.float32]
+    first: NDArray[np.float32]
+    second: NDArray[np.float32]
+    steps: int
+    probabilities: NDArray[np.float32]
+    choice: NDArray[np.int64]
+    applied: bool
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one set of gains did over the traced steps."""
+
+    gains: BalancingConfig
+    loads: NDArray[np.float64]
+    """[N, L, C] tokens."""
+    biases: NDArray[np.float32]
+    """[N, L, C] that the steps chose with."""
+    moved: NDArray[np.float64]
+    """[N] share of the sampled choices that differ from the recorded gains'."""
+
+
+def read_trace(run_dir: Path) -> list[TracedStep]:
+    """The newest unbroken row of traced steps; DataError where there is none or a file is bad."""
+    folder = run_dir / ROUTING
+    found = {
+        int(match[1]): path for path in folder.glob("*") if (match := _STEP.fullmatch(path.name))
+    }
+    if not found:
+        raise DataError(
+            f"{folder}: no routing trace; train with logging.trace_steps (and trace_first_step)"
+        )
+    last = max(found)
+    first = last
+    while first - 1 in found:
+        first -= 1
+    return [_read(number, found[number]) for number in range(first, last + 1)]
+
+
+def replay(trace: Sequence[TracedStep], num_experts: int, gains: BalancingConfig) -> Replay:
+    """Run the controller with `gains` over the trace."""
+    begin = trace[0]
+    controller = BalancingController(list(torch.from_numpy(begin.bias.copy())), num_experts, gains)
+    controller.first.copy_(torch.from_numpy(begin.first))
+    controller.second.copy_(torch.from_numpy(begin.second))
+    controller.steps.fill_(begin.steps)
+    loads, biases, moved = [], [], []
+    for traced in trace:
+        bias = torch.stack(controller.biases).numpy()
+        load, share = _load(traced, bias)
+        if traced.applied:
+            controller.step(torch.from_numpy(load).float())
+        loads.append(load)
+        biases.append(bias)
+        moved.append(share)
+    return Replay(gains, np.stack(loads), np.stack(biases), np.array(moved))
+
+
+def _load(traced: TracedStep, bias: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
+    """[L, C] tokens under `bias`, and the share of sampled tokens that chose anew."""
+    load = traced.counts.astype(np.float64)
+    classes = load.shape[1]
+    sampled = traced.probabilities.shape[1]
+    if not sampled:
+        return load, 0.0
+    recorded = _choices(traced.probabilities, traced.bias)
+    now = _choices(traced.probabilities, bias)
+    change = (_count(now, classes) - _count(recorded, classes)) / sampled
+    tokens = load.sum(axis=1, keepdims=True)
+    load = load + change * tokens
+    if (load < 0).any():  # a small sample says of a class more than the step had
+        load = np.maximum(load, 0.0)
+        load *= tokens / load.sum(axis=1, keepdims=True)
+    return load, float((now != recorded).mean())
+
+
+def _choices(probabilities: NDArray[np.float32], bias: NDArray[np.float32]) -> NDArray[np.int64]:
+    """[L, T]; the first of equals, as the router chooses."""
+    chosen: NDArray[np.int64] = (probabilities + bias[:, None, :]).argmax(axis=2)
+    return chosen
+
+
+def _count(choice: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """[L, T] -> [L, C]."""
+    return np.stack([np.bincount(layer, minlength=classes) for layer in choice])
+
+
+def _read(step: int, path: Path) -> TracedStep:
+    try:
+        with np.load(path) as arrays:
+            return TracedStep(
+                step=step,
+                counts=arrays["counts"],
+                bias=arrays["bias"],
+                first=arrays["first"],
+                second=arrays["second"],
+                steps=int(arrays["steps"]),
+                probabilities=arrays["probabilities"],
+                choice=arrays["choice"],
+                applied=bool(arrays["applied"]),
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a step of a routing trace ({error})") from error

@@ -1,0 +1,50 @@
+"""The newest rows of a metrics file that may be growing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from zaya_train.config.errors import DataError
+from zaya_train.train.metrics import current_rows, decode_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TAIL_BYTES = 8 << 20  # some 600 rows of a model with 40 layers
+MAX_ROWS = 2_000
+
+
+@dataclass
+class Tail:
+    """The newest rows of a growing metrics file."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    _offset: int = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Rows that stand, of the last TAIL_BYTES or since the first call. DataError as metrics."""
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, 2)
+                if size < self._offset:
+                    self.rows, self._offset = [], 0  # another run in the same place
+                begin = self._offset
+                if not self.rows and size - begin > TAIL_BYTES:
+                    begin = size - TAIL_BYTES
+                file.seek(begin)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from error
+        whole, newline, _ = data.rpartition(b"\n")
+        if newline:
+            lines = whole.split(b"\n")
+            if begin > self._offset:
+                del lines[0]  # the window begins inside a line
+            new = [decode_line(line, str(self.path)) for line in lines]
+            self.rows = current_rows([*self.rows, *new])[-MAX_ROWS:]
+            self._offset = begin + len(whole) + 1
+        return self.rows
