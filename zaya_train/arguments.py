@@ -283,6 +283,28 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the training runs")
 
 
+def add_bench(commands: Any, handlers: Mapping[str, Handler]) -> None:
+    """`zaya bench step`."""
+    bench = commands.add_parser("bench", help="measure", formatter_class=Help).add_subparsers(
+        metavar="COMMAND", required=True
+    )
+    parser = add_command(
+        bench,
+        "step",
+        handlers["bench step"],
+        "time training steps on random rows, and what is in them",
+    )
+    parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b_1gpu ...")
+    parser.add_argument("--phase", help="of the plan; default: its first")
+    parser.add_argument("--warm", type=int, default=2, help="steps before the timed ones")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
+    parser.add_argument(
+        "--profiled", type=int, default=2, help="micro-batches of the profiled step; 0: no profile"
+    )
+    parser.add_argument("--document-tokens", type=int, help="default: a row is one document")
+    parser.add_argument("--output", type=Path, help="folder; default: bench in the run's directory")
+
+
 def add_checkpoint(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya checkpoint ...`."""
     checkpoint = commands.add_parser(

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 
 from zaya_train.arguments import FIELDS
+from zaya_train.config.check import check
+from zaya_train.config.derive import launched_ranks
 from zaya_train.config.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -266,6 +269,23 @@ def _kernels_verify(options: argparse.Namespace) -> int:
     return verify(request, _wide_console())
 
 
+def _bench_step(options: argparse.Namespace) -> int:
+    from zaya_train.tools.bench_step import StepRequest, bench_step
+
+    config = options.compose(options.overrides)
+    check(config, launched_ranks(os.environ))
+    request = StepRequest(
+        config=config,
+        output=options.output or Path(config.run.dir) / "bench",
+        phase=options.phase,
+        warm_steps=options.warm,
+        timed_steps=options.steps,
+        profiled_micro_batches=options.profiled,
+        document_tokens=options.document_tokens,
+    )
+    return bench_step(request, _wide_console())
+
+
 def _checkpoint_ls(options: argparse.Namespace) -> int:
     from zaya_train.tools.checkpoint import show_checkpoints
 
@@ -339,6 +359,7 @@ HANDLERS = {
     "router": _router,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
+    "bench step": _bench_step,
     "checkpoint ls": _checkpoint_ls,
     "checkpoint verify": _checkpoint_verify,
     "checkpoint diff": _checkpoint_diff,

@@ -6,7 +6,7 @@ zaya import-hf | export-hf | generate | evaluate
 zaya plan | supervise | doctor | report | watch | sync | diff | smoke
 zaya checkpoint ls | verify | diff
 zaya submit recipe=zaya1_8b nodes=128 | env | preflight
-zaya kernels verify
+zaya kernels verify | bench step
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 import zaya_train
 from zaya_train.arguments import (
     Help,
+    add_bench,
     add_checkpoint,
     add_cluster,
     add_data,
@@ -270,7 +271,8 @@ def _parser() -> argparse.ArgumentParser:
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
     add_data(commands, DATA_HANDLERS)
-    for add in (add_hub, add_model_use, add_runs, add_checkpoint, add_cluster, add_kernels):
+    adds = (add_hub, add_model_use, add_runs, add_checkpoint, add_cluster, add_kernels, add_bench)
+    for add in adds:
         add(commands, HANDLERS)
     parser.set_defaults(compose=compose, compose_submission=compose_submission)
     return parser

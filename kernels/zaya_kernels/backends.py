@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from torch.profiler import record_function
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-Implementation = TypeVar("Implementation")
+Implementation = TypeVar("Implementation", bound="Callable[..., Any]")
+
+RANGE = "zaya::"
+"""Begins the names of the profiler's ranges."""
+
+
+@dataclass
+class _Profiling:
+    active: bool = False
+
+
+# Not a context variable: autograd's threads, which make activations again, would not see it.
+_profiling = _Profiling()
+
+
+@contextmanager
+def named_in_profiles() -> Iterator[None]:
+    """Within it every call of an operation is a range `zaya::OP` of torch's profiler."""
+    _profiling.active = True
+    try:
+        yield
+    finally:
+        _profiling.active = False
 
 
 def pick(op: str, table: Mapping[str, Implementation], name: str) -> Implementation:
     """The implementation called `name`; ValueError naming the op and its choices otherwise."""
     if name not in table:
         raise ValueError(f"kernels.{op}: no back end {name!r}; choose from {', '.join(table)}")
-    return table[name]
+    return _named(op, table[name]) if _profiling.active else table[name]
+
+
+def _named(op: str, run: Implementation) -> Implementation:
+    @wraps(run)
+    def named(*arguments: Any, **keywords: Any) -> Any:
+        with record_function(RANGE + op):
+            return run(*arguments, **keywords)
+
+    return cast("Implementation", named)

@@ -25,6 +25,7 @@ LAUNCHES: dict[str, tuple[tuple[str, ...], int]] = {
     "zaya1_8b, one node": (("recipe=zaya1_8b",), 8),
     "zaya1_8b, selective": (("recipe=zaya1_8b", "parallel.recompute=selective"), 1024),
     "zaya1_8b, full": (("recipe=zaya1_8b", "parallel.recompute=full"), 1024),
+    "zaya1_8b_1gpu": (("recipe=zaya1_8b_1gpu",), 1),
     "zaya1_300m": (("recipe=zaya1_300m",), 1),
     "smoke_cpu": (("recipe=smoke_cpu",), 2),
 }

@@ -51,7 +51,8 @@ def test_without_a_recipe_the_recipes_are_named(capsys: pytest.CaptureFixture[st
     assert main(["train"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "error: recipe: missing; recipe=NAME with one of smoke_cpu, zaya1_300m, zaya1_8b"
+        "error: recipe: missing; recipe=NAME with one of smoke_cpu, zaya1_300m, zaya1_8b, "
+        "zaya1_8b_1gpu"
     )
 
 

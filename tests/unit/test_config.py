@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECIPES = sorted(path.stem for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml"))
-WORLDS = {"smoke_cpu": (1, 2), "zaya1_300m": (1,), "zaya1_8b": (8, 64, 1024)}
+WORLDS = {
+    "smoke_cpu": (1, 2),
+    "zaya1_300m": (1,),
+    "zaya1_8b": (8, 64, 1024),
+    "zaya1_8b_1gpu": (1,),
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -70,6 +70,26 @@ def test_every_shipped_recipe_is_in_the_table_and_fits() -> None:
     for launch in ("zaya1_8b", "zaya1_8b, one node"):
         for phase in GOLDEN[launch].values():
             assert max(phase["peak_bytes"].values()) < 0.9 * 192 * GB
+    (phase,) = GOLDEN["zaya1_8b_1gpu"].values()
+    assert max(phase["peak_bytes"].values()) < 0.9 * 140 * GB
+
+
+def test_one_card_holds_the_published_model() -> None:
+    """The recipe's state by hand: weights and their gradient in fp32, momentum in bf16, AdamW's two
+    for the embedding."""
+    config = compose(["recipe=zaya1_8b_1gpu"])
+    published = compose(["recipe=zaya1_8b"])
+    assert config.model == published.model
+    (name,) = config.plan.phases
+    phase, first = config.plan.phases[name], published.plan.phases[name]
+    assert (phase.context_tokens, phase.rope_base) == (4096, first.rope_base)
+    size = model_size(config.model)
+    matrices = size.total - size.embedding
+    found = GOLDEN["zaya1_8b_1gpu"][name]["components"]
+    assert found["master weights"] == pytest.approx(4 * size.total, rel=0.001)
+    assert found["full gradients"] == pytest.approx(4 * size.total, rel=0.001)
+    state = 2 * matrices + 8 * size.embedding
+    assert found["optimizer state"] == pytest.approx(state, rel=0.001)
 
 
 def test_state_is_what_hand_arithmetic_says() -> None:

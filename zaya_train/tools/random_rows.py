@@ -27,9 +27,13 @@ class RandomRow:
 
 
 def random_row(
-    seed: int, documents: tuple[int, ...], row_tokens: int, vocabulary: int
+    seed: int,
+    documents: tuple[int, ...],
+    row_tokens: int,
+    vocabulary: int,
+    unsupervised: float = UNSUPERVISED,
 ) -> RandomRow:
-    """[row_tokens] tokens; labels within documents, some of them unsupervised, none behind."""
+    """[row_tokens] tokens; labels within documents, a share of them unsupervised, none behind."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(0, vocabulary, row_tokens)
     labels = np.full(row_tokens, IGNORE_LABEL, dtype=np.int64)
@@ -37,5 +41,5 @@ def random_row(
     for length in documents:
         labels[start : start + length - 1] = tokens[start + 1 : start + length]
         start += length
-    labels[generator.random(row_tokens) < UNSUPERVISED] = IGNORE_LABEL
+    labels[generator.random(row_tokens) < unsupervised] = IGNORE_LABEL
     return RandomRow(tokens, labels, np.array(documents, dtype=np.int32))
