@@ -357,7 +357,7 @@ def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya kernels ...`."""
     kernels = commands.add_parser(
-        "kernels", help="check the Triton kernels", formatter_class=Help
+        "kernels", help="check and time the kernels", formatter_class=Help
     ).add_subparsers(metavar="COMMAND", required=True)
     parser = add_command(
         kernels,
@@ -369,4 +369,16 @@ def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--no-numerics", action="store_true", help="compile only")
     parser.add_argument(
         "--write", type=Path, help="replace the golden file and the table of this page"
+    )
+    parser = add_command(
+        kernels, "bench", handlers["kernels bench"], "time back ends against each other, here"
+    )
+    parser.add_argument("--op", action="append", help="as in kernels.*; default: all")
+    parser.add_argument("--shape", action="append", help="default: those for the device")
+    parser.add_argument("--backend", action="append", help="eager, triton, compile ...; all")
+    parser.add_argument("--rounds", type=int, help="samples; 20 on a GPU, 5 on a CPU")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument(
+        "--out", type=Path, default=Path("kernels/bench/results.csv"), help="table to append to"
     )

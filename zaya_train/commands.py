@@ -269,6 +269,21 @@ def _kernels_verify(options: argparse.Namespace) -> int:
     return verify(request, _wide_console())
 
 
+def _kernels_bench(options: argparse.Namespace) -> int:
+    from zaya_train.tools.kernels_bench import BenchRequest, bench
+
+    request = BenchRequest(
+        ops=tuple(options.op or ()),
+        shapes=tuple(options.shape or ()),
+        backends=tuple(options.backend or ()),
+        rounds=options.rounds,
+        device=options.device,
+        dtype=options.dtype,
+        out=options.out,
+    )
+    return bench(request, lambda name: options.compose([f"recipe={name}"]).model, _wide_console())
+
+
 def _bench_step(options: argparse.Namespace) -> int:
     from zaya_train.tools.bench_step import StepRequest, bench_step
 
@@ -359,6 +374,7 @@ HANDLERS = {
     "router": _router,
     "smoke": _smoke,
     "kernels verify": _kernels_verify,
+    "kernels bench": _kernels_bench,
     "bench step": _bench_step,
     "checkpoint ls": _checkpoint_ls,
     "checkpoint verify": _checkpoint_verify,

@@ -6,7 +6,8 @@ zaya import-hf | export-hf | generate | evaluate
 zaya plan | supervise | doctor | report | watch | sync | diff | smoke
 zaya checkpoint ls | verify | diff
 zaya submit recipe=zaya1_8b nodes=128 | env | preflight
-zaya kernels verify | bench step
+zaya kernels verify | bench
+zaya bench step recipe=zaya1_8b_1gpu
 """
 
 from __future__ import annotations

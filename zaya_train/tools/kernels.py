@@ -41,13 +41,20 @@ class VerifyRequest:
     write: Path | None = None
 
 
-def triton_version() -> str:
-    """Of the installed Triton, ROCm's included; ConfigError without one."""
+def installed_triton() -> str:
+    """Version of the installed Triton, ROCm's included; empty without one."""
     for package in ("triton", "triton-rocm", "pytorch-triton-rocm"):
         try:
             return metadata.version(package).split("+")[0]
         except metadata.PackageNotFoundError:
             continue
+    return ""
+
+
+def triton_version() -> str:
+    """The same; ConfigError without one."""
+    if version := installed_triton():
+        return version
     raise ConfigError("zaya kernels: triton is not installed; pip install 'zaya-train[triton]'")
 
 

@@ -49,7 +49,7 @@ def passed(case: Case, backend: str, inputs: Mapping[str, Tensor]) -> dict[str, 
     named = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     if not case.differentiable:
         return named
-    weights = [random(*out.shape, seed=100 + i).to(out.dtype) for i, out in enumerate(outputs)]
+    weights = [random(*out.shape, seed=100 + i).to(out) for i, out in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), weights)
     return named | {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
 

@@ -1,0 +1,149 @@
+"""What an operation's back ends are timed against: torch.compile, and libraries that have it.
+
+A library's form takes what a back end of the operation takes. One that cannot run here says why.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from zaya_train.tools.kernel_shapes import NORM, Timed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from zaya_kernels.attention.segments import AttentionPlan
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One back end of an operation; without `run` it cannot run here."""
+
+    name: str
+    run: Callable[..., Any] | None
+    reason: str = ""
+
+
+def contenders(timed: Timed, device: torch.device) -> list[Contender]:
+    """Our back ends, torch.compile of the eager one, and every library known to have the
+    operation, whether it can run on `device` or not."""
+    ours = [_own(name, run, device) for name, run in timed.backends.items()]
+    libraries = [_library(*entry) for entry in _LIBRARIES.get(timed.op, ())]
+    return [*ours, _compiled(timed, device), *libraries]
+
+
+def _own(name: str, run: Callable[..., Any], device: torch.device) -> Contender:
+    if name == "triton" and find_spec("triton") is None:
+        return Contender(name, None, "triton is not installed")
+    if name == "triton" and device.type != "cuda":
+        return Contender(name, None, "needs a GPU")
+    if name == "reference" and device.type == "cuda":
+        return Contender(name, None, "written to be read; timed on a CPU only")
+    return Contender(name, run)
+
+
+def _compiled(timed: Timed, device: torch.device) -> Contender:
+    if device.type != "cuda" and not (shutil.which("g++") or shutil.which("clang++")):
+        return Contender("compile", None, "torch.compile needs a C++ compiler here")
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(timed.backends["eager"], dynamic=False)
+
+    return Contender("compile", lambda *inputs: compiled()(*inputs))
+
+
+def _library(name: str, package: str, run: Callable[..., Any]) -> Contender:
+    if find_spec(package) is None:
+        return Contender(name, None, f"{package} is not installed")
+    return Contender(name, run)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return _by_documents(flash_attn_varlen_func, q, k, v, plan)
+
+
+def _aiter(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    from aiter import flash_attn_varlen_func
+
+    return _by_documents(flash_attn_varlen_func, q, k, v, plan)
+
+
+def _by_documents(
+    run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
+) -> Tensor:
+    """Whole documents without padding, as kernel_shapes has them."""
+    lengths = plan.segments[:, 1]
+    ends = functional.pad(lengths.cumsum(0), (1, 0)).to(q.device, torch.int32)
+    longest = int(lengths.max())
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    out: Tensor = run(*flat, ends, ends, longest, longest, causal=True)
+    return out.view_as(q)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(weight.dtype)
+
+
+def _grouped_mm(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    ends = counts.cumsum(0).to(rows.device, torch.int32)
+    both = functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
+    gate, up = both.chunk(2, dim=-1)
+    return functional.grouped_mm(functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
+
+
+def _whole_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
+) -> Tensor:
+    logits = functional.linear(hidden, weight).float()
+    return functional.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
+
+
+def _liger_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
+) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(ignore_index=ignore, reduction="sum")
+    found: Tensor = loss(weight, hidden, labels)
+    return found
+
+
+def _muon(
+    matrices: Tensor,
+    steps: int,
+    dtype: torch.dtype,
+    coefficients: tuple[float, float, float],
+) -> Tensor:
+    """torch's works in bf16, one matrix at a time."""
+    if dtype != torch.bfloat16:
+        raise ValueError(f"torch.optim.Muon orthogonalises in bf16, not in {dtype}")
+    done = [_zeropower_via_newtonschulz(x, coefficients, steps, 1e-7) for x in matrices]
+    return torch.stack(done).float()
+
+
+_LIBRARIES: dict[str, Sequence[tuple[str, str, Callable[..., Any]]]] = {
+    # Name, package, the operation in it.
+    "attention": (
+        ("flash_attn", "flash_attn", _flash_attn),
+        ("aiter", "aiter", _aiter),
+    ),
+    NORM: (("torch.rms_norm", "torch", _rms_norm),),
+    "grouped_mlp": (("torch.grouped_mm", "torch", _grouped_mm),),
+    "linear_cross_entropy": (
+        ("torch.whole_logits", "torch", _whole_logits),
+        ("liger", "liger_kernel", _liger_loss),
+    ),
+    "newton_schulz": (("torch.optim.Muon", "torch", _muon),),
+}
