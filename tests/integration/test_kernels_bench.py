@@ -261,13 +261,14 @@ def outputs_of(timed: Timed) -> list[Tensor]:
 
 def test_bytes_are_the_fewest_the_kernels_count() -> None:
     from zaya_kernels.cca.triton import traffic as of_cca
+    from zaya_kernels.moe_permute.triton import traffic as of_permute
     from zaya_kernels.norm_residual.triton import traffic as of_norm
 
     found = operations("smoke")
     bytes_of = {
         name: timed.work(timed.rounded(torch.bfloat16), outputs_of(timed))
         for name, timed in found.items()
-        if "norm" in name or name == "cca"
+        if "norm" in name or name in ("cca", "moe_permute")
     }
     norm, residual = (bytes_of[f"norm_residual ({part})"] for part in ("norm", "residual"))
     # Fused, the new stream is not read again.
@@ -276,6 +277,9 @@ def test_bytes_are_the_fewest_the_kernels_count() -> None:
     assert residual["both"].bytes == residual["forward"].bytes + residual["backward"].bytes
     forward, _ = of_cca((8, 128, 4, 2, 32, 16), 3, "gfx942")
     assert bytes_of["cca"]["forward"].bytes == pytest.approx(forward.fewest, rel=0.01)
+    # It counts rows of the gradient for tokens of no expert too, one in nine here.
+    fewest = of_permute(1024, 1024 * 8 // 9, 128, 8)[1]
+    assert bytes_of["moe_permute"]["both"].bytes == pytest.approx(fewest, rel=0.04)
 
 
 def test_calls_take_turns_and_warm_rounds_do_not_count() -> None:

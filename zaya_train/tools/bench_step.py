@@ -261,6 +261,7 @@ def _phase_run(
         eval_every_steps=0,
         save_every_steps=steps + 1,
         guard=Guard(config.guard, incidents, built.name, feed.dealt, degree),
+        drawn=feed.rows.drawn,
         hooks=_hooks(config, built, feed),
     )
 

@@ -7,6 +7,7 @@ E experts, F expert width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from zaya_kernels.attention import op as attention
 from zaya_kernels.cca import op as cca
 from zaya_kernels.grouped_mlp import op as grouped_mlp
 from zaya_kernels.linear_cross_entropy import op as loss
+from zaya_kernels.moe_permute import op as moe_permute
 from zaya_kernels.newton_schulz import op as newton_schulz
 from zaya_kernels.norm_residual import op as norm_residual
 from zaya_kernels.router import op as router
@@ -94,6 +96,9 @@ class Timed:
     differentiable: bool = True
     context_bytes: int = 0
     """Of what every pass reads besides: positions, rotation."""
+    between: int = 0
+    """Numbers of the compute type that every pass writes and reads besides, because something else
+    happens to them in between."""
     by_tokens: bool = True
     """Whether the shape's rows make a difference."""
 
@@ -104,12 +109,14 @@ class Timed:
     def work(self, inputs: Mapping[str, Tensor], outputs: Sequence[Tensor]) -> dict[str, Work]:
         """By pass: every tensor read or written once, and the operations."""
         read, written = _bytes(inputs.values()), _bytes(outputs)
-        forward = Work(self.operations, read + written + self.context_bytes)
+        narrow = next(x for name, x in inputs.items() if name not in self.wide)
+        besides = self.context_bytes + 2 * self.between * narrow.element_size()
+        forward = Work(self.operations, read + written + besides)
         if not self.differentiable:
             return {"forward": forward}
         # Inputs and the outputs' gradients are read, the inputs' gradients written.
         operations = round(self.backward_factor * self.operations)
-        backward = Work(operations, 2 * read + written + self.context_bytes)
+        backward = Work(operations, 2 * read + written + besides)
         both = Work(forward.operations + operations, forward.bytes + backward.bytes)
         return {"forward": forward, "backward": backward, "both": both}
 
@@ -149,7 +156,9 @@ class _Maker:
 def operations_at(model: ModelConfig, shape: Shape, device: torch.device) -> list[Timed]:
     """Every operation of a training step."""
     maker = _Maker(model, shape, device)
-    makers = (_cca, _attention, _norm, _residual, _router, _experts, _loss, _newton_schulz)
+    makers = (
+        _cca, _attention, _norm, _residual, _router, _permutation, _experts, _loss, _newton_schulz,
+    )  # fmt: skip
     return [make(maker) for make in makers]
 
 
@@ -272,11 +281,37 @@ def _router(make: _Maker) -> Timed:
     return Timed("router", router.BACKENDS, call, inputs, work, wide=frozenset({"previous"}))
 
 
+def _permutation(make: _Maker) -> Timed:
+    """There and back without experts in between; one class of tokens goes to none of them."""
+    experts, hidden, tokens = make.model.num_experts, make.model.hidden_size, make.shape.tokens
+    choice = torch.arange(tokens, device=make.device) * 7 % (experts + 1)
+
+    def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        order = moe_permute.sort_by_expert(moe_permute.count_by_expert(choice, experts, name))
+        rows, left = moe_permute.gather(x["tokens"], order)
+        rest = moe_permute.rest_of(left, order)
+        return [moe_permute.scatter(rows, order, rest, x["probability"])]
+
+    return Timed(
+        "moe_permute",
+        {name: partial(run, name) for name in moe_permute.BACKENDS},
+        lambda of_name, x: of_name(x),
+        {
+            "tokens": make.random(tokens, hidden, seed=50),
+            "probability": make.random(tokens, seed=51),
+        },
+        tokens * hidden,
+        wide=frozenset({"probability"}),
+        context_bytes=_bytes((choice,)),
+        between=int((choice < experts).sum()) * hidden,
+    )
+
+
 def _experts(make: _Maker) -> Timed:
     """Even loads where the tokens divide; else the first expert has none and the last the rest."""
     model, tokens = make.model, make.shape.tokens
     experts, hidden, width = model.num_experts, model.hidden_size, model.expert_ffn_size
-    counts = torch.full((experts,), tokens // experts)
+    counts = torch.full((experts,), tokens // experts, device=make.device)
     if tokens % experts and experts > 1:
         counts[0] = 0
         counts[-1] += tokens - int(counts.sum())

@@ -37,6 +37,7 @@ STEP = f"{RANGE}step"
 _OF_OPERATION = {
     **{name: name for name in ("cca", "attention", "norm_residual", "router", "moe", "optimizer")},
     "grouped_mlp": "moe",
+    "moe_permute": "moe",
     "linear_cross_entropy": "loss",
     "newton_schulz": "optimizer",
 }
