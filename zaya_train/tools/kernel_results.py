@@ -36,20 +36,20 @@ class Setting:
     dirty: bool
     date: str
 
-    @staticmethod
-    def of(device: torch.device, date: str) -> Setting:
-        """date: as 2026-11-22."""
-        here = revision()
-        return Setting(
-            device=describe(device).name,
-            arch=_architecture(device),
-            torch=torch.__version__,
-            triton=installed_triton(),
-            driver=_driver(device),
-            commit=here.commit[:12],
-            dirty=here.dirty,
-            date=date,
-        )
+
+def setting_of(device: torch.device, date: str) -> Setting:
+    """Of this process; date: as 2026-11-22."""
+    here = revision()
+    return Setting(
+        device=describe(device).name,
+        arch=_architecture(device),
+        torch=torch.__version__,
+        triton=installed_triton(),
+        driver=_driver(device),
+        commit=here.commit[:12],
+        dirty=here.dirty,
+        date=date,
+    )
 
 
 @dataclass(frozen=True)

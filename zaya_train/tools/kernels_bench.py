@@ -24,7 +24,7 @@ from zaya_train.config.suggest import unknown_name
 from zaya_train.runtime.device import DeviceChoice, describe, pick_device
 from zaya_train.tools.doctor_kernels import FLOOR, SLACK
 from zaya_train.tools.kernel_plots import draw_roofline, plot_path
-from zaya_train.tools.kernel_results import Result, Setting, append, check_table, read
+from zaya_train.tools.kernel_results import Result, append, check_table, read, setting_of
 from zaya_train.tools.kernel_rivals import Contender, contenders
 from zaya_train.tools.kernel_shapes import SHAPES, Shape, Timed, Work, operations_at, to_check
 from zaya_train.tools.preflight_compute import copy_rate, product_rate, sizes_for
@@ -93,7 +93,7 @@ def bench(request: BenchRequest, model_of: Callable[[str], ModelConfig], console
     if request.rounds is not None and request.rounds < 1:
         raise ConfigError(f"--rounds {request.rounds}: must be at least 1")
     dtype = request.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    setting = Setting.of(device, time.strftime("%Y-%m-%d"))
+    setting = setting_of(device, time.strftime("%Y-%m-%d"))
     rates = _rates(device, DTYPES[dtype])
     facts = (
         f"copy {rates.copy / 1e9:,.1f} GB/s, {dtype} product {rates.product / 1e12:,.2f} TFLOP/s"
