@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from zaya_train.config.build import build
-from zaya_train.config.schema import ModelConfig
 from zaya_train.main import main
-from zaya_train.model.flops import train_flops_per_token
+from zaya_train.runtime.peaks import Peaks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,29 +69,36 @@ def test_the_profile_has_the_micro_batches_asked_for(figures: dict[str, Any]) ->
     assert names.count("zaya::cca") == 2 * 4 and names.count("zaya::moe") == 4
 
 
-def test_operations_of_documents_of_unequal_length(figures: dict[str, Any]) -> None:
+def test_operations_of_documents_of_unequal_length(figures: dict[str, Any], tmp_path: Path) -> None:
     assert figures["documents"] == [48, 48, 32]
-    words = {"num_layers": 2, "vocab_size": 264, "hidden_size": 128, "num_query_heads": 4}
-    words |= {"num_kv_heads": 2, "head_dim": 32, "num_experts": 8, "expert_ffn_size": 128}
-    model = build(ModelConfig, {**words, "router_size": 32, "max_context_tokens": 4096})
-    expected = 96 * train_flops_per_token(model, 48) + 32 * train_flops_per_token(model, 32)
-    assert figures["flops_per_token"] == pytest.approx(expected / ROW_TOKENS)
-
-
-def test_no_utilisation_where_the_peak_is_unknown(figures: dict[str, Any]) -> None:
-    assert figures["mfu"] is None
+    # Attention sees fewer pairs within documents; everything else is the same.
+    whole = bench(tmp_path, "--warm", "0", "--steps", "1", "--profiled", "0")
+    pairs = {n: n * (n + 1) // 2 for n in (32, 48, 128)}
+    fewer = (pairs[128] - 2 * pairs[48] - pairs[32]) / ROW_TOKENS
+    # Two products a pair and head (2 layers, 4 heads of 32), three times over with the backward.
+    expected = 3 * 2 * 2 * 2 * 4 * 32 * fewer
+    # Two targets more a row: a document's last token has none.
+    loss = 3 * 2 * 264 * 128 * 2 / ROW_TOKENS
+    found = whole["flops_per_token"] - figures["flops_per_token"]
+    assert found == pytest.approx(expected + loss)
 
 
 def test_utilisation_is_speed_times_operations_over_the_peak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("zaya_train.tools.bench_report.peak_flops", lambda name, dtype: 1e12)
+    peaks = Peaks("a device", data_sheet=1e12, source="a sheet", measured=5e11)
+    monkeypatch.setattr("zaya_train.tools.bench_step.peaks_of", lambda device, dtype: peaks)
     found = bench(tmp_path, "--warm", "0", "--steps", "1", "--profiled", "0")
-    expected = found["tokens_per_second"] * found["flops_per_token"] / 1e12
-    assert found["mfu"] == pytest.approx(expected)
+    speed = found["tokens_per_second"] * found["flops_per_token"]
+    assert found["mfu"] == pytest.approx(speed / 1e12)
+    assert found["mfu_measured"] == pytest.approx(speed / 5e11)
     # Nothing was profiled, so there is nothing of it.
     assert found["profile"] is None and not (tmp_path / "trace.json").exists()
     assert "MFU" in capsys.readouterr().out
+
+
+def test_no_data_sheet_no_utilisation(figures: dict[str, Any]) -> None:
+    assert figures["mfu"] is None and 0 < figures["mfu_measured"] < 1
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_gains_are_changed_by_name() -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Thirty even steps of two experts and a skip class, and the configuration of that model."""
-    with MetricsWriter(tmp_path, [], enabled=True) as metrics:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
         metrics.write("start", step=0, **LAUNCH)
         for step in range(1, 31):
             values = step_values(step, 1.0) | {"load": [[0.5, 0.5, 0.0]] * 3}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from zaya_train.config.errors import DataError
-from zaya_train.tools.peaks import peak_flops
 from zaya_train.tools.trace_groups import GROUPS, STEP, time_by_group
 
 
@@ -133,19 +132,3 @@ def test_kernels_go_to_what_launched_them() -> None:
 def test_a_trace_without_steps_is_refused() -> None:
     with pytest.raises(DataError, match="holds no range named zaya::step"):
         time_by_group({"traceEvents": FORWARD})
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "teraflops"),
-    [
-        ("AMD Instinct MI300X", "bf16", 1307.4),
-        ("AMD Instinct MI300X", "fp32", 163.4),
-        ("NVIDIA H200", "bf16", 989.4),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
-        ("NVIDIA H200 NVL", "bf16", None),
-        ("AMD EPYC", "fp32", None),
-    ],
-)
-def test_peaks_are_of_known_devices_only(name: str, dtype: str, teraflops: float | None) -> None:
-    found = peak_flops(name, dtype)
-    assert found == (None if teraflops is None else pytest.approx(teraflops * 1e12))

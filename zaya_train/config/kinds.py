@@ -71,7 +71,10 @@ TAGS: dict[str, dict[Kind, str]] = {
         "io": "hang_seconds slow_seconds stop_seconds same_step_failures backoff_seconds "
         "most_backoff_seconds straggler_factor status_seconds",
     },
-    "logging": {"io": "every_steps eval_every_steps wandb wandb_project tensorboard progress"},
+    "logging": {
+        "io": "every_steps eval_every_steps wandb wandb_project tensorboard progress trace_steps "
+        "trace_first_step trace_tokens",
+    },
     "runtime": {"speed": "device threads", "io": "init_timeout_seconds step_timeout_seconds"},
 }
 """Section -> tag -> its keys; `*` stands for a name of the user's (a phase, a source)."""

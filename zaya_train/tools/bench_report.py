@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from zaya_train.config.derive import config_hash
-from zaya_train.model.flops import train_flops_per_token
 from zaya_train.runtime.device import DeviceFacts, describe
 from zaya_train.runtime.files import write_json
-from zaya_train.tools.peaks import peak_flops
 from zaya_train.tools.revision import revision
 from zaya_train.tools.trace_groups import Breakdown, time_by_group
 
@@ -59,19 +57,10 @@ class StepFigures:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward and backward, averaged over a row's tokens."""
-        tokens = sum(self.documents)
-        whole = (n * train_flops_per_token(self.config.model, n) for n in self.documents)
-        return sum(whole) / tokens
-
-    @property
-    def utilisation(self) -> float | None:
-        """Share of the devices' peak (MFU); None where the peak is not known."""
-        peak = peak_flops(self.device.name, self.config.precision.compute_dtype)
-        if peak is None:
-            return None
-        speed: float = self.middle["tokens_per_second"]
-        return speed * self.flops_per_token / (peak * self.ranks.world_size)
+        """Forward and backward, of what the median step did."""
+        tokens = self.config.plan.phases[self.phase].global_batch_tokens
+        flops: float = self.middle["flops"]
+        return flops / tokens
 
     def plain(self, breakdown: Breakdown | None) -> dict[str, Any]:
         """For JSON; seconds, bytes, tokens."""
@@ -90,7 +79,8 @@ class StepFigures:
             "data_seconds": self.middle["data_seconds"],
             "tokens_per_second": self.middle["tokens_per_second"],
             "flops_per_token": self.flops_per_token,
-            "mfu": self.utilisation,
+            "mfu": self.middle.get("mfu"),
+            "mfu_measured": self.middle["mfu_measured"],
             "memory_bytes": self.memory_bytes,
             "steps": [
                 {key: row[key] for key in ("step_seconds", "tokens_per_second", "loss", "applied")}
@@ -123,7 +113,7 @@ def _summary(figures: StepFigures) -> Table:
     times = [row["step_seconds"] for row in figures.rows]
     skipped = sum(not row["applied"] for row in figures.rows)
     name = figures.device.name
-    mfu = figures.utilisation
+    mfu = figures.middle.get("mfu")
     said = f"no peak known for {name}" if mfu is None else f"{mfu:.1%}"
     table = Table()
     table.add_column(f"{figures.config.run.name}, phase {figures.phase}")
@@ -137,6 +127,7 @@ def _summary(figures: StepFigures) -> Table:
         ("tokens/s", f"{figures.middle['tokens_per_second']:,.0f}"),
         ("TFLOP a token, forward and backward", f"{figures.flops_per_token / 1e12:.6f}"),
         ("MFU", said),
+        ("of what a plain product reaches", f"{figures.middle['mfu_measured']:.1%}"),
         ("peak memory of rank 0", f"{figures.memory_bytes / GB:.2f} GB"),
     ]
     if skipped:

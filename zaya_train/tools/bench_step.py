@@ -29,6 +29,7 @@ from zaya_train.parallel.mesh import Mesh
 from zaya_train.runtime.device import check_kernels, peak_memory_bytes
 from zaya_train.runtime.dist import fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import whole_file
+from zaya_train.runtime.peaks import peaks_of
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.tools.bench_report import TRACE, StepFigures, report
 from zaya_train.tools.random_rows import random_row
@@ -37,8 +38,10 @@ from zaya_train.train.built import build_phase
 from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.guard import Guard, Incidents
 from zaya_train.train.loop import Hooks, PhaseRun, run_phase
-from zaya_train.train.metrics import MetricsWriter
+from zaya_train.train.metrics import MetricsWriter, read_metrics
 from zaya_train.train.state import TrainState
+from zaya_train.train.throughput import Throughput
+from zaya_train.train.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -94,21 +97,6 @@ class RandomRows:
     def drawn(self, index: int) -> dict[str, int]:
         """All of one source."""
         return {"random": index}
-
-
-class Collected:
-    """A follower of the metrics that keeps the rows of steps."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def follow(self, row: dict[str, Any]) -> None:
-        """Keep it if it is a step's."""
-        if row["kind"] == "step":
-            self.rows.append(row)
-
-    def close(self) -> None:
-        """Nothing to let go."""
 
 
 class Marks:
@@ -215,20 +203,19 @@ def _steps(
     """Rows of the metrics of so many steps of `built.phase`, from step 1; on rank 0 alone."""
     phase = replace(built.phase, tokens=steps * built.phase.global_batch_tokens)
     built = replace(built, phase=phase)
-    collected = Collected()
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    main = ranks.rank == 0
     with ExitStack() as stack:
-        main = ranks.rank == 0
-        metrics = stack.enter_context(MetricsWriter(scratch, [collected], enabled=main))
-        incidents = Incidents(scratch, metrics.attempt, enabled=main)
+        metrics = stack.enter_context(MetricsWriter(folder, enabled=main))
+        incidents = Incidents(folder, metrics.attempt, enabled=main)
         stack.callback(incidents.close)
         feed = _feed(request, built, ranks)
         starts = step_starts(phase, 0, feed.unit)
         ahead = request.config.data.prefetch_batches
         batches = stack.enter_context(prefetch(feed.batches, starts, ahead))
-        run_phase(
-            _phase_run(request.config, built, feed, metrics, incidents), batches, TrainState()
-        )
-    return collected.rows
+        run = _phase_run(request.config, built, feed, (metrics, incidents), ranks)
+        run_phase(run, batches, TrainState())
+    return [row for row in read_metrics(folder) if row["kind"] == "step"] if main else []
 
 
 def _feed(request: StepRequest, built: Built, ranks: Ranks) -> Feed:
@@ -242,9 +229,15 @@ def _feed(request: StepRequest, built: Built, ranks: Ranks) -> Feed:
 
 
 def _phase_run(
-    config: TrainConfig, built: Built, feed: Feed, metrics: MetricsWriter, incidents: Incidents
+    config: TrainConfig,
+    built: Built,
+    feed: Feed,
+    records: tuple[MetricsWriter, Incidents],
+    ranks: Ranks,
 ) -> PhaseRun:
     """What `run.train` hands to the loop, less evaluation, checkpoints and signals."""
+    metrics, incidents = records
+    peaks = peaks_of(ranks.device, config.precision.compute_dtype)
     degree = built.mesh.layout.context
     steps = -(-built.phase.tokens // built.phase.global_batch_tokens)
     return PhaseRun(
@@ -262,6 +255,8 @@ def _phase_run(
         save_every_steps=steps + 1,
         guard=Guard(config.guard, incidents, built.name, feed.dealt, degree),
         drawn=feed.rows.drawn,
+        trace=RoutingTrace(metrics.path.parent, config.logging, enabled=False),
+        throughput=Throughput(built.model_config, ranks.world_size, peaks),
         hooks=_hooks(config, built, feed),
     )
 
