@@ -11,8 +11,14 @@ from zaya_train.runtime.peaks import TABLE, DeviceRow, Peaks, peak_flops, peaks_
 from zaya_train.train.step import StepResult
 from zaya_train.train.throughput import Throughput
 
-PER_CLOCK = {"MI300X": (2048, 256), "MI325X": (2048, 256), "MI355X": (4096, 256)}
-"""bf16 and fp32 operations per compute unit and clock (AMD CDNA 3 and CDNA 4 white papers)."""
+PER_CLOCK = {
+    "MI300X": (2048, 256),
+    "MI325X": (2048, 256),
+    "MI350X": (4096, 256),
+    "MI355X": (4096, 256),
+    "A100": (2048, 128),
+}
+"""bf16 and fp32 operations per unit and clock (AMD CDNA 3 and CDNA 4, NVIDIA A100 white papers)."""
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
@@ -34,7 +40,9 @@ def test_data_sheets_agree_with_units_clocks_and_operations_per_clock(row: Devic
         ("AMD Instinct MI300X", 304, 1307.4),
         ("AMD Instinct MI300X OAM", None, 1307.4),
         ("AMD Instinct MI325X", 304, 1307.4),
+        ("AMD Instinct MI350X", 256, 2306.9),
         ("AMD Instinct MI355X", 256, 2516.6),
+        ("NVIDIA A100-SXM4-80GB", 108, 311.9),
         ("NVIDIA H100 80GB HBM3", 132, 989.4),
         ("NVIDIA H100 PCIe", 114, 756.4),
         ("NVIDIA H200", 132, 989.4),

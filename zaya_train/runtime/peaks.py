@@ -40,9 +40,11 @@ class DeviceRow:
 TABLE = (
     DeviceRow("MI300X", 304, 1307.4, 163.4, 2100, "AMD Instinct MI300X data sheet"),
     DeviceRow("MI325X", 304, 1307.4, 163.4, 2100, "AMD Instinct MI325X data sheet"),
+    DeviceRow("MI350X", 256, 2306.9, 144.2, 2200, "AMD Instinct MI350X data sheet"),
     DeviceRow("MI355X", 256, 2516.6, 157.3, 2400, "AMD Instinct MI355X data sheet"),
     DeviceRow("H100 80GB HBM3", 132, 989.4, 66.9, 1830, "NVIDIA H100 data sheet, SXM"),
     DeviceRow("H100 PCIe", 114, 756.4, 51.2, 1620, "NVIDIA H100 data sheet, PCIe"),
+    DeviceRow("A100", 108, 311.9, 19.5, 1410, "NVIDIA A100 data sheet"),
     DeviceRow("H200$", 132, 989.4, 66.9, 1830, "NVIDIA H200 data sheet, SXM"),
 )
 
