@@ -26,6 +26,7 @@ REFERENCE = KernelsConfig(
     attention="reference",
     norm_residual="reference",
     router="reference",
+    moe_permute="reference",
     grouped_mlp="reference",
     linear_cross_entropy="reference",
     newton_schulz="reference",

@@ -14,6 +14,7 @@ from ..helpers.models import TINY, packed, random_model, with_kernels
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import ModelConfig, RecomputeKind, TritonKernelName
+    from zaya_train.model import ZayaModel
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -21,20 +22,37 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 ROW = 24
 
 
-def assert_agrees_with_eager(config: ModelConfig, kernels: KernelsConfig) -> None:
+def spread(model: ZayaModel, seed: int) -> ZayaModel:
+    """With routers that send tokens to several experts and to none, and nothing to one expert."""
+    for layer in model.layers:
+        router = layer.get_submodule("moe.router")
+        last = router.get_parameter("out")
+        noise = torch.randn(5, last.shape[1], generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            last.copy_(noise[: last.shape[0]])
+            router.get_buffer("balancing_bias")[model.config.num_experts :] += 0.2
+    return model
+
+
+def assert_agrees_with_eager(config: ModelConfig, kernels: KernelsConfig, seed: int) -> None:
     """Loss and gradients, equal but for rounding."""
-    eager = random_model(config)
+    eager = spread(random_model(config), seed)
     triton = with_kernels(eager, kernels)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
     labels = torch.randint(0, config.vocab_size, (1, ROW), generator=generator)
     layout = packed([[11, 1, 12]], ROW)
-    gradients = []
+    gradients, loads = [], []
     for model in (eager, triton):
         output = model(tokens, labels, layout)
         output.loss.backward()
         found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         gradients.append((output.loss, found))
+        loads.append(output.load)
+    assert torch.equal(*loads)
+    first = loads[0][0]
+    assert bool((first[: config.num_experts] == 0).any()), "every expert has tokens"
+    assert not config.skip_class or first[-1] > 0, "no token is skipped"
     (loss, expected), (other, found) = gradients
     torch.testing.assert_close(other, loss, rtol=1e-5, atol=0)
     assert found.keys() == expected.keys()
@@ -55,7 +73,7 @@ def test_loss_and_gradients_agree_with_eager() -> None:
         moe_permute="triton",
         linear_cross_entropy="triton",
     )
-    assert_agrees_with_eager(config, kernels)
+    assert_agrees_with_eager(config, kernels, 100)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +91,8 @@ def test_loss_and_gradients_agree_with_eager() -> None:
 def test_permutation_and_experts_may_be_of_different_back_ends(
     config: ModelConfig, permute: TritonKernelName, experts: TritonKernelName
 ) -> None:
-    assert_agrees_with_eager(config, KernelsConfig(moe_permute=permute, grouped_mlp=experts))
+    kernels = KernelsConfig(moe_permute=permute, grouped_mlp=experts)
+    assert_agrees_with_eager(config, kernels, 101)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
