@@ -22,12 +22,13 @@ from zaya_kernels.workshop.timing import Spread, Stopwatch, alternating
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.suggest import unknown_name
 from zaya_train.runtime.device import DeviceChoice, describe, pick_device
+from zaya_train.runtime.peaks import product_rate
 from zaya_train.tools.doctor_kernels import FLOOR, SLACK
 from zaya_train.tools.kernel_plots import draw_roofline, plot_path
 from zaya_train.tools.kernel_results import Result, append, check_table, read, setting_of
 from zaya_train.tools.kernel_rivals import Contender, contenders
 from zaya_train.tools.kernel_shapes import SHAPES, Shape, Timed, Work, operations_at, to_check
-from zaya_train.tools.preflight_compute import copy_rate, product_rate, sizes_for
+from zaya_train.tools.preflight_compute import copy_rate, sizes_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -152,7 +153,7 @@ def _rates(device: torch.device, dtype: torch.dtype) -> Rates:
     sizes = sizes_for("quick", device)
     return Rates(
         copy=copy_rate(device, sizes.copy_mib, sizes.repeats),
-        product=product_rate(device, sizes.gemm, dtype, sizes.repeats),
+        product=product_rate(device, dtype),
     )
 
 

@@ -85,13 +85,6 @@ def device_findings(
     return found
 
 
-def product_rate(device: torch.device, size: int, dtype: torch.dtype, repeats: int) -> float:
-    """FLOP/s of a plain product of square matrices."""
-    left = torch.ones(size, size, device=device, dtype=dtype)
-    right = torch.ones(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / best_seconds(lambda: left @ right, device, repeats)
-
-
 def copy_rate(device: torch.device, mib: int, repeats: int) -> float:
     """Bytes read and written per second by a copy of so many MiB."""
     source = torch.ones(mib * 2**18, device=device, dtype=torch.float32)
@@ -102,8 +95,11 @@ def copy_rate(device: torch.device, mib: int, repeats: int) -> float:
 
 def measure(place: Place, device: torch.device, sizes: Sizes, name: str) -> list[Measured]:
     """TFLOP/s of a matrix product and GB/s of a copy. name: of the device."""
+    n = sizes.gemm
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    product = product_rate(device, sizes.gemm, dtype, sizes.repeats)
+    left = torch.ones(n, n, device=device, dtype=dtype)
+    right = torch.ones(n, n, device=device, dtype=dtype)
+    product = 2 * n**3 / best_seconds(lambda: left @ right, device, sizes.repeats)
     copy = copy_rate(device, sizes.copy_mib, sizes.repeats)
     return [
         Measured("matrix product", place, product / 1e12, "TFLOP/s", name),
