@@ -324,8 +324,8 @@ def dtypes_in_bf16() -> dict[str, set[str]]:
         seen["stream"] |= {str(inputs[0].dtype), str(outputs[0].dtype)}
         seen["gathered"] |= {str(parameter.dtype) for parameter in module.parameters()}
 
-    def block_hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        seen["block"].add(str(output.dtype))
+    def block_hook(module: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        seen["block"].add(str(outputs[0].dtype))
 
     for layer in setup.model.layers:
         layer.register_forward_hook(layer_hook)

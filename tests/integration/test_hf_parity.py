@@ -191,8 +191,8 @@ def expected_skip_stream(model: ZayaModel, tokens: Tensor) -> Tensor:
     outputs = []
     for layer in blocks(model):
         layer.moe.register_forward_hook(
-            # The block applies the norm that comes with its input.
-            lambda module, given, result: outputs.append((given[3](given[0]), *result))
+            # The first argument makes the block's input: the stream and its norm.
+            lambda module, given, result: outputs.append((given[0]()[1], result[0], result[2]))
         )
     logits = model.logits(tokens)
     for normed, out, routing in outputs:

@@ -12,13 +12,15 @@ import torch
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 from zaya_kernels.cca import triton as cca_host
-from zaya_kernels.cca import triton_kernels as cca_kernels
+from zaya_kernels.cca import triton_backward as cca_backward
+from zaya_kernels.cca import triton_kernels as cca_forward
+from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.norm_residual import triton as norm_residual
 
 from ..helpers.kernels import Passed, assert_close, run_pass
 from ..helpers.mutation import assert_caught, plant
-from .test_cca import call, preceding
-from .test_triton_cca import USUAL, context_of, inputs_of
+from .test_cca import Shape, call, preceding
+from .test_triton_cca import context_of, inputs_of
 from .test_triton_norm_residual import fused
 from .test_triton_norm_residual import inputs_of as norm_inputs
 
@@ -34,10 +36,17 @@ TOKENS = 70
 DOCUMENTS = [[1, 33, 2, 34]]
 
 
+@pytest.fixture(autouse=True)
+def several_programs(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of CCA's backward: three for a key's four blocks, two for a query's."""
+    monkeypatch.setitem(COMPUTE_UNITS, INTERPRETED, 8)
+
+
 def check_cca() -> None:
     """Two chunks with halos, the first longer than a backward block; inputs are slices."""
-    inputs = inputs_of(USUAL, torch.float32, TOKENS)
-    whole = context_of(USUAL, DOCUMENTS, TOKENS)
+    shape = Shape(query_heads=2, kv_heads=1, head_dim=32, rotated=16)
+    inputs = inputs_of(shape, torch.float32, TOKENS)
+    whole = context_of(shape, DOCUMENTS, TOKENS)
 
     def chunked(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         names = ("qk", "v_now", "v_delayed")
@@ -45,7 +54,7 @@ def check_cca() -> None:
         parts = torch.split(joint, [x[name].shape[-1] for name in names], dim=-1)
         context = replace(
             whole,
-            halo_qk=preceding(x["qk"], (0, 35), USUAL.halo),
+            halo_qk=preceding(x["qk"], (0, 35), shape.halo),
             halo_v=preceding(x["v_delayed"], (0, 35), 1),
         )
         return call(backend, {**x, **dict(zip(names, parts, strict=True))}, context)
@@ -71,12 +80,24 @@ CCA_BUGS = {
     "rotation the wrong way": ("turned = a * b_cos - b * b_sin", "turned = a * b_cos + b * b_sin"),
     "value of the token itself": ("late = (o_c >= WIDTH) & (position > 0)", "late = o_c >= WIDTH"),
     "last block unmasked": ("(first + o_r < length)\n", "(first + o_r <= length)\n"),
-    "gradient moved one row short": ("tl.minimum(o_r + back, T - 1)", "o_r + back - back // 2"),
+}  # fmt: skip
+
+CCA_BACKWARD_BUGS = {
+    "document ignored in what is made again": ("position >= back, first", "position >= 0, first"),
+    "document ignored for the weights": ("m_r = position >= back", "m_r = position >= 0"),
+    "document ignored for the rows": ("+ back) & (position >= back)", "+ back)"),
+    "gradient moved one row short": ("(o_t == o_r + back)", "(o_t == o_r + back - back // 2)"),
+    "rotated back the wrong way": ("tl.where(o_c < HALF, b_sin, -b_sin)", "b_sin"),
     "blocks overlap": ("m = (o_r < T - (TAPS - 1)) & (row >= 0)", "m = (row >= 0)"),
-    "gradient of a mean left out": ("x_a + 0.5 * sum_a", "x_a"),
+    "rows counted twice": ("m_own = o_r < ROWS", "m_own = o_r < T"),
+    "gradient of a mean left out": ("is_own | is_key, 0.5, 0.5 / G", "is_own, 0.5, 0.0"),
+    "another query's gradient": ("i_group * G + i, H + i_group)", "i_group * G, H + i_group)"),
     "floor of the norm without its gradient": ("dot * scale / (floor * floor)", "dot * 0.0"),
-    "weights of the next delay": ("(g_a, x, s_a[back]", "(g_a, x, s_a[0]"),
+    "weights of the next delay": ("x, sums[delay], PARTS", "x, sums[0], PARTS"),
+    "tap of another delay": ("inner[delay] * rows[back + delay]", "inner[delay] * rows[back]"),
     "late values of another token": ("o_next = (o_r + 1)", "o_next = (o_r + 0)"),
+    "a block left out": ("range(i_split, blocks, splits)", "range(i_split, blocks - 1, splits)"),
+    "halo of another row": ("(row + TAPS - 1, 0) * C", "(row + TAPS - 2, 0) * C"),
 }  # fmt: skip
 
 NORM_BUGS = {
@@ -90,8 +111,15 @@ NORM_BUGS = {
 
 @pytest.mark.parametrize("bug", CCA_BUGS)
 def test_a_bug_in_cca_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("cca_forward", "cca_backward_inputs", "cca_backward_weights")
-    plant(CCA_BUGS[bug], cca_kernels, (cca_host, names), tmp_path, monkeypatch)
+    plant(CCA_BUGS[bug], cca_forward, (cca_host, ["cca_forward"]), tmp_path, monkeypatch)
+    assert_caught(check_cca)
+
+
+@pytest.mark.parametrize("bug", CCA_BACKWARD_BUGS)
+def test_a_bug_in_the_backward_of_cca_is_caught(
+    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(CCA_BACKWARD_BUGS[bug], cca_backward, (cca_host, ["cca_backward"]), tmp_path, monkeypatch)
     assert_caught(check_cca)
 
 

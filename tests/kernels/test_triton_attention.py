@@ -109,10 +109,11 @@ def blocks_with_work(mask: Tensor, places: Sequence[Segment], rows: int, columns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["packed", *CHUNKS])
+@pytest.mark.parametrize("name", ["one document", "packed", *CHUNKS])
 def test_no_block_is_computed_that_is_masked_whole(name: str, dtype: torch.dtype) -> None:
-    if name == "packed":
-        plan, mask = packed(DOCUMENTS, ROW).attention, sees(DOCUMENTS, ROW)[0]
+    if name in ("one document", "packed"):
+        documents, row = (DOCUMENTS, ROW) if name == "packed" else ([[ROW]], ROW)
+        plan, mask = packed(documents, row).attention, sees(documents, row)[0]
     else:
         plan, (documents, row) = chunked(name), CHUNKED
         local = torch.cat([torch.arange(start, end) for start, end in CHUNKS[name]])

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zaya_train.model import ZayaModel
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
+from zaya_kernels.workshop.interpreter import counting
+
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 ROW = 24
@@ -116,3 +118,16 @@ def test_a_pass_made_again_takes_the_saved_routing(recompute: RecomputeKind) -> 
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
         assert torch.equal(gradient, again[name]), name
+
+
+def test_a_layer_passes_over_the_stream_three_times() -> None:
+    """Attention's norm, its residual scaling with the experts' norm, the experts' residual
+    scaling; and as often backward. The last norm is one more."""
+    config = replace(TINY, num_layers=2)
+    model = random_model(config, kernels=KernelsConfig(norm_residual="triton"))
+    tokens = torch.zeros(1, 12, dtype=torch.int64)
+    with counting() as counts:
+        torch.autograd.backward(model(tokens, tokens, packed([[12]], 12)).loss)
+    kernels = [count.kernel for count in counts]
+    for name in ("norm_residual_forward", "norm_residual_backward"):
+        assert kernels.count(name) == 3 * config.num_layers + 1

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from zaya_kernels.launch import ARCHITECTURES, INTERPRETED
-from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
+from zaya_kernels.norm_residual.op import (
+    ResidualScales,
+    residual,
+    residual_norm,
+    rms_norm,
+    stream_norm,
+)
 
 from ..helpers.kernels import assert_bitwise, assert_no_worse, random, run_pass
 
@@ -17,8 +23,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ..helpers.kernels import Run
+
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
+from zaya_kernels.norm_residual.triton import CONFIGS, layer_bytes, traffic
 from zaya_kernels.workshop.interpreter import counting
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -52,6 +61,10 @@ def norm(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
     return [rms_norm(x["stream"], x["weight"], 1e-5, backend)]
 
 
+def beside(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    return stream_norm(x["stream"], x["weight"], 1e-5, backend)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fused_is_as_exact_as_eager(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -65,19 +78,49 @@ def test_either_half_is_as_exact_as_eager(dtype: torch.dtype) -> None:
     assert_no_worse(norm, inputs_of(SHAPES[1], dtype, ("stream", "weight")), "triton")
 
 
-def test_blocks_of_several_rows_end_inside_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from zaya_kernels.norm_residual.triton import CONFIGS
+def test_a_stream_and_its_norm_give_one_gradient() -> None:
+    inputs = inputs_of(SHAPES[1], torch.bfloat16, ("stream", "weight"))
+    assert_no_worse(beside, inputs, "triton")
+    assert beside("triton", inputs)[0].data_ptr() == inputs["stream"].data_ptr()
 
+
+def moved_by(run: Run) -> tuple[int, int]:
+    """Bytes that a pass's kernels move per element; so many rows that vectors come to less than
+    one."""
+    rows, columns = 320, 64
+    inputs = inputs_of((1, rows, columns), torch.bfloat16)
+    with counting() as counts:
+        outputs = run("triton", {n: x.requires_grad_(True) for n, x in inputs.items()})
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    forward, backward = (count.distinct_bytes // (rows * columns) for count in counts)
+    return forward, backward
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_layers_bytes_are_those_of_its_operations(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide_blocks(monkeypatch, 32)
+    together = sum(moved_by(run)[backward] for run in (beside, fused, add))
+    assert together == layer_bytes(True, backward)
+    alone = sum(moved_by(run)[backward] for run in (norm, add))
+    # Autograd reads both gradients of the stream and writes their sum.
+    assert 2 * (alone + 12 * backward) == layer_bytes(False, backward)
+
+
+def wide_blocks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     for table in CONFIGS.values():
-        wider = replace(table[INTERPRETED], blocks={"R": 4})
+        wider = replace(table[INTERPRETED], blocks={"R": rows})
         monkeypatch.setitem(table, INTERPRETED, wider)
+
+
+def test_blocks_of_several_rows_end_inside_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide_blocks(monkeypatch, 4)
     assert_no_worse(fused, inputs_of(SHAPES[2], torch.bfloat16), "triton")
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_traffic_is_what_the_kernels_move(backward: bool) -> None:
-    from zaya_kernels.norm_residual.triton import traffic
-
     inputs = inputs_of((1, 33, 256), torch.bfloat16)
     with counting() as counts:
         run_pass(fused, "triton", inputs)
@@ -92,8 +135,6 @@ def test_traffic_is_what_the_kernels_move(backward: bool) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_traffic_is_near_the_fewest_possible(arch: str) -> None:
-    from zaya_kernels.norm_residual.triton import traffic
-
     for backward in (False, True):
         moved, fewest = traffic(32768, 2048, arch, backward)
         assert moved <= 1.1 * fewest

@@ -14,6 +14,8 @@ import pytest
 from zaya_kernels.launch import ARCHITECTURES
 from zaya_kernels.workshop import table
 from zaya_kernels.workshop.assembly import (
+    LoopCounts,
+    Resources,
     amd_resources,
     hot_loop,
     loops,
@@ -181,6 +183,27 @@ def test_each_broken_budget_is_named(change: dict[str, Any], complaint: str) -> 
         worse = replace(sound, loop=replace(sound.loop, **change))
     (found,) = broken("cca_forward", "gfx942", worse)
     assert complaint in found
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("kernel", BUDGETS)
+def test_one_narrow_access_more_breaks_every_budget(kernel: str, arch: str) -> None:
+    """Loads below 16 bytes and LDS reads below 64 bits, in the shipped kernels' own hot loops."""
+    budget = BUDGETS[kernel]
+    limits = {
+        "narrow_loads": budget.narrow_loads,
+        "narrow_lds_reads": budget.narrow_lds_reads.get(arch, 0),
+    }
+    rows = [row for row in golden() if (row["kernel"], row["arch"]) == (kernel, arch)]
+    assert rows
+    for row in rows:
+        loop = LoopCounts(**row["resources"]["loop"])
+        found = Resources(**{**row["resources"], "loop": loop})
+        assert broken(kernel, arch, found) == []
+        for name, limit in limits.items():
+            worse = replace(found, loop=replace(loop, **{name: limit + 1}))
+            (complaint,) = broken(kernel, arch, worse)
+            assert complaint.endswith(f"at most {limit}")
 
 
 def golden() -> list[dict[str, Any]]:

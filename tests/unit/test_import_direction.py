@@ -127,7 +127,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
 def _holds_kernels(module: str) -> bool:
     """Files of Triton kernels, and the workshop that interprets and compiles them."""
     leaf = module.rsplit(".", 1)[-1]
-    return leaf in ("triton", "triton_kernels") or module.startswith("zaya_kernels.workshop.")
+    files = ("triton", "triton_kernels", "triton_backward")
+    return leaf in files or module.startswith("zaya_kernels.workshop.")
 
 
 def _is_triton(target: str) -> bool:

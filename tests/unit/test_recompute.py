@@ -92,10 +92,10 @@ def saved_bytes(kind: RecomputeKind) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(tokens, next_tokens(tokens), packed([[64], [64]], 64))
     assert out.loss.isfinite()
-    # The inputs of a checkpointed region do not pass the hooks. Selective ones are saved elsewhere
-    # too (the stream by the residuals); of a whole layer they are stream and router state.
-    layer_inputs = tokens.numel() * (64 + CONFIG.router_size) * 4 * CONFIG.num_layers
-    return sum(seen.values()) + (layer_inputs if kind == "full" else 0)
+    # The inputs of a checkpointed region do not pass the hooks: of a whole layer stream and router
+    # state; of selective regions the stream and attention's output.
+    inputs = {"none": 0, "selective": 2 * 64, "full": 64 + CONFIG.router_size}[kind]
+    return sum(seen.values()) + tokens.numel() * inputs * 4 * CONFIG.num_layers
 
 
 def test_each_kind_keeps_less_than_the_one_before() -> None:

@@ -50,23 +50,24 @@ class CCA(nn.Module):
 
     def forward(
         self, x: Tensor, norm: RMSNorm, layout: SequenceLayout, rotation: Rotation
-    ) -> Tensor:
-        """x [B, S, D] before `norm` -> [B, S, D]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Stream x [B, S, D] before `norm` -> the block's output, and the stream as it is."""
         exchange, kernels = self.around.exchange, self.around.kernels
         selective = self.around.recompute == "selective"
         half = self.v_now_proj.shape[0]
-        together = (again_but_products if selective else run)(self._project, x, norm)
+        x, together = (again_but_products if selective else run)(self._project, x, norm)
         sizes = [together.shape[-1] - 2 * half, half, half]
         inputs = Projections(*together.split(sizes, dim=-1))
         context = self._context(inputs, layout, rotation)
         q, k, v = (again if selective else run)(self._mix, inputs, context)
         mixed = attention(q, *exchange.gather(k, v), layout.attention, kernels.attention)
-        return linear(mixed.flatten(2), self.out_proj)
+        return linear(mixed.flatten(2), self.out_proj), x
 
-    def _project(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """One product for all four projections."""
+    def _project(self, x: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The stream, and one product for all four projections."""
         parts = (self.q_proj, self.k_proj, self.v_now_proj, self.v_delayed_proj)
-        return linear(norm(x), torch.cat(parts))
+        x, normed = norm.beside(x)
+        return x, linear(normed, torch.cat(parts))
 
     def _mix(self, inputs: Projections, context: CCAContext) -> tuple[Tensor, Tensor, Tensor]:
         return cca(inputs, self._weights(), context, self.around.kernels.cca)

@@ -15,12 +15,13 @@ from zaya_train.model.recompute import RoutingTape, again_but_products, run
 from zaya_train.model.router import Router
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from zaya_kernels.router.op import Routed
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.interfaces import Surroundings
-    from zaya_train.model.norm import RMSNorm
 
 
 class Experts(nn.Module):
@@ -55,11 +56,19 @@ class MoE(nn.Module):
         self.experts = Experts(config, around)
 
     def forward(
-        self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
-    ) -> tuple[Tensor, Routed]:
-        """x [B, S, D] before `norm`, previous router state, valid [B, S] -> [B, S, D], routing."""
+        self,
+        enter: Callable[[], tuple[Tensor, Tensor]],
+        previous: Tensor | None,
+        valid: Tensor,
+        tape: RoutingTape,
+    ) -> tuple[Tensor, Tensor, Routed]:
+        """`enter` makes the stream [B, S, D] and its norm; previous router state, valid [B, S].
+
+        Returns the block's output [B, S, D], the stream, and the routing. `enter` is called where
+        the norm may be made again in the backward pass.
+        """
         make = again_but_products if self.around.recompute == "selective" else run
-        normed, routing = make(self._choose, x, previous, valid, norm, tape)
+        stream, normed, routing = make(self._choose, enter, previous, valid, tape)
         dispatcher = self.around.dispatcher
         if tape.route is None:
             tape.route = dispatcher.route(
@@ -72,11 +81,15 @@ class MoE(nn.Module):
         identity = self.config.skip_class and self.config.skip_output == "identity"
         base = going.tokens if identity else None
         out = dispatcher.finish_combine(leaving, base, routing.probability.flatten())
-        return out.view_as(x), routing
+        return out.view_as(normed), stream, routing
 
     def _choose(
-        self, x: Tensor, previous: Tensor | None, valid: Tensor, norm: RMSNorm, tape: RoutingTape
-    ) -> tuple[Tensor, Routed]:
-        """The normalised input and its routing."""
-        normed = norm(x)
-        return normed, self.router(normed, previous, valid, tape)
+        self,
+        enter: Callable[[], tuple[Tensor, Tensor]],
+        previous: Tensor | None,
+        valid: Tensor,
+        tape: RoutingTape,
+    ) -> tuple[Tensor, Tensor, Routed]:
+        """The stream, the normalised input and its routing."""
+        stream, normed = enter()
+        return stream, normed, self.router(normed, previous, valid, tape)

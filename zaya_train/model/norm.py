@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
+from zaya_kernels.norm_residual.op import (
+    ResidualScales,
+    residual,
+    residual_norm,
+    rms_norm,
+    stream_norm,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +31,10 @@ class RMSNorm(nn.Module):
         """x [..., size] -> the same shape."""
         return rms_norm(x, self.weight, self.eps, self.backend)
 
+    def beside(self, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream as it is and its norm, for a stream that is used again."""
+        return stream_norm(stream, self.weight, self.eps, self.backend)
+
 
 class ResidualScaling(nn.Module):
     """x <- (x + b_res) a_res + (block + b_out) a_out, fp32 stream (2605.05365, II-A3)."""
@@ -39,7 +49,14 @@ class ResidualScaling(nn.Module):
 
     def forward(self, stream: Tensor, branch: Tensor) -> Tensor:
         """stream and branch [B, S, D] -> stream [B, S, D]."""
-        scales = ResidualScales(
+        return residual(stream, branch, self._scales(), self.backend)
+
+    def before(self, norm: RMSNorm, stream: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` and `norm` of it: the new stream and the next block's input."""
+        scales = self._scales()
+        return residual_norm(stream, branch, scales, norm.weight, norm.eps, self.backend)
+
+    def _scales(self) -> ResidualScales:
+        return ResidualScales(
             self.stream_scale, self.stream_bias, self.branch_scale, self.branch_bias
         )
-        return residual(stream, branch, scales, self.backend)

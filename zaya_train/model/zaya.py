@@ -6,6 +6,7 @@ Legend: B batch, S sequence, D hidden, L layers, C router classes, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,9 +67,9 @@ class Layer(nn.Module):
         rotation: Rotation,
         tape: RoutingTape,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mixed = self.attention(x, self.attention_norm, layout, rotation)
-        x = self.attention_residual(x, mixed)
-        routed, routing = self.moe(x, state, layout.valid, self.moe_norm, tape)
+        mixed, x = self.attention(x, self.attention_norm, layout, rotation)
+        enter = partial(self.attention_residual.before, self.moe_norm, x, mixed)
+        routed, x, routing = self.moe(enter, state, layout.valid, tape)
         return self.moe_residual(x, routed), routing.state, routing.load
 
 

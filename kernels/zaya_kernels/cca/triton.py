@@ -1,20 +1,21 @@
-"""CCA up to the attention core in Triton: one kernel forward, two backward.
+"""CCA up to the attention core in Triton: one kernel forward, one backward.
 
 The depthwise convolution, the per-head mix and a head's own share of the QK-mean are one linear map
-of the last `TAPS` rows, so their weights are multiplied out beforehand (a few small torch products,
-which autograd differentiates): the kernels see one dense tap matrix per head and delay. Fused with
-it are the means over a group's heads, QK-norm, temperature, rotation, value shift, document
-boundaries and halos; nothing between input and output touches memory. Saved for backward: the
-inputs alone.
+of the last M rows, so their weights are multiplied out beforehand: the kernels see one dense matrix
+per head and delay. Fused with it are the means over a group's heads, QK-norm, temperature,
+rotation, value shift, document boundaries and halos; nothing between input and output touches
+memory. Saved for backward: the inputs alone. The backward makes the rest again and gives input and
+weight gradients in one pass.
 
 Arithmetic is fp32. Products of bf16 inputs run on matrix units without losing it: an fp32 operand
-enters as the sum of two bf16 numbers (16 of its 24 bits), the bf16 input is exact as it is.
+enters as the sum of two bf16 numbers (16 of its 24 bits), a bf16 one is exact as it is.
 
 Deterministic: no atomics; weight gradients are summed per program over tokens in order, then over
 programs by one reduction.
 
 Legend: B batch, n chunks per row, L tokens per chunk, T rows of a block, H query heads, K KV heads,
-G = H / K heads of a group, A = H + K, d head dim, C = A d, M taps, r rotated channels.
+G = H / K heads of a group, A = H + K, d head dim, C = A d, M = taps0 + taps1 - 1 delays,
+r rotated channels, P programs.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zaya_kernels.cca.triton_kernels import (
-    cca_backward_inputs,
-    cca_backward_weights,
-    cca_forward,
-)
+from zaya_kernels.cca.triton_backward import cca_backward
+from zaya_kernels.cca.triton_kernels import cca_forward
 from zaya_kernels.launch import (
     COMPUTE_UNITS,
     Config,
     architecture,
     launch,
+    require_one_type,
     require_triton,
     tensors_of,
 )
@@ -44,24 +43,22 @@ if TYPE_CHECKING:
     from zaya_kernels.cca.types import CCAContext, CCAWeights
 
 _FORWARD = Config({"T": 128}, num_warps=8, num_stages=1)
-_INPUTS = Config({"T": 32}, num_warps=4, num_stages=1)
-_WEIGHTS = Config({"T": 32}, num_warps=8, num_stages=1)
+_BACKWARD = Config({"T": 32}, num_warps=4, num_stages=1)
 
-# Every block reads its heads' tap matrices again (from L2), so forward blocks are as long as the
-# registers allow. The weight kernel keeps three tap matrices of sums in registers: with 64 rows, or
-# fewer warps, it spills.
+# Every block reads its heads' matrices again (from L2), so blocks are as long as the registers
+# allow. The backward keeps taps1 matrices of sums in them: with 64 rows it spills, and with 32 and
+# 8 warps, for which AMD has half the registers a lane, too.
 CONFIGS = {
     "cca_forward": {
         "gfx942": _FORWARD,
         "gfx950": _FORWARD,
         "sm_90": replace(_FORWARD, blocks={"T": 64}),
     },
-    "cca_backward_inputs": {
-        "gfx942": _INPUTS,
-        "gfx950": _INPUTS,
-        "sm_90": replace(_INPUTS, num_warps=8),
+    "cca_backward": {
+        "gfx942": _BACKWARD,
+        "gfx950": _BACKWARD,
+        "sm_90": replace(_BACKWARD, num_warps=8),
     },
-    "cca_backward_weights": dict.fromkeys(COMPUTE_UNITS, _WEIGHTS),
 }
 
 
@@ -77,7 +74,12 @@ class _Plan:
     query_heads: int
     kv_heads: int
     chunks: int
-    taps: int
+    taps: tuple[int, int]
+
+    @property
+    def reach(self) -> int:
+        """Rows before a token that reach it."""
+        return sum(self.taps) - 2
 
     def constants(self, qk: Tensor, halo: Tensor | None) -> dict[str, Any]:
         heads = self.query_heads + self.kv_heads
@@ -86,7 +88,6 @@ class _Plan:
             "K": self.kv_heads,
             "D": qk.shape[-1] // heads,
             "HALF": self.cos.shape[-1],
-            "TAPS": self.taps,
             "PARTS": _parts(qk),
             "HALO": halo is not None,
             "HALO_ROWS": 0 if halo is None else halo.shape[2],
@@ -109,17 +110,50 @@ def _parts(qk: Tensor) -> int:
     return 2 if qk.dtype == torch.bfloat16 else 1
 
 
-def _split(weight: Tensor, parts: int) -> Tensor:
-    """fp32 [...] -> [parts, ...]: itself, or the two bf16 numbers whose sum it nearly is."""
+@dataclass(frozen=True)
+class _Matrices:
+    """Weights in the order the kernels read them."""
+
+    depthwise: Tensor
+    """[taps0, C] fp32, newest tap first."""
+    grouped: Tensor
+    """[A, taps1, d_out, d_in], newest tap first, in the inputs' type."""
+    constant: Tensor
+    """[A, d] fp32: what the biases add."""
+
+    @classmethod
+    def of(cls, weights: CCAWeights) -> _Matrices:
+        heads, size, fan_in = weights.grouped.shape
+        grouped = weights.grouped.view(heads, size, size, fan_in // size)
+        bias = weights.depthwise_bias.float()
+        constant = weights.grouped_bias.float().view(heads, size)
+        return cls(
+            depthwise=weights.depthwise.float().flip(1).t().contiguous(),
+            grouped=grouped.flip(3).permute(0, 3, 1, 2).contiguous(),
+            constant=constant + (grouped.float() * bias.view(heads, 1, size, 1)).sum(dim=(2, 3)),
+        )
+
+
+def _multiplied_out(depthwise: Tensor, grouped: Tensor, parts: int) -> Tensor:
+    """[parts, A, M, d_out, d_in]: matrices by delay as fp32, or as two bf16 numbers each.
+
+    The own share of the QK-mean, half of the input, is part of delay 0.
+    """
+    heads, taps1, size, _ = grouped.shape
+    taps0 = len(depthwise)
+    columns = depthwise.view(taps0, heads, 1, size)
+    weight = torch.zeros(heads, taps0 + taps1 - 1, size, size, device=grouped.device)
+    weight[:, 0].diagonal(dim1=1, dim2=2).fill_(0.5)
+    for back in range(taps0):
+        for delay in range(taps1):
+            weight[:, back + delay] += grouped[:, delay] * columns[back]
     if parts == 1:
-        return weight.unsqueeze(0).contiguous()
+        return weight.unsqueeze(0)
     high = weight.to(torch.bfloat16)
     return torch.stack([high, (weight - high.float()).to(torch.bfloat16)])
 
 
 class _CCA(torch.autograd.Function):
-    """Kernels over multiplied-out weights: weight [A, M, d_out, d_in], constant [A, d], fp32."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -128,11 +162,13 @@ class _CCA(torch.autograd.Function):
         v_delayed: Tensor,
         halo_qk: Tensor | None,
         halo_v: Tensor | None,
-        weight: Tensor,
+        depthwise: Tensor,
+        grouped: Tensor,
         constant: Tensor,
         temperature: Tensor,
         plan: _Plan,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights as in `_Matrices`."""
         batch, sequence, _ = qk.shape
         constants = plan.constants(qk, halo_qk)
         config = CONFIGS["cca_forward"][architecture(qk.device)]
@@ -143,15 +179,17 @@ class _CCA(torch.autograd.Function):
             torch.empty(batch, sequence, plan.kv_heads, size, dtype=x.dtype, device=qk.device)
             for x in (qk, v_now)
         )
-        split = _split(weight, constants["PARTS"])
+        weight = _multiplied_out(depthwise, grouped, constants["PARTS"])
         launch(
             cca_forward, (plan.kv_heads, blocks, chunks), config,
             qk, v_now, v_delayed, _or(halo_qk, qk), _or(halo_v, qk),
-            plan.positions, plan.cos, plan.sin, split, constant, temperature, q, k, v,
+            plan.positions, plan.cos, plan.sin, weight, constant, temperature, q, k, v,
             length, plan.chunks, qk.stride(0), qk.stride(1), v_now.stride(0), v_now.stride(1),
-            **constants,
+            TAPS=plan.reach + 1, **constants,
         )  # fmt: skip
-        ctx.save_for_backward(qk, halo_qk, halo_v, split, constant, temperature)
+        ctx.save_for_backward(
+            qk, halo_qk, halo_v, weight, constant, temperature, depthwise, grouped
+        )
         ctx.plan = plan
         return q, k, v
 
@@ -159,95 +197,112 @@ class _CCA(torch.autograd.Function):
     def backward(
         ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> tuple[Tensor | None, ...]:
-        qk, halo_qk, halo_v, split, constant, temperature = ctx.saved_tensors
+        qk, halo_qk, halo_v, *weights, grouped = ctx.saved_tensors
+        temperature = weights[2]
         plan: _Plan = ctx.plan
-        grads = tuple(grad.contiguous() for grad in (grad_q, grad_k, grad_v))
-        common = (qk, halo_qk, plan.positions, plan.cos, plan.sin, split, constant, temperature)
-        inputs = _inputs_backward(common, grads, halo_v, plan)
-        weights = _weights_backward(common, grads, plan)
-        return *inputs[:-1], *weights, inputs[-1], None
+        walk = _Walk.of(qk, halo_qk, plan)
+        inputs = _input_gradients(qk, halo_qk, halo_v, grad_v)
+        sums = walk.partial_sums(qk.device)
+        grads = (grad.contiguous() for grad in (grad_q, grad_k, grad_v))
+        launch(
+            cca_backward, (walk.programs,), walk.config,
+            qk, _or(halo_qk, qk), plan.positions, plan.cos, plan.sin,
+            *weights, grouped.mT.contiguous(),
+            *grads, *(_or(x, qk) for x in inputs), *sums,
+            walk.length, plan.chunks, walk.per_chunk, walk.blocks, walk.key_splits,
+            walk.query_splits, qk.stride(0), qk.stride(1),
+            TAPS0=plan.taps[0], TAPS1=plan.taps[1], LEAD=walk.lead, **walk.constants,
+        )  # fmt: skip
+        grad_grouped, grad_depthwise, grad_constant = (walk.by_head(x) for x in sums[:3])
+        return (
+            *inputs,
+            grad_depthwise.transpose(0, 1).flatten(1),
+            grad_grouped.to(grouped.dtype),
+            grad_constant,
+            sums[3].view(walk.key_splits, -1).sum(dim=0).to(temperature.dtype),
+            None,
+        )
 
 
-def _inputs_backward(
-    common: tuple[Any, ...], grads: tuple[Tensor, ...], halo_v: Tensor | None, plan: _Plan
+def _input_gradients(
+    qk: Tensor, halo_qk: Tensor | None, halo_v: Tensor | None, grad_v: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of qk, v_now, v_delayed, both halos and the temperature."""
-    qk, halo_qk, split, temperature = common[0], common[1], common[5], common[7]
-    batch, sequence, _ = qk.shape
-    constants = plan.constants(qk, halo_qk)
-    config = CONFIGS["cca_backward_inputs"][architecture(qk.device)]
-    lead = 0 if halo_qk is None else max(plan.taps - 1, 1)
-    rows = config.blocks["T"] - (plan.taps - 1)
-    length, chunks, _ = plan.walk(qk, rows)
-    blocks = -(-(length + lead) // rows)
+    """Memory for the gradients of qk, v_now, v_delayed and both halos."""
     grad_qk = torch.empty_like(qk, memory_format=torch.contiguous_format)
-    width = plan.kv_heads * constants["D"] // 2
-    grad_now, grad_delayed = (
-        torch.empty(batch, sequence, width, dtype=grads[2].dtype, device=qk.device)
-        for _ in range(2)
-    )
+    shape = (*qk.shape[:2], grad_v.shape[2] * grad_v.shape[3] // 2)
+    now, late = (torch.empty(shape, dtype=grad_v.dtype, device=qk.device) for _ in range(2))
     # Only the last rows of a longer halo are read; the others' gradient is zero.
-    grad_halo_qk = None if halo_qk is None else torch.zeros_like(halo_qk)
-    grad_halo_v = None if halo_v is None else torch.zeros_like(halo_v)
-    shares = torch.empty(chunks * blocks, plan.kv_heads, dtype=torch.float32, device=qk.device)
-    launch(
-        cca_backward_inputs, (plan.kv_heads, blocks, chunks), config,
-        qk, _or(halo_qk, qk), *common[2:], split.mT.contiguous(), *grads,
-        grad_qk, grad_now, grad_delayed,
-        _or(grad_halo_qk, qk), _or(grad_halo_v, qk), shares, length,
-        plan.chunks, blocks, qk.stride(0), qk.stride(1), LEAD=lead, **constants,
-    )  # fmt: skip
-    grad_temperature = shares.sum(dim=0).to(temperature.dtype)
-    return grad_qk, grad_now, grad_delayed, grad_halo_qk, grad_halo_v, grad_temperature
+    halos = (None if halo is None else torch.zeros_like(halo) for halo in (halo_qk, halo_v))
+    return grad_qk, now, late, *halos
 
 
-def _weights_backward(
-    common: tuple[Any, ...], grads: tuple[Tensor, ...], plan: _Plan
-) -> tuple[Tensor, ...]:
-    """Gradients of the tap matrices and of the constant."""
-    qk, halo_qk = common[:2]
-    constants = plan.constants(qk, halo_qk)
-    arch = architecture(qk.device)
-    config = CONFIGS["cca_backward_weights"][arch]
-    length, chunks, per_chunk = plan.walk(qk, config.blocks["T"])
-    heads, size = plan.query_heads + plan.kv_heads, constants["D"]
-    splits = weight_splits(chunks * per_chunk, heads, arch)
-    new = {"dtype": torch.float32, "device": qk.device}
-    grad_weight = torch.empty(splits, heads, plan.taps, size, size, **new)
-    grad_constant = torch.empty(splits, heads, size, **new)
-    launch(
-        cca_backward_weights, (heads, splits), config,
-        qk, _or(halo_qk, qk), *common[2:], *grads[:2], grad_weight, grad_constant,
-        length, plan.chunks, chunks * per_chunk, splits, qk.stride(0), qk.stride(1), **constants,
-    )  # fmt: skip
-    return grad_weight.sum(dim=0), grad_constant.sum(dim=0)
+@dataclass(frozen=True)
+class _Walk:
+    """How the backward deals blocks of rows to programs, first the keys' and then the queries'."""
+
+    constants: dict[str, Any]
+    taps: tuple[int, int]
+    config: Config
+    length: int
+    lead: int
+    """Rows before a chunk that get gradients."""
+    per_chunk: int
+    blocks: int
+    key_splits: int
+    query_splits: int
+
+    @classmethod
+    def of(cls, qk: Tensor, halo: Tensor | None, plan: _Plan) -> _Walk:
+        arch = architecture(qk.device)
+        config = CONFIGS["cca_backward"][arch]
+        lead = 0 if halo is None else max(plan.reach, 1)
+        rows = config.blocks["T"] - plan.reach
+        length, chunks, _ = plan.walk(qk, rows)
+        per_chunk = -(-(length + lead) // rows)
+        blocks = chunks * per_chunk
+        splits = program_splits(blocks, plan.query_heads, plan.kv_heads, plan.taps, arch)
+        constants = plan.constants(qk, halo)
+        return cls(constants, plan.taps, config, length, lead, per_chunk, blocks, *splits)
+
+    @property
+    def programs(self) -> int:
+        return self.key_splits * self.constants["K"] + self.query_splits * self.constants["H"]
+
+    def partial_sums(self, device: torch.device) -> list[Tensor]:
+        """[P, taps1, d, d], [P, taps0, d], [P, d] and, of the keys' programs, one number each."""
+        size, keys = self.constants["D"], self.key_splits * self.constants["K"]
+        shapes: list[tuple[int, ...]] = [
+            (self.programs, self.taps[1], size, size),
+            (self.programs, self.taps[0], size),
+            (self.programs, size),
+            (keys,),
+        ]
+        return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+
+    def by_head(self, sums: Tensor) -> Tensor:
+        """Sums [P, ...] of programs to [A, ...] of heads, queries first."""
+        keys = self.key_splits * self.constants["K"]
+        of_keys = sums[:keys].unflatten(0, (self.key_splits, -1)).sum(dim=0)
+        of_queries = sums[keys:].unflatten(0, (self.query_splits, -1)).sum(dim=0)
+        return torch.cat([of_queries, of_keys])
 
 
-def weight_splits(blocks: int, heads: int, arch: str) -> int:
-    """Parts that the tokens are dealt into for the weight gradients: one program per compute unit
-    over all heads, at most one per block."""
-    return max(1, min(blocks, COMPUTE_UNITS[arch] // heads))
+def program_splits(
+    blocks: int, query_heads: int, kv_heads: int, taps: tuple[int, int], arch: str
+) -> tuple[int, int]:
+    """Parts that the blocks of a key and of a query head are dealt into: about one program per
+    compute unit in all, each with as many products.
 
-
-def _multiplied_out(weights: CCAWeights) -> tuple[Tensor, Tensor]:
-    """Tap matrices [A, M, d_out, d_in] by delay, and what the biases add [A, d]; fp32.
-
-    The own share of the QK-mean, half of the input, is part of delay 0.
+    A block of rows is multiplied by one matrix per delay for every head whose gradient it takes,
+    the own key's twice (both parts); by two per tap for the input's gradient and three for the
+    weights'.
     """
-    heads, size, fan_in = weights.grouped.shape
-    taps0, taps1 = weights.depthwise.shape[1], fan_in // size
-    depthwise = weights.depthwise.float().view(heads, size, taps0).flip(2)
-    grouped = weights.grouped.float().view(heads, size, size, taps1).flip(3)
-    bias = weights.depthwise_bias.float().view(heads, 1, size, 1)
-    taps = []
-    for back in range(taps0 + taps1 - 1):
-        pairs = [(j, back - j) for j in range(taps1) if 0 <= back - j < taps0]
-        products = [grouped[..., j] * depthwise[:, None, :, i] for j, i in pairs]
-        taps.append(torch.stack(products).sum(dim=0))
-    own = torch.eye(size, device=grouped.device).expand(heads, size, size)
-    taps[0] = taps[0] + 0.5 * own
-    constant = weights.grouped_bias.float().view(heads, size) + (grouped * bias).sum(dim=(2, 3))
-    return torch.stack(taps, dim=1), constant
+    delays, both = sum(taps) - 1, 5 * taps[1]
+    key = (2 + query_heads // kv_heads) * delays + both
+    query = 2 * delays + both
+    unit = COMPUTE_UNITS[arch] / (kv_heads * key + query_heads * query)
+    key_splits, query_splits = (max(1, min(blocks, int(unit * cost))) for cost in (key, query))
+    return key_splits, query_splits
 
 
 def cca_triton(
@@ -259,7 +314,8 @@ def cca_triton(
     kv_heads = weights.temperature.shape[0]
     size = weights.grouped.shape[1]
     _require_shape(size, context.cos.shape[-1])
-    weight, constant = _multiplied_out(weights)
+    require_one_type("cca", qk, weights.grouped)
+    matrices = _Matrices.of(weights)
     plan = _Plan(
         positions=context.positions.contiguous(),
         cos=context.cos.contiguous(),
@@ -267,15 +323,16 @@ def cca_triton(
         query_heads=context.num_query_heads,
         kv_heads=kv_heads,
         chunks=1 if context.halo_qk is None else context.halo_qk.shape[1],
-        taps=weight.shape[1],
+        taps=(weights.depthwise.shape[1], weights.grouped.shape[2] // size),
     )
     qk, v_now, v_delayed = (_with_unit_stride(x) for x in (qk, v_now, v_delayed))
     if v_now.stride() != v_delayed.stride():
         v_now, v_delayed = v_now.contiguous(), v_delayed.contiguous()
     halo_qk, halo_v = (None if halo is None else halo.contiguous() for halo in halos)
     q, k, v = _CCA.apply(
-        qk, v_now, v_delayed, halo_qk, halo_v, weight, constant, weights.temperature, plan
-    )
+        qk, v_now, v_delayed, halo_qk, halo_v,
+        matrices.depthwise, matrices.grouped, matrices.constant, weights.temperature, plan,
+    )  # fmt: skip
     return q, k, v
 
 
@@ -310,7 +367,9 @@ class Traffic:
         return (sum(self.by_kernel.values()) + self.afterwards) / self.fewest
 
 
-def traffic(shape: tuple[int, int, int, int, int, int], taps: int, arch: str) -> list[Traffic]:
+def traffic(
+    shape: tuple[int, int, int, int, int, int], taps: tuple[int, int], arch: str
+) -> list[Traffic]:
     """Forward and backward in bf16 without halos, for (B, S, H, K, d, r).
 
     Multiplying out the weights is not counted; it does not grow with the tokens.
@@ -319,21 +378,21 @@ def traffic(shape: tuple[int, int, int, int, int, int], taps: int, arch: str) ->
     tokens, heads = batch * sequence, query_heads + kv_heads
     wide, values = 2 * tokens * heads * size, 2 * tokens * kv_heads * size
     places = tokens * (8 + 4 * rotated)
-    taps_bytes = 2 * heads * taps * size**2
-    vectors = 4 * heads * size + 2 * kv_heads
-    forward = 2 * wide + 2 * values + places + vectors + 2 * taps_bytes
-    rows = CONFIGS["cca_backward_inputs"][arch].blocks["T"] - (taps - 1)
+    body = places + 4 * heads * size + 2 * kv_heads
+    matrix = 2 * (sum(taps) - 1) * size**2
+    forward = 2 * wide + 2 * values + body + 2 * heads * matrix
+    rows = CONFIGS["cca_backward"][arch].blocks["T"] - (sum(taps) - 2)
     blocks = batch * -(-sequence // rows)
+    splits = program_splits(blocks, query_heads, kv_heads, taps, arch)
+    programs = splits[0] * kv_heads + splits[1] * query_heads
+    partial = 4 * programs * size * (taps[1] * size + taps[0] + 1) + 4 * splits[0] * kv_heads
     # Queries are made again from the high parts alone.
-    again = 2 * taps * size**2 * (query_heads + 2 * kv_heads)
-    shares = 4 * blocks * kv_heads
-    inputs = 3 * wide + 2 * values + places + vectors + again + 2 * taps_bytes + shares
-    rows = CONFIGS["cca_backward_weights"][arch].blocks["T"]
-    splits = weight_splits(batch * -(-sequence // rows), heads, arch)
-    partial = splits * heads * 4 * (taps * size**2 + size)
-    weights = 2 * wide + places + vectors + taps_bytes + partial
-    fewest = 3 * wide + 2 * values + places + vectors + 2 * taps_bytes
+    again = (query_heads + 2 * kv_heads) * matrix
+    convolutions = heads * size * (2 * taps[1] * size + 4 * taps[0])
+    backward = 3 * wide + 2 * values + body + again + convolutions + partial
+    weights = 2 * heads * size * (taps[1] * size + taps[0] + 2) + 2 * kv_heads
+    fewest = places + weights + 2 * values
     return [
-        Traffic({"cca_forward": forward}, 0, 2 * wide + 2 * values + places + vectors + taps_bytes),
-        Traffic({"cca_backward_inputs": inputs, "cca_backward_weights": weights}, partial, fewest),
+        Traffic({"cca_forward": forward}, 0, 2 * wide + fewest),
+        Traffic({"cca_backward": backward}, partial, 3 * wide + fewest + weights),
     ]

@@ -82,3 +82,16 @@ def residual_norm(
         return residual_norm_triton(stream, branch, _vectors(scales), weight, eps)
     out = residual(stream, branch, scales, backend)
     return out, rms_norm(out, weight, eps, backend)
+
+
+def stream_norm(stream: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """The stream as it is, and `rms_norm` of it.
+
+    For a stream that is used again behind the norm: where the back end fuses (triton), the
+    gradients of both uses meet in the norm's backward pass.
+    """
+    if backend == "triton":
+        from zaya_kernels.norm_residual.triton import stream_norm_triton
+
+        return stream_norm_triton(stream, weight, eps)
+    return stream, rms_norm(stream, weight, eps, backend)

@@ -175,7 +175,11 @@ class _Rows:
 
 
 class _NormResidual(torch.autograd.Function):
-    """Vectors are stream scale and bias, branch scale and bias, norm weight; None where unused."""
+    """Vectors are stream scale and bias, branch scale and bias, norm weight; None where unused.
+
+    Without a branch the stream is handed on as it is, so that its gradient and the norm's meet in
+    one pass.
+    """
 
     @staticmethod
     def forward(
@@ -198,7 +202,7 @@ class _NormResidual(torch.autograd.Function):
             **walk.constants(branch is not None, weight is not None),
         )  # fmt: skip
         ctx.save_for_backward(stream, branch, rstd, *vectors)
-        return out, normed
+        return stream.view_as(stream) if out is None else out, normed
 
     @staticmethod
     def backward(
@@ -264,6 +268,14 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed
 
 
+def stream_norm_triton(stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `zaya_kernels.norm_residual.op.stream_norm`."""
+    require_triton("norm_residual", stream, weight)
+    unused = (None, None, None, None)
+    kept, normed = _NormResidual.apply(stream.contiguous(), None, eps, *unused, weight)
+    return kept, normed
+
+
 def residual_norm_triton(
     stream: Tensor, branch: Tensor, scales: tuple[Tensor, ...], weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -290,3 +302,21 @@ def traffic(rows: int, columns: int, arch: str, backward: bool) -> tuple[int, in
     body = size * (4 + 2 + 4 + 2 + 4 + 2) + 5 * 2 * columns
     partial = 4 * walk.programs("norm_residual_backward") * columns * 4
     return body + 4 * rows + 2 * partial, body + 5 * 2 * columns
+
+
+def layer_bytes(fused: bool, backward: bool) -> int:
+    """Bytes per token and column that one layer's two norms and two residual scalings move, for a
+    fp32 stream beside bf16 blocks: with the kernels as the model calls them, or (not `fused`) each
+    by itself and autograd adding the stream's two gradients.
+
+    The layer's second residual scaling stands alone, because the norm behind it is the next
+    layer's, whose weight FSDP gathers later.
+    """
+    wide, narrow = 4, 2
+    norm, residual = wide + narrow, 2 * wide + narrow
+    if not backward:
+        return norm + residual + (residual + narrow if fused else norm + residual)
+    norm, residual, meeting = 2 * wide + narrow, 3 * wide + 2 * narrow, 3 * wide
+    if not fused:
+        return 2 * (norm + residual + meeting)
+    return residual + (residual + narrow) + (norm + wide)

@@ -64,23 +64,13 @@ BUDGETS = {
         why="LDS: row norms and positions; scalars: buffer descriptors, only with halos; stack: "
         "sm_90 with halos has 255 registers a thread at most",
     ),
-    "cca_backward_inputs": Budget(
+    "cca_backward": Budget(
         waves=1,
         matrix=True,
-        narrow_lds_reads={"gfx942": 192, "gfx950": 0},
-        scalar_spills=48,
-        stack_bytes=256,
-        why="LDS: gradients moved by a tap's delay across lanes in fp32",
-    ),
-    "cca_backward_weights": Budget(
-        waves=2,
-        matrix=True,
-        narrow_loads=16,
-        narrow_lds_reads={"gfx942": 66, "gfx950": 18},
-        scalar_spills=8,
-        stack_bytes=832,
-        why="LDS: both operands are summed over tokens, and gradients are computed, not loaded, so "
-        "one of them is turned in LDS; loads: means and angles of 32 rows over 512 lanes",
+        scalar_spills=112,
+        stack_bytes=1280,
+        why="waves, stack: two matrices of sums stay in registers, half of what sm_90 has; "
+        "scalars: buffer descriptors, most of them with halos",
     ),
     "attention_forward": Budget(
         waves=2, matrix=True, narrow_lds_reads=_both(1), why="LDS: the row sums, in fp32 only"

@@ -66,8 +66,9 @@ class _Region:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Region:
-        # A broadcast dim has stride 0: its elements are one element.
-        dims = [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s != 0]
+        # A broadcast dim has stride 0: its elements are one. The stride of a dim of 1 says nothing.
+        every = zip(tensor.shape, tensor.stride(), strict=True)
+        dims = [(n, s) for n, s in every if s != 0 and n != 1]
         dims.sort(key=lambda dim: -dim[1])
         count = int(np.prod([n for n, _ in dims], dtype=np.int64))
         return cls(

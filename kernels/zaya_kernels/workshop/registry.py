@@ -22,7 +22,13 @@ from zaya_kernels.launch import Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 from zaya_kernels.newton_schulz.op import newton_schulz
-from zaya_kernels.norm_residual.op import ResidualScales, residual, residual_norm, rms_norm
+from zaya_kernels.norm_residual.op import (
+    ResidualScales,
+    residual,
+    residual_norm,
+    rms_norm,
+    stream_norm,
+)
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
 
 if TYPE_CHECKING:
@@ -90,6 +96,13 @@ def _residual(device: torch.device) -> tuple[Callable[[str], Sequence[Tensor]], 
 def _norm(device: torch.device) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
     x, weight = _tensor(device, B, S, D, dtype=torch.float32), _tensor(device, D)
     return lambda backend: [rms_norm(x, weight, 1e-5, backend)], [x, weight]
+
+
+def _stream_norm(
+    device: torch.device,
+) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    x, weight = _tensor(device, B, S, D, dtype=torch.float32), _tensor(device, D)
+    return lambda backend: stream_norm(x, weight, 1e-5, backend), [x, weight]
 
 
 def _cca(
@@ -201,6 +214,7 @@ REGISTRY = (
     Shipped("norm_residual", "fused", _norm_residual),
     Shipped("norm_residual", "residual", _residual),
     Shipped("norm_residual", "norm", _norm),
+    Shipped("norm_residual", "stream", _stream_norm),
     Shipped("cca", "whole", lambda device: _cca(device, None)),
     Shipped("cca", "chunks", lambda device: _cca(device, 2)),
     Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
