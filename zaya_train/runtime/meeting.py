@@ -49,25 +49,41 @@ def meet(place: Place) -> Store:
         LostRankError: not all ranks came in time; rank 0 names them.
     """
     deadline = time.monotonic() + place.timeout_seconds
-    told = False
+    store = _host(place, deadline) if place.rank == 0 else _join(place, deadline)
+    # What was left of the time to meet is no limit for what comes after.
+    store.set_timeout(timedelta(seconds=place.timeout_seconds))
+    return store
+
+
+def _join(place: Place, deadline: float) -> Store:
+    told, heard = False, False
     while True:
-        store = _connect(place, deadline)
-        joined = store.add(_key(place.rank), 1)
-        if place.rank == 0:
-            _close(store, place, deadline)
-            return store
-        admitted = _admitted(store, place, deadline)
-        if admitted == joined:
-            return store
-        if admitted is not None and not told:
-            log.warning("rank 0 has not ended the attempt before this one: waiting for it")
-            told = True
+        try:
+            store = _connected(place, deadline)
+            heard = True
+            if _admitted(store, place, deadline):
+                return store
+            if not told:
+                log.warning("rank 0 has not ended the attempt before this one: waiting for it")
+                told = True
+        except dist.DistNetworkError as error:
+            # Rank 0 has ended, or has not begun.
+            if time.monotonic() + _RETRY_SECONDS > deadline and not heard:
+                raise LostRankError(
+                    f"{_who(place)}: nobody answers within {_limit(place)}: rank 0 did not start "
+                    "there, or the network does not lead there"
+                ) from error
         if time.monotonic() + _RETRY_SECONDS > deadline:
-            raise LostRankError(
-                f"rank {place.rank}: rank 0 at {place.host}:{place.port} began no new attempt "
-                f"within {place.timeout_seconds:g} s (runtime.init_timeout_seconds)"
-            )
+            raise LostRankError(f"{_who(place)}: no new attempt began within {_limit(place)}")
         time.sleep(_RETRY_SECONDS)
+
+
+def _who(place: Place) -> str:
+    return f"rank {place.rank}: rank 0 at {place.host}:{place.port}"
+
+
+def _limit(place: Place) -> str:
+    return f"{place.timeout_seconds:g} s (runtime.init_timeout_seconds)"
 
 
 def _key(rank: int) -> str:
@@ -79,27 +95,20 @@ def _left(deadline: float) -> timedelta:
     return timedelta(seconds=max(1.0, deadline - time.monotonic()))
 
 
-def _connect(place: Place, deadline: float) -> Store:
-    try:
-        return TCPStore(
-            place.host,
-            place.port,
-            is_master=place.rank == 0,
-            timeout=_left(deadline),
-            wait_for_workers=False,
-        )
-    except dist.DistError as error:
-        if place.rank == 0:
-            raise
-        raise LostRankError(
-            f"rank {place.rank}: nobody answers at {place.host}:{place.port} within "
-            f"{place.timeout_seconds:g} s (runtime.init_timeout_seconds): rank 0 did not start "
-            f"there, or the network does not lead there"
-        ) from error
+def _connected(place: Place, deadline: float) -> Store:
+    return TCPStore(
+        place.host,
+        place.port,
+        is_master=place.rank == 0,
+        timeout=_left(deadline),
+        wait_for_workers=False,
+    )
 
 
-def _close(store: Store, place: Place, deadline: float) -> None:
-    """On rank 0: wait for every rank, then say which coming of each is meant."""
+def _host(place: Place, deadline: float) -> Store:
+    """Wait for every rank, then say which coming of each is meant."""
+    store = _connected(place, deadline)
+    store.add(_key(0), 1)
     keys = [_key(rank) for rank in range(place.world_size)]
     try:
         store.wait(keys, _left(deadline))
@@ -108,21 +117,26 @@ def _close(store: Store, place: Place, deadline: float) -> None:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
         raise LostRankError(
             f"of {place.world_size} ranks {', '.join(map(str, missing[:_NAMED]))}{more} did not "
-            f"come within {place.timeout_seconds:g} s (runtime.init_timeout_seconds)"
+            f"come within {_limit(place)}"
         ) from error
     store.set(_CLOSED, json.dumps([int(number) for number in store.multi_get(keys)]))
+    return store
 
 
-def _admitted(store: Store, place: Place, deadline: float) -> int | None:
-    """Which coming of this rank takes part, once that is known; None if rank 0 went before."""
+def _admitted(store: Store, place: Place, deadline: float) -> bool:
+    """Whether this coming of the rank takes part, once that is known.
+
+    Raises:
+        LostRankError: it is not known in time.
+        DistNetworkError: rank 0 has gone.
+    """
+    joined = store.add(_key(place.rank), 1)
     try:
         store.wait([_CLOSED], _left(deadline))
-        number: int = json.loads(store.get(_CLOSED))[place.rank]
-    except dist.DistNetworkError:
-        return None
     except dist.DistStoreError as error:
         raise LostRankError(
-            f"rank {place.rank}: not all of {place.world_size} ranks came within "
-            f"{place.timeout_seconds:g} s (runtime.init_timeout_seconds); rank 0 names them"
+            f"rank {place.rank}: not all of {place.world_size} ranks came within {_limit(place)}; "
+            "rank 0 names them"
         ) from error
-    return number
+    admitted: int = json.loads(store.get(_CLOSED))[place.rank]
+    return admitted == joined
