@@ -152,7 +152,8 @@ class Traffic:
     def _scalars(self) -> Iterable[Flow]:
         classes = self.model.num_experts + int(self.model.skip_class)
         report = (1 + _SIGNALS + self.model.num_layers * classes) * _FP64_BYTES
-        yield Flow("supervised tokens, fingerprint", "all_reduce", "world", 2 * _INT64_BYTES)
+        sums = "supervised tokens, fingerprint, attention pairs"
+        yield Flow(sums, "all_reduce", "world", 3 * _INT64_BYTES)
         yield Flow("loss, signals, load", "all_reduce", "world", report)
         # Every rank's sum of squares and sum of bits, which replicas are compared by.
         norm = self.layout.world * (_FP64_BYTES + _INT64_BYTES)
