@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 Implementation = TypeVar("Implementation", bound="Callable[..., Any]")
+Choice = TypeVar("Choice")
 
 RANGE = "zaya::"
 """Begins the names of the profiler's ranges."""
@@ -39,15 +40,24 @@ def named_in_profiles() -> Iterator[None]:
 
 def pick(op: str, table: Mapping[str, Implementation], name: str) -> Implementation:
     """The implementation called `name`; ValueError naming the op and its choices otherwise."""
+    return named(op, chosen(op, table, name))
+
+
+def chosen(op: str, table: Mapping[str, Choice], name: str) -> Choice:
+    """As `pick`, for what is no call of the operation yet."""
     if name not in table:
         raise ValueError(f"kernels.{op}: no back end {name!r}; choose from {', '.join(table)}")
-    return _named(op, table[name]) if _profiling.active else table[name]
+    return table[name]
 
 
-def _named(op: str, run: Implementation) -> Implementation:
+def named(op: str, run: Implementation) -> Implementation:
+    """`run`, as a range of the profiler within `named_in_profiles`."""
+    if not _profiling.active:
+        return run
+
     @wraps(run)
-    def named(*arguments: Any, **keywords: Any) -> Any:
+    def within(*arguments: Any, **keywords: Any) -> Any:
         with record_function(RANGE + op):
             return run(*arguments, **keywords)
 
-    return cast("Implementation", named)
+    return cast("Implementation", within)

@@ -275,7 +275,7 @@ def test_bytes_are_the_fewest_the_kernels_count() -> None:
     fewest = of_norm(1024, 128, "gfx942", backward=False)[1]
     assert norm["forward"].bytes + residual["forward"].bytes - 4 * 1024 * 128 == fewest
     assert residual["both"].bytes == residual["forward"].bytes + residual["backward"].bytes
-    forward, _ = of_cca((8, 128, 4, 2, 32, 16), 3, "gfx942")
+    forward, _ = of_cca((8, 128, 4, 2, 32, 16), (2, 2), "gfx942")
     assert bytes_of["cca"]["forward"].bytes == pytest.approx(forward.fewest, rel=0.01)
     # It counts rows of the gradient for tokens of no expert too, one in nine here.
     fewest = of_permute(1024, 1024 * 8 // 9, 128, 8)[1]

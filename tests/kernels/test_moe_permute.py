@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from zaya_kernels.backends import named_in_profiles
 from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 
 from ..helpers.kernels import assert_backends_agree, assert_bitwise, assert_no_worse, random
@@ -171,3 +173,14 @@ def test_traffic_is_what_the_kernels_move(name: str) -> None:
 def test_traffic_is_near_the_fewest_possible(kept: int) -> None:
     moved, fewest = host.traffic(32_768, kept, 2048, 16)
     assert fewest < moved <= 1.01 * fewest
+
+
+def test_every_part_is_a_range_around_its_work_in_profiles() -> None:
+    tokens = random(TOKENS, HIDDEN, seed=1)
+    with named_in_profiles(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        order = ordered(choices("random"), "eager")
+        rows, left = gather(tokens, order)
+        scatter(rows, order, rest_of(left, order), None)
+    ranges = [event for event in recorded.events() if event.name == "zaya::moe_permute"]
+    assert len(ranges) == 5
+    assert all(event.cpu_children for event in ranges)

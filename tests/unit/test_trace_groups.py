@@ -129,6 +129,15 @@ def test_kernels_go_to_what_launched_them() -> None:
     assert found.step_seconds == pytest.approx(1e-3)
 
 
+def test_kernels_launched_outside_of_the_steps_are_not_theirs() -> None:
+    before, inside = span("aten::mm", 0, 50), span("aten::mm", 300, 350)
+    launches = [launch(1, 10), launch(2, 310)]
+    events = [before, inside, *launches, span(STEP, 200, 900)]
+    found = time_by_group({"traceEvents": [*events, kernel("a", 1, 70), kernel("b", 2, 20)]})
+    assert found.total_seconds == pytest.approx(20e-6)
+    assert sum(found.seconds.values()) == pytest.approx(20e-6)
+
+
 def test_a_trace_without_steps_is_refused() -> None:
     with pytest.raises(DataError, match="holds no range named zaya::step"):
         time_by_group({"traceEvents": FORWARD})

@@ -99,8 +99,8 @@ class TokenDispatcher(Protocol):
 
     def finish_combine(self, pending: Pending, base: Tensor | None, probability: Tensor) -> Tensor:
         """-> [T, D] in token order, times probability [T]; tokens that went to no expert have
-        their row of `base` [T, D] there, or zero. `base` is `Pending.tokens` of the way there, or
-        has rows that depend on their own token alone."""
+        their row of `base` [T, D] there, or zero. `base` is `Pending.tokens` of the way there and
+        nothing else: gradients of its other rows are undefined (moe_permute.op.rest_of)."""
         ...
 
     def own_experts(self, stack: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import TrainConfig
     from zaya_train.runtime.dist import Ranks
+    from zaya_train.runtime.peaks import Peaks
     from zaya_train.tools.random_rows import RandomRow
     from zaya_train.train.built import Built
 
@@ -171,6 +172,16 @@ def documents_of(row_tokens: int, document_tokens: int | None) -> tuple[int, ...
     return (size,) * whole + ((rest,) if rest else ())
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Where all steps run."""
+
+    ranks: Ranks
+    peaks: Peaks
+    scratch: Path
+    """For records that nobody reads afterwards."""
+
+
 def _measured(request: StepRequest, ranks: Ranks, scratch: Path) -> StepFigures:
     config, name = request.config, request.phase_name
     phase = replace(config.plan.phases[name], batch_ramp=None)
@@ -178,13 +189,16 @@ def _measured(request: StepRequest, ranks: Ranks, scratch: Path) -> StepFigures:
     built = build_phase(config, (name, phase), Mesh.build(degrees, ranks.device.type), ranks.device)
     count = sequences_per_step(phase) // (degrees.data * phase.micro_batch_sequences)
     steps = request.warm_steps + request.timed_steps
-    rows = _steps(request, built, ranks, scratch, steps)[request.warm_steps :]
+    # Once, and not within the profile.
+    peaks = peaks_of(ranks.device, config.precision.compute_dtype)
+    launch = Launch(ranks, peaks, scratch)
+    rows = _steps(request, built, launch, steps)[request.warm_steps :]
     memory = peak_memory_bytes(ranks.device)
     profiled = min(count, request.profiled_micro_batches)
     if profiled:
         few = replace(phase, global_batch_tokens=phase.global_batch_tokens // count * profiled)
         with _profile(built.model, ranks, request.output / TRACE):
-            _steps(request, replace(built, phase=few), ranks, scratch, 1)
+            _steps(request, replace(built, phase=few), launch, 1)
     return StepFigures(
         config=config,
         ranks=ranks,
@@ -197,23 +211,21 @@ def _measured(request: StepRequest, ranks: Ranks, scratch: Path) -> StepFigures:
     )
 
 
-def _steps(
-    request: StepRequest, built: Built, ranks: Ranks, scratch: Path, steps: int
-) -> list[dict[str, Any]]:
+def _steps(request: StepRequest, built: Built, launch: Launch, steps: int) -> list[dict[str, Any]]:
     """Rows of the metrics of so many steps of `built.phase`, from step 1; on rank 0 alone."""
     phase = replace(built.phase, tokens=steps * built.phase.global_batch_tokens)
     built = replace(built, phase=phase)
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    main = ranks.rank == 0
+    folder = Path(tempfile.mkdtemp(dir=launch.scratch))
+    main = launch.ranks.rank == 0
     with ExitStack() as stack:
         metrics = stack.enter_context(MetricsWriter(folder, enabled=main))
         incidents = Incidents(folder, metrics.attempt, enabled=main)
         stack.callback(incidents.close)
-        feed = _feed(request, built, ranks)
+        feed = _feed(request, built, launch.ranks)
         starts = step_starts(phase, 0, feed.unit)
         ahead = request.config.data.prefetch_batches
         batches = stack.enter_context(prefetch(feed.batches, starts, ahead))
-        run = _phase_run(request.config, built, feed, (metrics, incidents), ranks)
+        run = _phase_run(request.config, built, feed, (metrics, incidents), launch)
         run_phase(run, batches, TrainState())
     return [row for row in read_metrics(folder) if row["kind"] == "step"] if main else []
 
@@ -233,11 +245,10 @@ def _phase_run(
     built: Built,
     feed: Feed,
     records: tuple[MetricsWriter, Incidents],
-    ranks: Ranks,
+    launch: Launch,
 ) -> PhaseRun:
     """What `run.train` hands to the loop, less evaluation, checkpoints and signals."""
     metrics, incidents = records
-    peaks = peaks_of(ranks.device, config.precision.compute_dtype)
     degree = built.mesh.layout.context
     steps = -(-built.phase.tokens // built.phase.global_batch_tokens)
     return PhaseRun(
@@ -256,7 +267,7 @@ def _phase_run(
         guard=Guard(config.guard, incidents, built.name, feed.dealt, degree),
         drawn=feed.rows.drawn,
         trace=RoutingTrace(metrics.path.parent, config.logging, enabled=False),
-        throughput=Throughput(built.model_config, ranks.world_size, peaks),
+        throughput=Throughput(built.model_config, launch.ranks.world_size, launch.peaks),
         hooks=_hooks(config, built, feed),
     )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
+import os
 import platform
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +22,7 @@ from zaya_train.tools.kernels import installed_triton
 from zaya_train.tools.revision import revision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,25 @@ def append(path: Path, setting: Setting, results: Sequence[Result]) -> None:
         DataError: the file has another header.
         StorageError: it cannot be written; then it is as it was.
     """
-    before = _text(path)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if not before:
-        writer.writerow(COLUMNS)
     for result in results:
         writer.writerow([_cell(v) for v in (*asdict(setting).values(), *asdict(result).values())])
-    write_text(path, before + text.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):
+        before = _text(path) or ",".join(COLUMNS) + "\n"
+        write_text(path, before + text.getvalue())
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two commands at once must not write over each other's rows."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_table(path: Path) -> None:
@@ -115,6 +129,9 @@ def _text(path: Path) -> str:
         names = sorted(set(header) ^ set(COLUMNS))
         which = f"differs in {', '.join(names)}" if names else "has another order"
         raise DataError(f"{path}: not a table of kernel timings: its header {which}")
+    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+        if len(row) != len(COLUMNS):
+            raise DataError(f"{path}:{number}: {len(row)} cells, the header has {len(COLUMNS)}")
     return text if not text or text.endswith("\n") else text + "\n"
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.optim._muon import _zeropower_via_newtonschulz
 
 from zaya_train.tools.kernel_shapes import NORM, Timed
 
@@ -127,6 +126,9 @@ def _muon(
     coefficients: tuple[float, float, float],
 ) -> Tensor:
     """torch's works in bf16, one matrix at a time."""
+    # A private name of torch's: without it this one back end is absent.
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
     if dtype != torch.bfloat16:
         raise ValueError(f"torch.optim.Muon orthogonalises in bf16, not in {dtype}")
     done = [_zeropower_via_newtonschulz(x, coefficients, steps, 1e-7) for x in matrices]

@@ -285,9 +285,12 @@ def _permutation(make: _Maker) -> Timed:
     """There and back without experts in between; one class of tokens goes to none of them."""
     experts, hidden, tokens = make.model.num_experts, make.model.hidden_size, make.shape.tokens
     choice = torch.arange(tokens, device=make.device) * 7 % (experts + 1)
+    with_expert = int((choice < experts).sum())
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        order = moe_permute.sort_by_expert(moe_permute.count_by_expert(choice, experts, name))
+        load = moe_permute.count_by_expert(choice, experts, name)
+        # As in training: eager experts have read the counts on the host, Triton's never do.
+        order = moe_permute.sort_by_expert(load, None if name == "triton" else with_expert)
         rows, left = moe_permute.gather(x["tokens"], order)
         rest = moe_permute.rest_of(left, order)
         return [moe_permute.scatter(rows, order, rest, x["probability"])]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zaya_train.runtime.peaks import product_rate
 from zaya_train.tools.preflight_findings import Finding, Measured
 
 if TYPE_CHECKING:
@@ -97,9 +98,7 @@ def measure(place: Place, device: torch.device, sizes: Sizes, name: str) -> list
     """TFLOP/s of a matrix product and GB/s of a copy. name: of the device."""
     n = sizes.gemm
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    left = torch.ones(n, n, device=device, dtype=dtype)
-    right = torch.ones(n, n, device=device, dtype=dtype)
-    product = 2 * n**3 / best_seconds(lambda: left @ right, device, sizes.repeats)
+    product = product_rate(device, dtype, sizes.repeats, n)
     copy = copy_rate(device, sizes.copy_mib, sizes.repeats)
     return [
         Measured("matrix product", place, product / 1e12, "TFLOP/s", name),

@@ -104,6 +104,7 @@ def time_by_group(trace: Mapping[str, Any]) -> Breakdown:
     kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in _DEVICE]
     if kernels:
         places = _launches(events, spans)
+        kernels = [kernel for kernel in kernels if _within(_place(kernel, places), steps)]
         for kernel in kernels:
             seconds[_group_of(kernel, places)] += kernel["dur"] / 1e6
         total = sum(kernel["dur"] for kernel in kernels) / 1e6
@@ -186,8 +187,19 @@ def _launches(
 def _group_of(kernel: Mapping[str, Any], places: Mapping[int, _Span]) -> str:
     if kernel["name"].lower().startswith(_COLLECTIVE_KERNELS):
         return "collectives"
-    place = places.get(kernel.get("args", {}).get("correlation", -1))
+    place = _place(kernel, places)
     return place.group if place else "other"
+
+
+def _place(kernel: Mapping[str, Any], places: Mapping[int, _Span]) -> _Span | None:
+    return places.get(kernel.get("args", {}).get("correlation", -1))
+
+
+def _within(place: _Span | None, steps: Iterable[_Span]) -> bool:
+    """Whether it was launched in a step, by whatever thread; one that nobody launched counts."""
+    return place is None or any(
+        step.start <= place.start <= step.start + step.microseconds for step in steps
+    )
 
 
 def _below(spans: Iterable[_Span]) -> Iterable[_Span]:

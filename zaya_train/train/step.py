@@ -90,8 +90,8 @@ def train_step(
     What the step does next (skip, scale, update) follows from numbers that are equal on every rank.
     NumericsError on all ranks, with nothing updated, where replicas disagree on the gradient.
     """
-    count, fingerprint, pairs = _count(batches)
-    own_loss, load = _accumulate(model, batches, count.clamp_min(1), reduction, mark)
+    counts = _count(batches)
+    own_loss, load = _accumulate(model, batches, counts[0].clamp_min(1), reduction, mark)
     mark("exchange")
     loss, load, heard = _reduce(own_loss, load, stop_signal)
     shards = optimizer.shards.values()
@@ -103,46 +103,47 @@ def train_step(
         _clip(shards, norm, rates.clip_norm)
         optimizer.step(rates.muon, rates.adamw, load.float())
     model.zero_grad(set_to_none=True)
+    # Waits for the device behind the optimizer, so that a step's seconds have all of it.
+    supervised, fingerprint, pairs = counts.tolist()
     return StepResult(
         loss=float(loss),
         grad_norm=norm,
-        supervised=int(count),
+        supervised=supervised,
         load=load,
         applied=not reason,
         stop_signal=heard,
-        fingerprint=int(fingerprint),
+        fingerprint=fingerprint,
         reason=reason,
         finding=finding,
-        pairs=int(pairs),
+        pairs=pairs,
     )
 
 
 def pass_over(optimizer: Optimizer, batches: Sequence[Batch], stop_signal: int = 0) -> StepResult:
     """A step over rows that a roll back decided to avoid: counted, and nothing else."""
-    count, fingerprint, _ = _count(batches)
+    supervised, fingerprint, _ = _count(batches).tolist()
     load = torch.zeros_like(optimizer.balancing.first, dtype=torch.float64)
     loss = load.new_full((), math.nan)
     _, load, heard = _reduce(loss, load, stop_signal)
     return StepResult(
         loss=math.nan,
         grad_norm=math.nan,
-        supervised=int(count),
+        supervised=supervised,
         load=load,
         applied=False,
         stop_signal=heard,
-        fingerprint=int(fingerprint),
+        fingerprint=fingerprint,
         reason="rows passed over",
     )
 
 
-def _count(batches: Sequence[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-    """Supervised tokens, fingerprint and attention's pairs of all ranks' rows."""
+def _count(batches: Sequence[Batch]) -> Tensor:
+    """[3] int64: supervised tokens, fingerprint and attention's pairs of all ranks' rows."""
     # int64 sums wrap around, which is what a sum of fingerprints means.
     fingerprint = wrapped_sum(b.fingerprint for b in batches)
     own = (sum(b.supervised for b in batches), fingerprint, sum(b.pairs for b in batches))
     counts = torch.tensor(own, dtype=torch.int64, device=batches[0].tokens.device)
-    supervised, fingerprints, pairs = sum_over(counts).unbind()
-    return supervised, fingerprints, pairs
+    return sum_over(counts)
 
 
 def _accumulate(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zaya_kernels.backends import pick
+from zaya_kernels.backends import chosen, named
 from zaya_kernels.moe_permute import eager, reference
 from zaya_kernels.moe_permute.types import Order
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from zaya_kernels.moe_permute.types import Load
+
+
+_OP = "moe_permute"
 
 
 @dataclass(frozen=True)
@@ -48,33 +51,34 @@ BACKENDS: dict[str, Callable[[], _Backend]] = {
 
 
 def _of(name: str) -> _Backend:
-    return pick("moe_permute", BACKENDS, name)()
+    return chosen(_OP, BACKENDS, name)()
 
 
 def count_by_expert(choice: Tensor, num_experts: int, backend: str) -> Load:
     """choice [T] int64 in [0, E]; tokens of class E go to no expert."""
-    return _of(backend).count(choice, num_experts)
+    return named(_OP, _of(backend).count)(choice, num_experts)
 
 
 def sort_by_expert(load: Load, known: int | None = None) -> Order:
     """Stable. `known`: tokens with an expert, where the host knows the number."""
-    return Order(_of(load.backend).sort(load), load.counts, load.backend, known)
+    return Order(named(_OP, _of(load.backend).sort)(load), load.counts, load.backend, known)
 
 
 def gather(tokens: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """tokens [T, D] -> rows [R, D] by expert, and the tokens again, for `rest_of`: taken from
     there, their gradient costs no pass of its own."""
-    return _of(order.backend).gather(tokens, order)
+    return named(_OP, _of(order.backend).gather)(tokens, order)
 
 
 def rest_of(base: Tensor, order: Order) -> Tensor:
-    """base [T, D], what tokens without an expert put out (`gather`'s tokens, or what depends on
-    no other token) -> what `scatter` takes, which need not be kept and may be overwritten. Apart
-    from it, so that it can be made while rows travel."""
-    return _of(order.backend).rest(base, order)
+    """base [T, D], what tokens without an expert put out: `gather`'s tokens -> what `scatter`
+    takes, which need not be kept and may be overwritten. Apart from it, so that it can be made
+    while rows travel. Of anything else the gradient would be undefined: Triton's leaves the rows
+    of tokens with an expert unwritten, which `gather` knows."""
+    return named(_OP, _of(order.backend).rest)(base, order)
 
 
 def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None) -> Tensor:
     """rows [R, D] -> [T, D] in the tokens' places; tokens without an expert have their row of
     `rest` there, or zero. Each token's is multiplied by probability [T], if one is given."""
-    return _of(order.backend).scatter(rows, order, rest, probability)
+    return named(_OP, _of(order.backend).scatter)(rows, order, rest, probability)

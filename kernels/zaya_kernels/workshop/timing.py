@@ -58,7 +58,8 @@ class Stopwatch:
         self._other = torch.empty(size, dtype=torch.uint8, device=device)
 
     def milliseconds(self, work: Callable[[], object]) -> float:
-        """Of one call, from its first to its last kernel on a GPU."""
+        """Of one call; on a GPU from behind the emptying of the caches to its last kernel, the
+        host's time to launch included where it takes longer than they do."""
         # Written, not read: what the caches held must make room for it.
         self._other.zero_()
         if self.device.type != "cuda":
