@@ -84,6 +84,7 @@ EXACT = frozenset({"data.prefetch_batches", "parallel.reshard_after_forward"})
 AT_START = frozenset({"model.init_std", "checkpoint.initial_weights", "checkpoint.branch_from"})
 """Math keys that say where a run starts from, and nothing once it has checkpoints."""
 PHASES = "plan.phases"
+SOURCES = "data.sources"
 
 
 @cache
@@ -131,9 +132,28 @@ def leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield key, list(value) if isinstance(value, tuple) else value
 
 
+def drawn(values: Mapping[str, Any]) -> set[str]:
+    """Sources that the phases of a configuration as nested dictionaries draw from."""
+    phases = values.get("plan", {}).get("phases", {}).values()
+    return {name for phase in phases for name, weight in phase["mixture"].items() if weight > 0}
+
+
+def of_source(key: str) -> str | None:
+    """The source whose rows the dotted math key decides, if it is one of a source."""
+    section, _, field = key.rpartition(".")
+    parent, _, name = section.rpartition(".")
+    return name if parent == SOURCES and kind_of(f"{SOURCES}.*.{field}") == "math" else None
+
+
 def math_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Every math key of a configuration as nested dictionaries, with the order of its phases."""
-    found = {key: value for key, value in leaves(values) if kind_of(key) == "math"}
+    """Every math key of a configuration as nested dictionaries, with the order of its phases.
+    What is said of a source that no phase draws from decides nothing."""
+    unused = values.get("data", {}).get("sources", {}).keys() - drawn(values)
+    found = {
+        key: value
+        for key, value in leaves(values)
+        if kind_of(key) == "math" and of_source(key) not in unused
+    }
     return {**found, PHASES: list(values.get("plan", {}).get("phases", {}))}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -18,7 +19,16 @@ from rich.text import Text
 from zaya_train.config.build import build
 from zaya_train.config.derive import layout, phase_sequences, sequences_per_step
 from zaya_train.config.errors import EXIT_OK
-from zaya_train.config.kinds import EXACT, PHASES, kind_of, leaf_differences
+from zaya_train.config.kinds import (
+    AT_START,
+    EXACT,
+    PHASES,
+    SOURCES,
+    drawn,
+    kind_of,
+    leaf_differences,
+    of_source,
+)
 from zaya_train.config.schema import ParallelConfig, PhaseConfig
 from zaya_train.tools.checkpoint_diff import EXIT_DIFFERENT
 from zaya_train.tools.diff_sides import Side, load_side
@@ -74,10 +84,16 @@ class RunDifference:
 
     def common_phases(self) -> list[str]:
         """Phases from the first one on over which the curves must be the same all the same."""
-        config = self.sides[0].segments[0][1].config
-        phases = list(config["plan"]["phases"])
-        starts = [_first_phase(f, config) for f in self.findings if f.effect == "curve"]
-        return phases[: min(starts, default=len(phases))]
+        plans = [
+            [identity.config["plan"]["phases"] for _, identity in side.segments]
+            for side in self.sides
+        ]
+        # Phases that were trained cannot change, so a side's last attempt names them all.
+        pairs = zip(plans[0][-1], plans[1][-1], strict=False)
+        names = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        every = [phases for side in plans for phases in side]
+        starts = [_first_phase(f.key, names, every) for f in self.findings if f.effect == "curve"]
+        return names[: min(starts, default=len(names))]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -97,8 +113,11 @@ class RunDifference:
 def compare_sides(first: Side, second: Side) -> RunDifference:
     """Everything in which two sides differ, each thing at the first step it concerns."""
     found: dict[tuple[str, str], Finding] = {}
-    unknown: dict[str, None] = {}
-    for step in sorted({start for side in (first, second) for start, _ in side.segments}):
+    both = (first, second)
+    since = [side.segments[0][0] for side in both]
+    unknown = {f"steps 1 to {s} of {name}": None for name, s in zip("AB", since, strict=True) if s}
+    steps = {start for side in both for start, _ in side.segments if start >= max(since)}
+    for step in sorted(steps):
         a, b = first.at(step), second.at(step)
         for finding in _findings(a, b, step):
             found.setdefault((finding.group, finding.key), finding)
@@ -123,8 +142,10 @@ def diff_runs(first: Path, second: Path, as_json: bool, console: Console) -> int
 
 
 def _findings(a: Identity, b: Identity, step: int) -> Iterator[Finding]:
+    unused = {*_sources(a), *_sources(b)} - drawn(a.config) - drawn(b.config)
     for key, (old, new) in leaf_differences(a.config, b.config).items():
-        yield _of_key(key, old, new, step)
+        if of_source(key) not in unused:
+            yield _of_key(key, old, new, step)
     yield from _of_data(a, b, step)
     for name in sorted(a.versions.keys() & b.versions.keys()):
         if a.versions[name] != b.versions[name]:
@@ -142,14 +163,16 @@ def _of_key(key: str, old: Any, new: Any, step: int) -> Finding:
         return Finding("speed", key, old, new, "none" if key in EXACT else "rounding", step)
     if kind == "io":
         return Finding("io", key, old, new, "none", step)
+    if key in AT_START and step:
+        return Finding("math", key, old, new, "none", step)
     # A key of another version, which has no tag here, may mean anything.
     return Finding("seed" if key == "run.seed" else "math", key, old, new, "curve", step)
 
 
 def _of_data(a: Identity, b: Identity, step: int) -> Iterator[Finding]:
-    sources = [side.config["data"]["sources"] for side in (a, b)]
-    for name in sorted(_drawn(a.config) & _drawn(b.config)):
-        key = f"data.sources.{name}"
+    sources = [_sources(side) for side in (a, b)]
+    for name in sorted(drawn(a.config) & drawn(b.config)):
+        key = f"{SOURCES}.{name}"
         hashes = (a.corpora.get(name), b.corpora.get(name))
         if None not in hashes:
             if hashes[0] != hashes[1]:
@@ -195,26 +218,30 @@ def _unknown(a: Identity, b: Identity) -> Iterator[str]:
     ):
         if not all(sides):
             yield name
-    for name in sorted(_drawn(a.config) & _drawn(b.config)):
+    for name in sorted(drawn(a.config) & drawn(b.config)):
         if not (name in a.corpora and name in b.corpora):
-            yield f"contents of data.sources.{name}"
+            yield f"contents of {SOURCES}.{name}"
 
 
-def _drawn(config: dict[str, Any]) -> set[str]:
-    """Sources that a configuration's phases draw from."""
-    phases = config["plan"]["phases"].values()
-    return {name for phase in phases for name, weight in phase["mixture"].items() if weight > 0}
+def _sources(side: Identity) -> dict[str, Any]:
+    sources: dict[str, Any] = side.config["data"]["sources"]
+    return sources
 
 
-def _first_phase(finding: Finding, config: dict[str, Any]) -> int:
-    """Number of the first phase of `config` that a finding concerns."""
-    phases = config["plan"]["phases"]
-    parts = finding.key.split(": ")[0].split(".")
-    if parts[:2] == ["plan", "phases"] and len(parts) > 2:
-        return list(phases).index(parts[2]) if parts[2] in phases else len(phases)
-    if finding.group == "data":
-        drawing = [parts[2] in phase["mixture"] for phase in phases.values()]
-        return drawing.index(True)
+def _first_phase(key: str, names: list[str], plans: list[dict[str, Any]]) -> int:
+    """Position in `names` of the first phase that a difference in `key` concerns in one of the
+    plans; behind them all where it concerns none of them."""
+    parts = key.split(": ")[0].split(".")
+    if parts[:2] == PHASES.split("."):
+        return names.index(parts[2]) if parts[2:] and parts[2] in names else len(names)
+    if parts[:2] == SOURCES.split("."):
+        drawing = (
+            position
+            for position, name in enumerate(names)
+            for plan in plans
+            if plan.get(name, {"mixture": {}})["mixture"].get(parts[2], 0) > 0
+        )
+        return next(drawing, len(names))
     return 0
 
 

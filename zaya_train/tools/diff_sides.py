@@ -23,11 +23,11 @@ class Side:
 
     path: Path
     segments: tuple[tuple[int, Identity], ...]
-    """(step behind which it holds, identity), ascending from 0: an attempt each, those left out
-    that later ones rolled back whole."""
+    """(step behind which it holds, identity), ascending: an attempt each, those left out that later
+    ones rolled back whole. From 0, or where the attempts before were not recorded, from there."""
 
     def at(self, step: int) -> Identity:
-        """What decides the steps right behind `step`."""
+        """What decides the steps right behind `step`, which is not before the first segment."""
         return [identity for start, identity in self.segments if start <= step][-1]
 
 
@@ -81,13 +81,17 @@ def _of_checkpoint(path: Path) -> Identity:
 
 
 def _of_attempts(run_dir: Path) -> tuple[tuple[int, Identity], ...]:
+    attempts = read_attempts(run_dir)
     segments: list[tuple[int, Identity]] = []
-    for values in read_attempts(run_dir):
+    for values in attempts:
         step = values["step"]
         config = read_config(run_dir / CONFIG_DIR / f"attempt-{values['attempt']:04d}.json")
         kept = {k: v for k, v in values.items() if k not in ("step", "attempt")}
         segments = [segment for segment in segments if segment[0] < step]
-        segments.append((step if segments else 0, Identity(config=config, **kept)))
+        segments.append((step, Identity(config=config, **kept)))
     if not segments:
         raise ConfigError(f"{run_dir / RUN_FILE}: names no attempt")
+    if attempts[0]["attempt"] == 1:
+        # A branch begins behind step 0, and what is before it is another run's.
+        segments[0] = (0, segments[0][1])
     return tuple(segments)
