@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
+import zaya_kernels
 
+import zaya_train
 from tests.faults.states import record
 from tests.helpers.tiny import DELETED, changed, tiny
 from zaya_train.config.build import to_dict
 from zaya_train.config.errors import CheckpointError, ConfigError
 from zaya_train.phases.lineage import changes, lineage
-from zaya_train.runtime.versions import code_hash
+from zaya_train.runtime.versions import code_hash, sources_hash
 from zaya_train.train.entry import changed_math
 from zaya_train.train.identity import RUN_FILE, identity_of, read_attempts, record_identity
 from zaya_train.train.manifest import Manifest, decode, encode
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 CORPORA = {"problems": "aa11"}
+COMPUTING = "config data hub model optim parallel phases train runtime/seeds.py run.py"
 
 
 def sealed(body: dict[str, Any]) -> bytes:
@@ -84,9 +86,52 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str) -> None:
         record_identity(tmp_path, 1, 0, identity_of(tiny(), CORPORA, 1, {}))
 
 
-def test_the_code_is_told_apart_by_its_sources() -> None:
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packages' sources."""
+    folder = tmp_path_factory.mktemp("sources")
+    for package in (zaya_train, zaya_kernels):
+        root = Path(str(package.__file__)).parent
+        for file in root.rglob("*.py"):
+            copy = folder / root.name / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+    return folder
+
+
+def hash_in(folder: Path) -> str:
+    return sources_hash(folder / "zaya_train", folder / "zaya_kernels")
+
+
+def test_the_same_sources_elsewhere_are_the_same_code(sources: Path) -> None:
     assert len(code_hash()) == 16
-    assert code_hash() == code_hash()
+    assert hash_in(sources) == code_hash() != sources_hash(sources / "zaya_train", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "tells"),
+    [
+        *((f"zaya_train/{place}", True) for place in COMPUTING.split()),
+        ("zaya_kernels", True),
+        ("zaya_kernels/cca", True),
+        ("zaya_train/tools", False),
+        ("zaya_train/runtime/log.py", False),
+    ],
+)
+def test_the_code_is_told_apart_by_its_sources(sources: Path, name: str, tells: bool) -> None:
+    before = hash_in(sources)
+    file = sources / name
+    if file.is_dir():
+        added = file / "added.py"
+        added.write_text("")
+        assert (hash_in(sources) != before) is tells
+        added.unlink()
+        file = min(file.glob("*.py"))
+    text = file.read_text()
+    file.write_text(text + "\n")
+    assert (hash_in(sources) != before) is tells
+    file.write_text(text)
+    assert hash_in(sources) == before
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,14 @@ def test_the_documents_of_a_source_count_from_the_phase_that_draws_it() -> None:
     assert result.common_phases() == ["short"]
 
 
+def test_the_documents_of_a_source_that_one_side_draws_from_are_named() -> None:
+    drawing = {**WEB, "plan.phases.long.mixture": {"web": 1.0}, "data.sources.web.max_documents": 9}
+    sides = [side((0, identity(WEB))), side((0, identity(drawing)))]
+    for ordered in (sides, sides[::-1]):
+        keys = {finding.key for finding in compare_sides(*ordered).findings}
+        assert "data.sources.web.max_documents" in keys
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
