@@ -11,7 +11,7 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.build import to_dict
 from zaya_train.config.diff import differences, model_differences
 from zaya_train.config.errors import ConfigError
-from zaya_train.train.attempts import record_attempt
+from zaya_train.train.attempts import newest_config, read_config, record_attempt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,11 +59,17 @@ def test_every_attempts_configuration_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_what_is_no_configuration_is_not_overwritten(tmp_path: Path, content: str) -> None:
+def test_what_is_no_configuration_is_set_aside(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json: not .*; move it away"):
-        record_attempt(tmp_path, 2, values())
-    assert (tmp_path / "config.json").read_text() == content
+        read_config(tmp_path / "config.json")
+    assert newest_config(tmp_path) == {}
+    assert record_attempt(tmp_path, 2, values()) == {}
+    assert (tmp_path / "config.json.bad").read_text() == content
+    assert "config.json.bad" in caplog.text
+    assert newest_config(tmp_path) == json.loads(json.dumps(values()))
 
 
 def test_two_stages_of_one_model_and_two_models() -> None:

@@ -80,10 +80,18 @@ def test_the_runs_manifest_grows_by_an_entry_per_attempt(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"attempts": [1]}', '{"attempts": [{"step": 1}]}'])
-def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_a_manifest_that_is_none_is_set_aside(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One rank writes it: an error would end that rank alone."""
     (tmp_path / RUN_FILE).write_text(text)
     with pytest.raises(ConfigError, match=r"run\.json: not a run's manifest"):
-        record_identity(tmp_path, 1, 0, identity_of(tiny(), CORPORA, 1, {}))
+        read_attempts(tmp_path)
+    record_identity(tmp_path, 4, 20, identity_of(tiny(), CORPORA, 1, {}))
+    (entry,) = read_attempts(tmp_path)
+    assert (entry["attempt"], entry["step"]) == (4, 20)
+    assert (tmp_path / "run.json.bad").read_text() == text
+    assert "run.json: not a run's manifest" in caplog.text and "run.json.bad" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,16 @@ def test_math_values_survive_json() -> None:
         ("plan.phases.gone.learning_rate_scale", "this configuration has no such entry"),
         ("kernels.cca", "is of kind speed, which may always change"),
         ("run.dir", "is of kind io, which may always change"),
+        ("plan.phases.long.rope_base", None),
+        ("precision.compute_dtype", None),
+        ("guard.sigma", None),
+        ("run.seed", "cannot be named; what can: optim.*"),
+        ("plan.phases.short.global_batch_tokens", "cannot be named"),
+        ("plan.phases.short.mixture.problems", "cannot be named"),
+        ("data.balance_rows", "cannot be named"),
+        ("model.num_layers", "cannot be named"),
+        ("checkpoint.branch_from", "cannot be named"),
+        ("plan.phases", "unknown key"),
     ],
 )
 def test_only_math_keys_that_are_there_can_be_allowed(key: str, told: str | None) -> None:

@@ -46,8 +46,14 @@ def test_a_phase_under_way_keeps_what_its_order_depends_on(key: str) -> None:
     other: Any = {"a": 1.0} if key == "mixture" else getattr(phase, key) * 2
     values: dict[str, Any] = {key: other}
     edited = with_phases(config, **(config.plan.phases | {name: replace(phase, **values)}))
-    (line,) = changes(stored(config, 0), edited, CORPORA)
-    assert line.startswith(f"plan.phases.{name}.{key}: ") and line.endswith(f"-> {other}")
+    lines = changes(stored(config, 0), edited, CORPORA)
+    if key == "mixture":
+        assert lines == [
+            f"plan.phases.{name}.mixture.a: absent -> 1.0",
+            f"plan.phases.{name}.mixture.problems: 1.0 -> absent",
+        ]
+    else:
+        assert lines == [f"plan.phases.{name}.{key}: {other // 2} -> {other}"]
 
 
 def test_a_phase_under_way_may_be_lengthened_and_one_behind_us_may_not() -> None:
@@ -125,7 +131,23 @@ def test_limits_of_sources_ahead_may_change() -> None:
 def test_a_source_no_longer_drawn_from_is_a_change_of_the_mixture() -> None:
     config = tiny({"data.sources.b": {"path": "b"}, "plan.phases.short.mixture.b": 1.0})
     (line,) = changes(stored(config, 0), tiny({}), CORPORA)
-    assert line.startswith("plan.phases.short.mixture: ")
+    assert line == "plan.phases.short.mixture.b: 1.0 -> absent"
+
+
+def test_every_field_that_differs_is_told_by_its_full_key() -> None:
+    before = stored(tiny({}), 0)
+    key = "plan.phases.short.schedule"
+    config = tiny({f"{key}.final_ratio": 0.5, f"{key}.decay_tokens": 0})
+    assert changes(before, config, CORPORA) == [
+        f"{key}.decay_tokens: 512 -> 0",
+        f"{key}.final_ratio: 0.0 -> 0.5",
+    ]
+    ramp = {"plan.phases.short.batch_ramp": {"start_tokens": 64, "over_tokens": 256}}
+    (line,) = changes(before, tiny(ramp), CORPORA)
+    assert line.startswith("plan.phases.short.batch_ramp: None -> {")
+    # A field of a later version, in phases of an earlier one.
+    del before["phases"][0][1]["batch_ramp"]
+    assert changes(before, tiny({}), CORPORA) == []
 
 
 def test_a_phase_that_is_over_cannot_be_lengthened() -> None:

@@ -12,7 +12,7 @@ from zaya_train.config.build import to_dict
 from zaya_train.config.derive import context_degree, layout
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.kernel_rules import kernel_problems
-from zaya_train.config.kinds import kind_of, math_values
+from zaya_train.config.kinds import NAMEABLE, kind_of, math_values, nameable
 from zaya_train.config.suggest import unknown_key
 
 if TYPE_CHECKING:
@@ -200,8 +200,10 @@ def _allowed(config: TrainConfig) -> Iterator[str]:
     known = math_values(to_dict(config))
     for key in config.checkpoint.allow_changed:
         kind = kind_of(key)
-        if kind == "math" and key not in known:
+        if nameable(key) and key not in known:
             yield f"checkpoint.allow_changed: {key}: this configuration has no such entry"
+        elif kind == "math" and not nameable(key):
+            yield f"checkpoint.allow_changed: {key} cannot be named; what can: {NAMEABLE}"
         elif kind is None:
             yield f"checkpoint.allow_changed: {unknown_key(type(config), key)}"
         elif kind != "math":

@@ -83,6 +83,12 @@ EXACT = frozenset({"data.prefetch_batches", "parallel.reshard_after_forward"})
 """Of the speed keys those that change no bit of a loss."""
 AT_START = frozenset({"model.init_std", "checkpoint.initial_weights", "checkpoint.branch_from"})
 """Math keys that say where a run starts from, and nothing once it has checkpoints."""
+NAMEABLE = "optim.* precision.* guard.* plan.phases.*: learning_rate_scale, schedule.*, rope_base"
+"""What checkpoint.allow_changed may name, for people: of what a resume refuses to see changed, all
+that decides neither the model nor which documents stand in which row, so that a run can go on
+without repeating or losing any."""
+_NAMEABLE_SECTIONS = frozenset({"optim", "precision", "guard"})
+_NAMEABLE_OF_PHASES = frozenset({"learning_rate_scale", "schedule", "rope_base"})
 PHASES = "plan.phases"
 SOURCES = "data.sources"
 
@@ -107,6 +113,16 @@ def kind_of(key: str) -> Kind | None:
     for part in key.split("."):
         node = node.get(part, node.get("*")) if isinstance(node, dict) else None
     return node if isinstance(node, str) else None  # type: ignore[return-value]
+
+
+def nameable(key: str) -> bool:
+    """Whether checkpoint.allow_changed may name the dotted key (NAMEABLE)."""
+    if kind_of(key) != "math":
+        return False
+    section, *rest = key.split(".")
+    if section == "plan":
+        return rest[2] in _NAMEABLE_OF_PHASES
+    return section in _NAMEABLE_SECTIONS
 
 
 @cache

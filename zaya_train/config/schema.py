@@ -313,8 +313,9 @@ class CheckpointConfig:
     """Checkpoint directory of another run that a run without checkpoints of its own goes on from:
     weights, optimizer and data position, under this configuration's phases ahead."""
     allow_changed: tuple[str, ...] = ()
-    """Math keys (config.kinds) whose values may differ from those of the checkpoint that the run
-    resumes from; any other that differs is an error."""
+    """Math keys (config.kinds: NAMEABLE) whose values may differ from those of the checkpoint that
+    the run resumes from; any other that differs is an error, unless the attempt before had the
+    value too: a name is needed once."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.derive import phase_sequences, sources_drawn
+from zaya_train.config.diff import differences
+from zaya_train.config.kinds import PHASES, nameable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,10 +22,6 @@ if TYPE_CHECKING:
 
 _MAY_CHANGE = {"micro_batch_sequences", "context_parallel", "tokens", "exit_gate"}
 """Of the phase under way: how a step is computed, where the phase ends and what that asks for."""
-
-_MAY_BE_NAMED = {"learning_rate_scale", "schedule", "rope_base"}
-"""Of phases behind a checkpoint, what checkpoint.allow_changed may name: none of these decides
-which documents stand in which row, so a run can go on without repeating or losing any."""
 
 
 def lineage(config: TrainConfig, phase_index: int, corpora: Mapping[str, str]) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def changes(
     """Keys of `config` that differ from a checkpoint's lineage, as `key: old -> new`, and sources
     whose corpora hold something else than they did.
 
-    named: full keys that may differ all the same, of those that decide no row (_MAY_BE_NAMED).
+    named: full keys that may differ all the same, of those that can be named (config.kinds).
     """
     now = lineage(config, len(before["phases"]) - 1, corpora)
     # A source that is no longer drawn from shows as a change of a mixture.
@@ -87,26 +85,15 @@ def changes(
             here = now["phases"][number][0] if number < len(now["phases"]) else "nothing"
             found.append(f"plan.phases: number {number + 1} was {name}, now {here}")
             break
-        new = now["phases"][number][1]
         allowed = _MAY_CHANGE if number == len(before["phases"]) - 1 else _MAY_CHANGE - {"tokens"}
+        new = {k: v for k, v in now["phases"][number][1].items() if k not in allowed}
+        pairs = differences({k: old.get(k) for k in new}, new, f"{PHASES}.{name}")
         found += [
-            f"plan.phases.{name}.{key}: {old.get(key)} -> {new[key]}"
-            for key in new
-            if key not in allowed
-            and old.get(key) != new[key]
-            and not _named(f"plan.phases.{name}.{key}", (old.get(key), new[key]), named)
+            f"{key}: {there} -> {here}"
+            for key, (there, here) in pairs.items()
+            if not (key in named and nameable(key))
         ]
     return found
-
-
-def _named(key: str, values: tuple[Any, Any], named: Collection[str]) -> bool:
-    """Whether the user allowed everything in which the two values differ."""
-    if key.rpartition(".")[2] not in _MAY_BE_NAMED:
-        return False
-    old, new = values
-    if not isinstance(old, dict):
-        return key in named
-    return all(f"{key}.{field}" in named for field in new if old.get(field) != new[field])
 
 
 def lengthened(past_rows: Sequence[int], phases: Mapping[str, PhaseConfig]) -> list[str]:

@@ -104,6 +104,14 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def set_aside(path: Path, problem: Exception) -> None:
+    """Give the damaged file `path` the name NAME.bad, in place of an earlier one, and warn."""
+    bad = path.with_name(f"{path.name}.bad")
+    with storing(bad):
+        path.replace(bad)
+    log.warning("%s; it is %s now", problem, bad.name)
+
+
 class Records:
     """Appends lines to the file at `path`, in order; it is made by the first.
 

@@ -16,7 +16,7 @@ from zaya_train.config.build import to_dict
 from zaya_train.config.derive import config_hash
 from zaya_train.config.diff import differences
 from zaya_train.config.errors import ConfigError, StorageError
-from zaya_train.runtime.files import write_json
+from zaya_train.runtime.files import set_aside, write_json
 from zaya_train.train.identity import record_identity
 
 if TYPE_CHECKING:
@@ -93,17 +93,29 @@ def record_attempt(
     """Keep the configuration of attempt number `attempt` as the newest and under its number.
 
     For one rank. Returns dotted key -> (old value, new value) of what changed since the attempt
-    before; nothing on the first.
+    before; nothing on the first, or where config.json is no configuration and is set aside.
 
     Raises:
-        ConfigError: config.json is there and is no configuration.
         StorageError: the file system refused.
     """
     newest = run_dir / CONFIG_FILE
-    changed = differences(read_config(newest), config) if newest.exists() else {}
+    try:
+        changed = differences(read_config(newest), config) if newest.exists() else {}
+    except ConfigError as error:
+        # To end here would end this rank alone, its peers being on their way into collectives.
+        set_aside(newest, error)
+        changed = {}
     write_json(run_dir / CONFIG_DIR / f"attempt-{attempt:04d}.json", config)
     write_json(newest, config)
     return changed
+
+
+def newest_config(run_dir: Path) -> dict[str, Any]:
+    """The configuration of the newest attempt, empty where there is none that can be read."""
+    try:
+        return read_config(run_dir / CONFIG_FILE)
+    except (ConfigError, StorageError):
+        return {}
 
 
 def read_config(path: Path) -> dict[str, Any]:

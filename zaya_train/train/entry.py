@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,20 +11,23 @@ from zaya_train.config.build import to_dict
 from zaya_train.config.defaults import defaults
 from zaya_train.config.diff import ABSENT, model_differences
 from zaya_train.config.errors import CheckpointError, ConfigError, NumericsError, StorageError
-from zaya_train.config.kinds import AT_START, math_values
+from zaya_train.config.kinds import AT_START, math_values, nameable
 from zaya_train.config.schema import TrainConfig
 from zaya_train.phases.gates import missed
 from zaya_train.phases.lineage import changes, lengthened
+from zaya_train.train.attempts import newest_config
 from zaya_train.train.manifest import MANIFEST_NAME
 from zaya_train.train.restore import verified
 from zaya_train.train.state import TrainState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from zaya_train.train.checkpoint import CheckpointStore
     from zaya_train.train.peers import Peers
     from zaya_train.train.restore import Found
+
+log = logging.getLogger(__name__)
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -79,11 +83,12 @@ def check_entry(
 
     Raises:
         ConfigError: model, phases or corpora behind the checkpoint are not the configuration's, or
-            math keys are not that checkpoint.allow_changed does not name.
+            math keys are not that neither checkpoint.allow_changed names nor an earlier attempt at
+            this run has changed.
         NumericsError: the phase that ended there missed its exit gate.
     """
     state = TrainState.from_dict(found.record.train_state)
-    named = frozenset(config.checkpoint.allow_changed)
+    named = frozenset(config.checkpoint.allow_changed) | _accepted(config)
     different = changes(found.record.lineage, config, corpora, named)
     ours = to_dict(config.model)
     different += [f"model.{line}" for line in model_differences(found.record.model, ours)]
@@ -91,22 +96,49 @@ def check_entry(
     if different:
         raise ConfigError(
             f"{found.path}: was trained under another plan or on other data, so the run cannot "
-            f"continue it: {'; '.join(different)}; restore these or choose another run.dir"
+            f"continue it: {'; '.join(different)}; restore these{_hint(config, different)} or "
+            "choose another run.dir"
         )
     if own:
         _check_math(found, config, named)
     _check_gate(found, state, config)
 
 
+def _accepted(config: TrainConfig) -> frozenset[str]:
+    """Keys whose values the newest attempt at this run had too: it went on with them, so they are
+    the run's own by now, whichever checkpoint it is taken back to."""
+    before = math_values(newest_config(Path(config.run.dir)))
+    now = math_values(to_dict(config))
+    return frozenset(k for k, v in now.items() if nameable(k) and before.get(k, ABSENT) == v)
+
+
+def _hint(config: TrainConfig, lines: list[str]) -> str:
+    """What of these differences, each behind its key, could be named instead."""
+    keys = [key for key in (line.partition(": ")[0] for line in lines) if nameable(key)]
+    return f", say so ({_naming(config, keys)})" if keys else ""
+
+
+def _naming(config: TrainConfig, keys: Iterable[str]) -> str:
+    """The setting that names these keys besides those that are named already."""
+    return f"checkpoint.allow_changed=[{','.join((*config.checkpoint.allow_changed, *keys))}]"
+
+
 def _check_math(found: Found, config: TrainConfig, named: frozenset[str]) -> None:
     """ConfigError for changed math keys besides those that `check_entry` has compared by then."""
-    changed = changed_math(found.record.identity.get("config", {}), config)
+    before = found.record.identity.get("config", {})
+    if not before:
+        log.warning(
+            "%s: written by a version that kept no identity, so whether the keys that decide the "
+            "curve are what they were (optim, precision, guard) is not known",
+            found.path,
+        )
+    changed = changed_math(before, config)
     unnamed = {key: pair for key, pair in changed.items() if key not in named}
     if unnamed:
         lines = "; ".join(f"{key}: {old} -> {new}" for key, (old, new) in unnamed.items())
         raise ConfigError(
             f"{found.path}: was trained with other values of keys that decide the curve: {lines}; "
-            f"restore them, or say so: checkpoint.allow_changed=[{','.join(unnamed)}]"
+            f"restore them, or say so: {_naming(config, unnamed)}"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zaya_train.config.build import to_dict
 from zaya_train.config.errors import ConfigError, StorageError
 from zaya_train.config.kinds import math_hash
-from zaya_train.runtime.files import write_json
+from zaya_train.runtime.files import set_aside, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,21 +52,27 @@ def identity_of(
 
 
 def record_identity(run_dir: Path, attempt: int, step: int, identity: Identity) -> None:
-    """Add attempt number `attempt`, which begins after `step`, to the run's manifest.
+    """Add attempt number `attempt`, which begins after `step`, to the run's manifest; one that is
+    damaged is set aside, and the record begins anew.
 
     Raises:
-        ConfigError: there is a manifest and it is none.
         StorageError: the file system refused.
     """
     path = run_dir / RUN_FILE
-    attempts = read_attempts(run_dir) if path.exists() else []
+    try:
+        attempts = read_attempts(run_dir) if path.exists() else []
+    except ConfigError as error:
+        # As with config.json (train.attempts): no rank ends alone.
+        set_aside(path, error)
+        attempts = []
     values = identity.to_dict()
     del values["config"]
     write_json(path, {"attempts": [*attempts, {"attempt": attempt, "step": step, **values}]})
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """The attempts of a run's manifest; errors as `record_identity`."""
+    """The attempts of a run's manifest; ConfigError where it is none, StorageError where it cannot
+    be read."""
     path = run_dir / RUN_FILE
     try:
         attempts = json.loads(path.read_text(encoding="utf-8"))["attempts"]
