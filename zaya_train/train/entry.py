@@ -109,7 +109,7 @@ def _accepted(config: TrainConfig) -> frozenset[str]:
     the run's own by now, whichever checkpoint it is taken back to."""
     before = math_values(newest_config(Path(config.run.dir)))
     now = math_values(to_dict(config))
-    return frozenset(k for k, v in now.items() if nameable(k) and before.get(k, ABSENT) == v)
+    return frozenset(key for key, value in now.items() if before.get(key, ABSENT) == value)
 
 
 def _hint(config: TrainConfig, lines: list[str]) -> str:
