@@ -10,14 +10,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import select
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import ConfigError, StorageError
@@ -26,7 +25,6 @@ from zaya_train.train.metrics import METRICS_FILE, is_launch, rows_between
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
@@ -35,6 +33,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 END_SECONDS = 60.0
 """Longest that a replay outlives the run it follows: a server may never answer."""
+WAIT_SECONDS = END_SECONDS + 10.0
+"""Longest wait for another process's replay: one whose run is over has ended by then."""
 Ended = Callable[[float], bool]
 """Waits up to so many seconds for the run's end; whether it has ended."""
 
@@ -49,33 +49,87 @@ class SyncRequest:
     follow: bool
 
 
+class BusyError(StorageError):
+    """Another process replays this run just now."""
+
+
 def sync(request: SyncRequest, console: Console) -> None:
     """Replay a run, or follow it until standard input ends.
 
     Raises:
         ConfigError: it has no metrics.
-        DataError, StorageError: they cannot be read, or another process replays them just now.
+        DataError, StorageError: they cannot be read, or another process replays them just now; the
+            sinks that none feeds are replayed before.
     """
     run_dir, path = request.run_dir, request.run_dir / METRICS_FILE
     if request.follow:
-        os.nice(19)
         _follow(request)
         return
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; nothing to replay")
+    busy: dict[str, str] = {}
+    deadline = time.monotonic() + WAIT_SECONDS
     for name in request.sinks:
-        with _alone(run_dir, name, wait_seconds=0.0):
-            rows = replay(path, lambda name=name: SINKS[name](run_dir, request.online))  # type: ignore[misc]
+        try:
+            with _alone(run_dir, name, deadline):
+                rows = replay(path, lambda name=name: SINKS[name](run_dir, request.online))  # type: ignore[misc]
+        except BusyError as error:
+            busy[name] = str(error)
+            continue
         console.print(f"{name}: {rows:,} rows", markup=False)
-    if "wandb" in request.sinks and not request.online:
+    if "wandb" in request.sinks and "wandb" not in busy and not request.online:
         console.print(f"upload: wandb sync {run_dir}/wandb/offline-run-*", markup=False)
+    if busy:
+        raise BusyError("; ".join(busy.values()))
 
 
 def _follow(request: SyncRequest) -> None:
+    _give_way()
+    over = threading.Event()
+    # By a thread, before the rest: whatever that waits for, a library or a file system, may last.
+    threading.Thread(target=_await_end, args=(over,), daemon=True).start()
     (name,) = request.sinks
-    with _alone(request.run_dir, name, wait_seconds=2 * END_SECONDS):
+    with _alone(request.run_dir, name, time.monotonic() + WAIT_SECONDS):
         path = request.run_dir / METRICS_FILE
-        replay(path, lambda: SINKS[name](request.run_dir, request.online), _input_ended)
+        replay(path, lambda: SINKS[name](request.run_dir, request.online), over.wait)
+
+
+def _await_end(over: threading.Event) -> None:
+    """Set `over` when the run closes our standard input, which it never writes to; from then on
+    this process has END_SECONDS, whatever a library waits for."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    over.set()
+    # Nothing is left to give way to, and at the lowest share END_SECONDS may be too few.
+    _share_of_session(0)
+    time.sleep(END_SECONDS)
+    message = "not finished %g s after the run's end: given up"
+    teller = threading.Thread(target=log.error, args=(message, END_SECONDS), daemon=True)
+    teller.start()
+    teller.join(POLL_SECONDS)  # Our log may lie on the very file system that does not answer.
+    # What libraries started ends by itself once this process is gone, as wandb-core does.
+    os._exit(1)
+
+
+def _give_way() -> None:
+    """Lowest priority, of the session too: with autogroups the kernel shares a processor out among
+    sessions first (sched(7)), and this process may have one of its own."""
+    os.nice(19)
+    _share_of_session(19)
+
+
+def _share_of_session(nice: int) -> None:
+    """Set it where the session is this process's own and the kernel has autogroups."""
+    if os.getsid(0) != os.getpid():
+        return
+    for _ in range(20):
+        try:
+            Path("/proc/self/autogroup").write_text(str(nice), encoding="ascii")
+            return
+        except BlockingIOError:
+            time.sleep(0.1)  # the kernel's limit for all users but root: one change in 0.1 s
+        except OSError:
+            return
 
 
 def replay(path: Path, make: Callable[[], Sink], ended: Ended = lambda _: True) -> int:
@@ -149,34 +203,20 @@ def _lowest_from(launches: Sequence[tuple[int, int]]) -> list[float]:
     return lowest[::-1]
 
 
-def _input_ended(seconds: float) -> bool:
-    """Whether the run has closed our standard input, which it never writes to. From then on this
-    process has END_SECONDS, whatever a library waits for."""
-    ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    if ready:
-        timer = threading.Timer(END_SECONDS, _end_all)
-        timer.daemon = True
-        timer.start()
-    return bool(ready)
-
-
-def _end_all() -> None:
-    """This process and those that libraries started for it: the session is its own."""
-    log.error("not finished %g s after the run's end: given up", END_SECONDS)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
-
-
 @contextmanager
-def _alone(run_dir: Path, name: str, wait_seconds: float) -> Iterator[None]:
-    """No other process replays the run into `name` meanwhile."""
+def _alone(run_dir: Path, name: str, deadline: float) -> Iterator[None]:
+    """No other process replays the run into `name` meanwhile; waits for one up to `deadline`, of
+    time.monotonic."""
     path = run_dir / "logs" / f"replay-{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + wait_seconds
     with path.open("a") as stream:
-        while not _locked(stream.fileno()):
-            if time.monotonic() >= deadline:
-                raise StorageError(f"{run_dir}: a run, or another zaya sync, feeds {name} just now")
-            time.sleep(POLL_SECONDS)
+        if not _locked(stream.fileno()):
+            log.warning("%s: another process feeds %s just now; waiting for it", run_dir, name)
+            while not _locked(stream.fileno()):
+                if time.monotonic() >= deadline:
+                    message = f"{run_dir}: a run, or another zaya sync, feeds {name} just now"
+                    raise BusyError(message)
+                time.sleep(POLL_SECONDS)
         yield
 
 
