@@ -93,6 +93,7 @@ class Context:
     heartbeat: Heartbeat
     incidents: Incidents
     attempt: Attempt
+    replays: Replays
     peaks: Peaks
 
 
@@ -127,8 +128,7 @@ def train(config: TrainConfig) -> int:
             device=ranks.device,
         )
         stack.callback(store.close)
-        if ranks.rank == 0:
-            stack.callback(Replays(config.logging, run_dir).close)
+        replays = stack.enter_context(Replays(config.logging, run_dir, enabled=ranks.rank == 0))
         metrics = stack.enter_context(MetricsWriter(run_dir, enabled=ranks.rank == 0))
         ledger = LedgerWriter(run_dir, enabled=ranks.rank == 0)
         stack.callback(ledger.close)
@@ -153,6 +153,7 @@ def train(config: TrainConfig) -> int:
             heartbeat=heartbeat,
             incidents=incidents,
             attempt=Attempt(config, identity, run_dir, metrics, ranks.rank, ranks.device),
+            replays=replays,
             peaks=peaks_of(ranks.device, config.precision.compute_dtype),
         )
         _describe(context)
@@ -188,6 +189,7 @@ def _run_plan(context: Context) -> int:
         enough = only_phase_is_done(config, state.phase_index)
         if first:
             context.attempt.announce(state.step, found.path if found else None, own)
+            context.replays.start()
             first = False
         if state.phase_index >= len(phases):
             context.metrics.write("done", step=state.step)
@@ -275,13 +277,9 @@ def _steps(
     with ExitStack() as stack:
         bar = stack.enter_context(_progress(context, built.name, built.phase))
         run = _phase_run(context, built, _hooks(context, built, bar, measured), feed)
-        batches = stack.enter_context(
-            prefetch(
-                feed.batches,
-                step_starts(built.phase, state.phase_rows, feed.unit),
-                context.config.data.prefetch_batches,
-            )
-        )
+        starts = step_starts(built.phase, state.phase_rows, feed.unit)
+        ahead = prefetch(feed.batches, starts, context.config.data.prefetch_batches)
+        batches = stack.enter_context(ahead)
         state, stopped = run_phase(run, batches, state)
     load = measured.pop("load", None)
     if load is not None:

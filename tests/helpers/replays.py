@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from zaya_train.train.metrics import METRICS_FILE, iter_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 Shown = list[tuple[int, dict[str, Any]]]
 """(step, name -> value) of every row, in order."""
@@ -39,6 +42,14 @@ def expected(run_dir: Path) -> Shown:
             values = {f"events/{row['kind']}": row}
         result.append((row["step"], {("superseded/" * gone) + k: v for k, v in values.items()}))
     return result
+
+
+def hang_wandb(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """From here on, what is started finds a wandb in `folder` whose import never returns."""
+    package = folder / "wandb"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import threading\nthreading.Event().wait()\n")
+    patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
 
 def in_wandb(run_dir: Path) -> Shown:

@@ -8,25 +8,30 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.helpers.replays import expected, in_tensorboard, in_wandb, same
+from tests.helpers.distributed import PATIENCE_SECONDS
+from tests.helpers.replays import expected, hang_wandb, in_tensorboard, in_wandb, same
 from tests.helpers.tiny import tiny
 from tests.unit.test_metrics import LAUNCH, step_values, write_run
 from zaya_train.config.build import to_dict
 from zaya_train.config.schema import LoggingConfig
 from zaya_train.main import main
+from zaya_train.runtime import replays
 from zaya_train.runtime.replays import Replays, log_of
-from zaya_train.tools.replay import replay
-from zaya_train.tools.replay_sinks import WANDB_ID_FILE, curves, shown
+from zaya_train.tools import replay as replay_module
+from zaya_train.tools.replay import _alone, replay
+from zaya_train.tools.replay_sinks import SINKS, WANDB_ID_FILE, curves, shown
 from zaya_train.train.attempts import record_attempt
 from zaya_train.train.metrics import METRICS_FILE, ROW_FIELDS, MetricsWriter, current_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 def write_rolled_back_run(run_dir: Path) -> Path:
@@ -186,7 +191,113 @@ def test_curves_are_the_numbers_of_step_and_eval_rows() -> None:
     assert shown({"kind": "eval", "losses": {"a": 2.0}}, True) == {"superseded/validation/a": 2.0}
 
 
+def test_a_sink_that_a_run_feeds_holds_up_no_other(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(replay_module, "WAIT_SECONDS", 0.0)
+    for name in SINKS:
+        monkeypatch.setitem(SINKS, name, lambda *_: Kept())
+    with _alone(run_dir, "tensorboard", 0.0):
+        assert main(["sync", str(run_dir)]) == 4
+    said = capsys.readouterr()
+    assert said.out.splitlines()[0] == f"wandb: {len(expected(run_dir))} rows"
+    assert said.err.endswith("a run, or another zaya sync, feeds tensorboard just now\n")
+
+
+def test_a_replay_waits_for_one_that_is_about_to_end(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = replay_module._locked
+    monkeypatch.setattr(replay_module, "POLL_SECONDS", 0.0)
+    monkeypatch.setitem(SINKS, "wandb", lambda *_: Kept())
+    with ExitStack() as other:
+        other.enter_context(_alone(run_dir, "wandb", 0.0))
+
+        def asked(descriptor: int) -> bool:
+            got = locked(descriptor)
+            other.close()
+            return got
+
+        monkeypatch.setattr(replay_module, "_locked", asked)
+        assert main(["sync", str(run_dir), "--only", "wandb"]) == 0
+
+
+FOLLOW = """
+import sys
+from zaya_train.main import main
+from zaya_train.tools import replay
+replay.END_SECONDS = 0.1
+sys.exit(main(["sync", *sys.argv[1:], "--follow"]))
+"""
+
+
+def test_a_sink_that_never_returns_ends_with_the_run_and_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a script, whose session is not its own, and whose other processes must live on."""
+    hang_wandb(tmp_path / "packages", monkeypatch)
+    write_run(tmp_path, "start", 0, 2)
+    shell = '"$@" </dev/null; echo "ended with $?"; cat /proc/self/autogroup || echo nice 0'
+    words = ["sh", "-c", shell, "sh", sys.executable, "-c", FOLLOW]
+    done = subprocess.run(
+        [*words, str(tmp_path), "--only", "wandb"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+        start_new_session=True,
+    )
+    ended, priority = done.stdout.splitlines()
+    assert ended == "ended with 1", done.stderr
+    assert priority.endswith("nice 0")
+    assert "not finished 0.1 s after the run's end: given up" in done.stderr
+    with _alone(tmp_path, "wandb", 0.0):
+        assert not (tmp_path / WANDB_ID_FILE).exists(), "wandb was to hang"
+
+
+def test_what_follows_a_run_gives_way_to_it_and_no_failing_run_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the run is over it has its share of the processor, where kernels have autogroups."""
+    hang_wandb(tmp_path / "packages", monkeypatch)
+    write_run(tmp_path, "start", 0, 2)
+    started = Replays(LoggingConfig(tensorboard=False, wandb="offline"), tmp_path, enabled=True)
+    with pytest.raises(ZeroDivisionError), started:
+        started.start()
+        process = started._processes["wandb"]
+        while not (tmp_path / "logs" / "replay-wandb.lock").exists():
+            assert process.poll() is None, log_of(tmp_path, "wandb").read_text()
+            time.sleep(0.01)
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        assert nice_of_session(process.pid) in (19, None)
+        raise ZeroDivisionError
+    assert process.poll() is None, "it was waited for: it ends by itself after END_SECONDS"
+    while nice_of_session(process.pid) not in (0, None):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
+def nice_of_session(process: int) -> int | None:
+    """That of the scheduler's group for its session; None where the kernel has no such groups."""
+    path = Path(f"/proc/{process}/autogroup")
+    return int(path.read_text().split()[-1]) if path.exists() else None
+
+
 OFF: dict[str, Any] = {"tensorboard": False, "wandb": "disabled"}
+
+
+def follow(chosen: dict[str, Any], run_dir: Path, enabled: bool = True) -> None:
+    """A run that is over as soon as it has begun."""
+    with Replays(LoggingConfig(**chosen), run_dir, enabled) as started:
+        started.start()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine, a run here waits until its replays have ended."""
+    monkeypatch.setattr(replays, "LEAVE_SECONDS", PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -210,22 +321,27 @@ def test_what_is_misconfigured_is_told_and_stops_nothing(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     record_attempt(tmp_path, 1, to_dict(tiny()))
     write_run(tmp_path, "start", 0, 2)
+    (name,) = chosen
+    if broken != "logs":
+        log_of(tmp_path, name).parent.mkdir()
+        log_of(tmp_path, name).write_text("an earlier attempt's\n")
     if broken != "no key":
         (tmp_path / broken).write_text("a file where a folder should be")
     with caplog.at_level(logging.WARNING):
-        Replays(LoggingConfig(**{**OFF, **chosen}), tmp_path).close()
+        follow({**OFF, **chosen}, tmp_path)
     (message,) = [record.getMessage() for record in caplog.records]
     if broken == "logs":
         assert message.startswith("tensorboard not started, training goes on without it: ")
         return
-    (name,) = chosen
     assert message.startswith(f"the replay in {name} ended with ")
     assert message.endswith(f"zaya sync {tmp_path}")
-    assert reason in log_of(tmp_path, name).read_text().lower()
+    told = log_of(tmp_path, name).read_text().lower()
+    assert told.startswith("an earlier attempt's\n") and reason in told
 
 
 def test_nothing_is_started_unless_chosen(tmp_path: Path) -> None:
-    Replays(LoggingConfig(**OFF), tmp_path).close()
+    follow(OFF, tmp_path)
+    follow({"tensorboard": True, "wandb": "offline"}, tmp_path, enabled=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -249,9 +365,7 @@ def test_offline_wandb_opens_no_connection(
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "WANDB_BASE_URL"):
             monkeypatch.setenv(name, address)
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        replays = Replays(LoggingConfig(tensorboard=False, wandb="offline"), run_dir)
-        replays.close()
+        follow({"tensorboard": False, "wandb": "offline"}, run_dir)
         assert connections(server) == 0
-    assert [r.getMessage() for r in caplog.records if "has not finished" not in r.message] == []
-    replays._processes["wandb"].wait()
+    assert caplog.messages == []
     assert same(in_wandb(run_dir), expected(run_dir))

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
     from zaya_train.config.schema import LoggingConfig
 
 log = logging.getLogger(__name__)
@@ -26,21 +29,44 @@ LEAVE_SECONDS = 10.0
 
 
 class Replays:
-    """The processes that one launch of a run started; none may fail it."""
+    """The processes that one launch of a run starts; none may fail it.
 
-    def __init__(self, chosen: LoggingConfig, run_dir: Path) -> None:
+    Leaving the context tells them that the run is over. A run that ended well waits a little and
+    says which of them did not; a failing one has no time: its peers and the supervisor wait for
+    what it has to say.
+    """
+
+    def __init__(self, chosen: LoggingConfig, run_dir: Path, enabled: bool) -> None:
+        self._chosen = chosen
         self._run_dir = run_dir
+        self._enabled = enabled
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        if chosen.tensorboard:
-            self._start("tensorboard")
-        if chosen.wandb != "disabled":
-            self._start("wandb", *(["--online"] if chosen.wandb == "online" else []))
 
-    def close(self) -> None:
-        """Tell them that the run is over, and wait a little; says which did not end well."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for process in self._processes.values():
             assert process.stdin is not None
             process.stdin.close()
+        if kind is None:
+            self._wait()
+
+    def start(self) -> None:
+        """Once the run is accepted: they replace what an earlier attempt's have left."""
+        if not self._enabled:
+            return
+        if self._chosen.tensorboard:
+            self._start("tensorboard")
+        if self._chosen.wandb != "disabled":
+            self._start("wandb", *(["--online"] if self._chosen.wandb == "online" else []))
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + LEAVE_SECONDS
         for name, process in self._processes.items():
             try:
@@ -57,7 +83,7 @@ class Replays:
         try:
             output = log_of(self._run_dir, name)
             output.parent.mkdir(parents=True, exist_ok=True)
-            with output.open("wb") as stream:
+            with output.open("ab") as stream:
                 self._processes[name] = subprocess.Popen(
                     [*command, "--only", name, "--follow", *options],
                     stdin=subprocess.PIPE,
