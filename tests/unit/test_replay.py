@@ -213,13 +213,17 @@ def test_a_replay_waits_for_one_that_is_about_to_end(
     with ExitStack() as other:
         other.enter_context(_alone(run_dir, "wandb", 0.0))
 
+        got: list[bool] = []
+
         def asked(descriptor: int) -> bool:
-            got = locked(descriptor)
-            other.close()
-            return got
+            got.append(locked(descriptor))
+            if len(got) == 2:
+                other.close()
+            return got[-1]
 
         monkeypatch.setattr(replay_module, "_locked", asked)
         assert main(["sync", str(run_dir), "--only", "wandb"]) == 0
+    assert got == [False, False, True]
 
 
 FOLLOW = """
@@ -237,7 +241,9 @@ def test_a_sink_that_never_returns_ends_with_the_run_and_alone(
     """In a script, whose session is not its own, and whose other processes must live on."""
     hang_wandb(tmp_path / "packages", monkeypatch)
     write_run(tmp_path, "start", 0, 2)
-    shell = '"$@" </dev/null; echo "ended with $?"; cat /proc/self/autogroup || echo nice 0'
+    look = "cat /proc/self/autogroup || echo without"
+    change = "echo 7 2>/dev/null >/proc/self/autogroup"
+    shell = f'{change}; {look}; "$@" </dev/null; echo "ended with $?"; {look}'
     words = ["sh", "-c", shell, "sh", sys.executable, "-c", FOLLOW]
     done = subprocess.run(
         [*words, str(tmp_path), "--only", "wandb"],
@@ -247,9 +253,9 @@ def test_a_sink_that_never_returns_ends_with_the_run_and_alone(
         timeout=PATIENCE_SECONDS,
         start_new_session=True,
     )
-    ended, priority = done.stdout.splitlines()
+    before, ended, after = done.stdout.splitlines()
     assert ended == "ended with 1", done.stderr
-    assert priority.endswith("nice 0")
+    assert before == after
     assert "not finished 0.1 s after the run's end: given up" in done.stderr
     with _alone(tmp_path, "wandb", 0.0):
         assert not (tmp_path / WANDB_ID_FILE).exists(), "wandb was to hang"
