@@ -235,7 +235,8 @@ def _run_phase(
         if stopped:
             return True
         drawn = stream.drawn(state.phase_rows)
-        context.metrics.write("phase", name=name, event="end", step=state.step, drawn_rows=drawn)
+        ended = {"step": state.step, "tokens": state.tokens, "drawn_rows": drawn}
+        context.metrics.write("phase", name=name, event="end", **ended)
         log.info("phase %s drew rows %s", name, ", ".join(f"{s} {n:,}" for s, n in drawn.items()))
         _save(context, built, state.next_phase(measured), required=True, keep=True)
         return _asked_to_stop(context, state)

@@ -259,6 +259,24 @@ def test_tables_tell_the_rows_that_stand(finished: tuple[Path, str]) -> None:
     assert "90.0 %" in finished[1]
 
 
+def test_a_phase_ends_where_it_ended_though_that_step_was_not_logged(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
+        metrics.write("start", step=0, **LAUNCH)
+        for step in range(1, 61):
+            phase = PHASES[(step - 1) // STEPS_PER_PHASE]
+            if step % 8 == 0:  # logging.every_steps
+                metrics.write("step", **step_values(step, 1.0))
+            if step % STEPS_PER_PHASE == 0:
+                metrics.write("eval", step=step, phase=phase, losses={"text": step / 10})
+                ended = {"step": step, "tokens": 1000 * step}
+                metrics.write("phase", name=phase, event="end", **ended)
+    run = load_run(tmp_path)
+    spans = [(p.first_step, p.last_step, p.tokens, p.validation["text"]) for p in run.phases]
+    assert spans == [(0, 30, 30_000, 3.0), (30, 60, 30_000, 6.0)]
+    page = report([tmp_path], tmp_path / "report.html").read_text()
+    assert "<strong>60 so far</strong>" in page and "<strong>60 K</strong>" in page
+
+
 def test_sampled_answers_of_the_best_model_are_shown(finished: tuple[Path, str]) -> None:
     assert "<h3>Sampled answers, trained</h3>" in finished[1]
     assert finished[1].count("<details>") == 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +70,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PhaseSpan:
-    """Consecutive step rows of one phase."""
+    """One phase, from the end of the one before."""
 
     name: str
     first_step: int
     last_step: int
     tokens: int
-    """Consumed in this phase."""
+    """Consumed in this phase; up to the last logged step where its end was not recorded."""
     final_loss: float
     """Mean over the last rows, at most TAIL_ROWS; NaN rows left out."""
     validation: dict[str, float]
@@ -162,14 +163,26 @@ class RunData:
     @cached_property
     def phases(self) -> list[PhaseSpan]:
         """The phases in the order they were trained."""
+        groups = [list(group) for _, group in groupby(self.steps, key=lambda row: row["phase"])]
         spans: list[PhaseSpan] = []
+        first = self.launches[0]["step"] if self.launches else self.steps[0]["step"] - 1
         tokens_before = 0
-        for name, group in groupby(self.steps, key=lambda row: str(row["phase"])):
-            rows = list(group)
-            first = spans[-1].last_step if spans else rows[0]["step"] - 1
-            spans.append(_phase_span(name, rows, self.evals, first, tokens_before))
-            tokens_before = rows[-1]["tokens"]
+        for rows, following in zip_longest(groups, groups[1:]):
+            stop = following[0]["step"] if following else math.inf
+            spans.append(_phase_span(rows, self._beside(rows, first, stop), first, tokens_before))
+            first = spans[-1].last_step
+            tokens_before += spans[-1].tokens
         return spans
+
+    def _beside(
+        self, rows: list[dict[str, Any]], first_step: int, stop: float
+    ) -> list[dict[str, Any]]:
+        """`eval` and ending `phase` rows of the phase of `rows`, which began after `first_step` and
+        ended before `stop`: they tell its end where that step was not logged."""
+        name = rows[0]["phase"]
+        ends = [row for row in self.phase_rows if row["name"] == name and row["event"] == "end"]
+        own = [row for row in self.evals if row["phase"] == name]
+        return [row for row in (*own, *ends) if first_step <= row["step"] < stop]
 
 
 def load_run(run_dir: Path) -> RunData:
@@ -286,23 +299,21 @@ def _without_matrices(row: dict[str, Any]) -> None:
 
 
 def _phase_span(
-    name: str,
     rows: list[dict[str, Any]],
-    evals: list[dict[str, Any]],
+    beside: list[dict[str, Any]],
     first_step: int,
     tokens_before: int,
 ) -> PhaseSpan:
     tail = np.array([row["loss"] for row in rows[-TAIL_ROWS:]], dtype=np.float64)
     tail = tail[np.isfinite(tail)]
-    last_step = rows[-1]["step"]
-    own = [row for row in evals if row["phase"] == name and first_step <= row["step"] <= last_step]
+    tokens = max(row.get("tokens", 0) for row in (rows[-1], *beside))
     return PhaseSpan(
-        name=name,
+        name=str(rows[0]["phase"]),
         first_step=first_step,
-        last_step=last_step,
-        tokens=rows[-1]["tokens"] - tokens_before,
+        last_step=max(row["step"] for row in (rows[-1], *beside)),
+        tokens=tokens - tokens_before,
         final_loss=float(tail.mean()) if tail.size else float("nan"),
-        validation={key: loss for row in own for key, loss in row["losses"].items()},
+        validation={key: loss for row in beside for key, loss in row.get("losses", {}).items()},
         step_seconds=float(np.median([row["step_seconds"] for row in rows])),
         tokens_per_second=float(np.median([row["tokens_per_second"] for row in rows])),
     )

@@ -50,8 +50,8 @@ def cards_html(run: RunData) -> str:
     last = run.steps[-1]
     seconds = last["wall_time"] - run.launches[0]["wall_time"] if run.launches else 0.0
     cards = [
-        ("steps", f"{last['step']:,}" + ("" if run.done else " so far")),
-        ("tokens", count(last["tokens"])),
+        ("steps", f"{run.phases[-1].last_step:,}" + ("" if run.done else " so far")),
+        ("tokens", count(sum(phase.tokens for phase in run.phases))),
         ("final loss", f"{run.phases[-1].final_loss:.4g}"),
         ("tokens / s, median", count(run.phases[-1].tokens_per_second)),
         ("wall time", duration(seconds)),
