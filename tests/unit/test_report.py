@@ -236,9 +236,14 @@ def test_incidents_are_told_without_a_torn_one(tmp_path: Path) -> None:
     cells = Page(text).cells
     at = cells.index("skipped step")
     assert cells[at + 2 : at + 7] == ["7", "core", "gradient not finite", "skipped", "nan"]
+    no_record = json.dumps({"wall_time": 2.0, "kind": "hang"})
+    torn = f'{{"kind":"sk\n{no_record}\n[1]\n{json.dumps(record)}\n'.encode() + b"\xff\n"
+    (run_dir / "incidents.jsonl").write_bytes(torn)
+    text = report([run_dir], tmp_path / "report.html").read_text()
+    assert data_of(text)["runs"][0]["incidents"] == [7]
+    assert "4 unreadable lines in incidents*.jsonl" in text
     (run_dir / "incidents.jsonl").write_text("no\n")
-    with pytest.raises(DataError, match=r"incidents\.jsonl: not JSON"):
-        report([run_dir], tmp_path / "report.html")
+    assert "1 unreadable lines" in report([run_dir], tmp_path / "report.html").read_text()
 
 
 def test_tables_tell_the_rows_that_stand(finished: tuple[Path, str]) -> None:

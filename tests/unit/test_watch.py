@@ -15,8 +15,10 @@ from rich.console import Console
 from tests.unit.test_report import LAUNCH, step_values, write_attempt
 from zaya_train.config.errors import DataError
 from zaya_train.tools import tail as reading
+from zaya_train.tools.report_data import read_incidents
 from zaya_train.tools.tail import Tail
 from zaya_train.tools.watch import BLOCKS, PLAIN_BLOCKS, frame, sparkline, watch
+from zaya_train.train.guard import Incidents
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter
 
 if TYPE_CHECKING:
@@ -117,9 +119,10 @@ def test_a_frame_tells_the_supervisors_view_and_the_incidents(tmp_path: Path) ->
     later = {**record, "wall_time": 80.0, "kind": "hang", "reason": "rank 5 is stuck"}
     (tmp_path / "incidents.jsonl").write_text(json.dumps(record) + "\n" + '{"torn')
     (tmp_path / "incidents-node1.jsonl").write_text(json.dumps(later) + "\n")
+    Incidents(tmp_path, 2, enabled=True).write(kind="skipped_step", step=3, reason="again")
     text = shown(tmp_path, 100.0)
     assert "supervisor, 10 s ago: running; quietest rank 5: 31.0 s in backward of step 4" in text
-    assert "slow ranks [5]" in text and "incidents: 2" in text
+    assert "slow ranks [5]" in text and "incidents: 3; 1 unreadable lines" in text
     assert text.index("1 min 0 s ago: skipped step: norm") < text.index("20 s ago: hang: rank 5")
 
 
@@ -150,3 +153,18 @@ def test_a_live_run_is_followed_to_its_end(tmp_path: Path) -> None:
     watch(tmp_path, console, once=False, every_seconds=0.01)
     trainer.join()
     assert "done" in file.getvalue() and "step 3 | phase core" in file.getvalue()
+
+
+def test_a_record_is_not_lost_in_a_line_that_another_process_was_killed_inside(
+    tmp_path: Path,
+) -> None:
+    guard = Incidents(tmp_path, 1, enabled=True)
+    guard.write(kind="skipped_step", step=1)
+    with guard.path.open("ab") as file:
+        file.write(b'{"kind":"ha')  # the supervisor's file is the same one
+    guard.write(kind="skipped_step", step=2)
+    guard.write(kind="skipped_step", step=3)
+    guard.close()
+    found, unreadable = read_incidents(tmp_path)
+    assert ([record["step"] for record in found], unreadable) == ([1, 2, 3], 1)
+    assert guard.path.read_bytes().count(b"\n") == 4

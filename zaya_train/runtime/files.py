@@ -118,17 +118,21 @@ class Records:
     What the file system refuses waits in memory and is tried again with the next line. One process
     of a run writes records: an error there would end it alone, and its peers by its loss, for the
     sake of a line. A line is one write in append mode, which is whole beside other processes' ones
-    wherever the file system takes it whole.
+    wherever the file system takes it whole. Where the file is `shared`, a line that another process
+    was killed inside is ended first: the next one would be lost in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
+        self._shared = shared
         self._file: IO[bytes] | None = None
         self._waiting = bytearray()
 
     def append(self, line: bytes) -> None:
         """Hand `line` to the operating system, or keep it; logs where that changes."""
         waited = bool(self._waiting)
+        if self._shared and not waited and _ends_torn(self.path):
+            self._waiting += b"\n"
         self._waiting += line + b"\n"
         try:
             self._write()
@@ -190,6 +194,17 @@ class Records:
 
     def _refused(self, error: OSError) -> StorageError:
         return StorageError(f"{self.path}: cannot be written: {error.strerror or error}")
+
+
+def _ends_torn(path: Path) -> bool:
+    """Whether the last byte of a file is no newline; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read() not in (b"", b"\n")
+    except OSError:
+        return False
 
 
 @contextmanager

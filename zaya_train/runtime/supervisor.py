@@ -81,7 +81,7 @@ class Supervisor:
         self._step = 0
         """The furthest of the attempt."""
         self._status_due = 0.0
-        self._incidents = Records(launch.run_dir / self._named(INCIDENTS_FILE))
+        self._incidents = Records(launch.run_dir / self._named(INCIDENTS_FILE), shared=True)
 
     def run(self) -> int:
         """Until the run is done, stopped or given up; returns the exit code."""

@@ -128,6 +128,8 @@ class RunData:
     save_failures: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
     """Records of incidents.jsonl."""
+    unreadable_incidents: int
+    """Lines of it that are none."""
     spent: Spent
     done: bool
     config: dict[str, Any]
@@ -198,6 +200,7 @@ def load_run(run_dir: Path) -> RunData:
         raise DataError(f"{path}: `load` changes its shape (layers x classes) within the run")
     of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ROW_FIELDS}
     config = run_dir / CONFIG_FILE
+    incidents, unreadable = read_incidents(run_dir)
     return RunData(
         name=run_dir.resolve().name,
         run_dir=run_dir,
@@ -207,7 +210,8 @@ def load_run(run_dir: Path) -> RunData:
         checkpoints=of_kind["checkpoint"],
         phase_rows=of_kind["phase"],
         save_failures=of_kind["save_failed"],
-        incidents=read_incidents(run_dir),
+        incidents=incidents,
+        unreadable_incidents=unreadable,
         spent=clock.spent(steps),
         done=bool(of_kind["done"]),
         config=read_config(config) if config.exists() else {},
@@ -256,18 +260,36 @@ def _stride(steps: list[dict[str, Any]]) -> float:
     return float(np.median(np.diff(numbers))) if len(numbers) > 1 else 1.0
 
 
-def read_incidents(run_dir: Path) -> list[dict[str, Any]]:
-    """Records of the guard and of every node's supervisor, oldest first; one that is being written
-    has no newline yet and is left out. DataError naming the file that holds something else."""
+def read_incidents(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """Records of the guard and of every node's supervisor, oldest first, and how many lines are
+    none: a killed writer leaves a torn one, and the records around it still count. The last line
+    without a newline is being written and is left out."""
+    unreadable = 0
     found: list[dict[str, Any]] = []
     stem, suffix = Path(INCIDENTS_FILE).stem, Path(INCIDENTS_FILE).suffix
     for path in sorted(run_dir.glob(f"{stem}*{suffix}")):
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        try:
-            found += [decode_floats(json.loads(line)) for line in lines]
-        except ValueError as error:
-            raise DataError(f"{path}: not JSON lines ({error})") from error
-    return sorted(found, key=lambda record: float(record["wall_time"]))
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            record = _incident(line)
+            if record is None:
+                unreadable += 1
+            else:
+                found.append(record)
+    return sorted(found, key=lambda record: float(record["wall_time"])), unreadable
+
+
+def _incident(line: bytes) -> dict[str, Any] | None:
+    """A record with what all of them have, or None."""
+    try:
+        record = decode_floats(json.loads(line))
+    except ValueError:
+        return None
+    whole = (
+        isinstance(record, dict)
+        and isinstance(record.get("wall_time"), int | float)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("kind"), str)
+    )
+    return record if whole else None
 
 
 def _thin_matrices(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

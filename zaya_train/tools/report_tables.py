@@ -240,8 +240,10 @@ def _incident_table(run: RunData) -> str:
         for row in run.save_failures
     ]
     rows: list[dict[str, Any]] = sorted([*run.incidents, *failures], key=lambda r: r["wall_time"])
+    torn = unreadable_words(run.unreadable_incidents)
+    told = f"<p>{torn}</p>" if torn else ""
     if not rows:
-        return "<p>None.</p>"
+        return told or "<p>None.</p>"
     cells = [
         [
             escape(str(row.get("kind", "")).replace("_", " ")),
@@ -256,7 +258,12 @@ def _incident_table(run: RunData) -> str:
         for row in rows[-MAX_ROWS:]
     ]
     head = ["", "when (UTC)", "step", "phase", "reason", "action", "gradient norm", "limit"]
-    return _newest(len(rows)) + _table(head, cells)
+    return told + _newest(len(rows)) + _table(head, cells)
+
+
+def unreadable_words(lines: int) -> str:
+    """What is said of lines of the incident files that are no records; empty for none."""
+    return f"{lines} unreadable lines in incidents*.jsonl, as a killed writer leaves" * bool(lines)
 
 
 def _checkpoint_table(run: RunData) -> str:

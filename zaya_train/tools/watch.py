@@ -22,7 +22,7 @@ from rich.text import Text
 from zaya_train.config.errors import DataError
 from zaya_train.runtime.supervisor import STATUS_FILE
 from zaya_train.tools.report_data import read_incidents
-from zaya_train.tools.report_tables import count, duration
+from zaya_train.tools.report_tables import count, duration, unreadable_words
 from zaya_train.tools.tail import Tail
 from zaya_train.train.attempts import CONFIG_FILE, read_config
 from zaya_train.train.metrics import METRICS_FILE, is_launch
@@ -202,8 +202,10 @@ def _curves(
 
 
 def _incidents(run_dir: Path, now: float) -> Text:
-    found = read_incidents(run_dir)
+    found, unreadable = read_incidents(run_dir)
     text = Text(f"incidents: {len(found)}", style="red" if found else "dim")
+    if unreadable:
+        text.append(f"; {unreadable_words(unreadable)}", style="yellow")
     for record in found[-INCIDENTS_SHOWN:]:
         kind = str(record["kind"]).replace("_", " ")
         age = duration(max(0.0, now - record["wall_time"]))

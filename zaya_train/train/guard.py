@@ -200,7 +200,7 @@ class Incidents:
 
     def __init__(self, run_dir: Path, attempt: int, enabled: bool) -> None:
         self.path = run_dir / INCIDENTS_FILE
-        self._records = Records(self.path)
+        self._records = Records(self.path, shared=True)
         self._attempt = attempt
         self._enabled = enabled
 
