@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from zaya_train.tools.router import advice, changed_gains, gains_of, layer_state
 from zaya_train.train.metrics import MetricsWriter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from zaya_train.tools.router import LayerState
@@ -149,6 +151,55 @@ def test_the_command_and_the_report_say_the_same(
     page = report([run_dir], run_dir / "report.html").read_text()
     assert '<section id="router">' in page and "nothing to do: loads are even" in page
     assert main(["router", str(run_dir), "--gains", "beta1=0.5"]) == 2  # there is no trace
+
+
+def empty_folder(run_dir: Path) -> None:
+    (run_dir / "routing").mkdir()
+
+
+def no_optim(run_dir: Path) -> None:
+    (run_dir / "config.json").write_text(json.dumps({"model": {"num_experts": 2}}))
+
+
+def another_version(run_dir: Path) -> None:
+    config = {"model": {"num_experts": 2}, "optim": {"balancing": {"rate": 1.0}}}
+    (run_dir / "config.json").write_text(json.dumps(config))
+
+
+def damaged(content: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def change(run_dir: Path) -> None:
+        empty_folder(run_dir)
+        path = run_dir / "routing" / "step-00000003.npz"
+        np.savez_compressed(path, counts=np.arange(10_000))
+        path.write_bytes(content(path.read_bytes()))
+
+    return change
+
+
+def garbled(whole: bytes) -> bytes:
+    """The compressed bytes turned round, the archive's lists as they were."""
+    middle = slice(100, 1_000)
+    return whole[:100] + bytes(255 - byte for byte in whole[middle]) + whole[1_000:]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (empty_folder, "No what-if: nothing was traced"),
+        (no_optim, "Not shown: .*config.json: lacks .*optim"),
+        (another_version, "Not shown: optim.balancing.rate: unknown key"),
+        (damaged(lambda whole: whole[:500]), "Not shown: .*step-00000003.npz: not a step"),
+        (damaged(lambda whole: b""), "Not shown: .*step-00000003.npz: not a step"),
+        (damaged(garbled), "Not shown: .*step-00000003.npz: not a step"),
+    ],
+)
+def test_what_the_cockpit_cannot_read_does_not_take_the_report_down(
+    run_dir: Path, change: Callable[[Path], None], said: str
+) -> None:
+    change(run_dir)
+    page = report([run_dir], run_dir / "report.html").read_text()
+    assert re.search(f'<section id="router">.*{said}', page)
+    assert '<section id="phases">' in page
 
 
 def test_a_run_without_configuration_or_steps_is_told_in_one_line(run_dir: Path) -> None:

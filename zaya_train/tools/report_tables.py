@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.tools.router import (
     LEGEND,
     NO_TRACE,
@@ -193,10 +194,13 @@ def _router_html(run: RunData) -> str:
     """The cockpit of `zaya router`."""
     if not run.config:
         return "<p>The run kept no configuration, which has the gains.</p>"
-    rows = newest_steps(run.run_dir)
-    if not rows:
-        return "<p>No step was applied yet.</p>"
-    seen = cockpit(run.run_dir, rows)
+    try:
+        rows = newest_steps(run.run_dir)
+        if not rows:
+            return "<p>No step was applied yet.</p>"
+        seen = cockpit(run.run_dir, rows)
+    except (ConfigError, DataError) as error:  # the rest of the page stands without it
+        return f"<p>Not shown: {escape(str(error))}</p>"
     words = "".join(f"<li>{escape(line)}</li>" for line in seen.words)
     states = _table(STATE_HEAD, [map(escape, state_cells(state)) for state in seen.states])
     states += f"<p>{escape(LEGEND)}</p>"

@@ -18,12 +18,11 @@ from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.config.schema import BalancingConfig
 from zaya_train.optim.balancing import BalancingController
-from zaya_train.tools.router_replay import Replay, read_trace, replay
+from zaya_train.tools.router_replay import Replay, read_trace, replay, traced_files
 from zaya_train.tools.tail import Tail
 from zaya_train.train.attempts import CONFIG_FILE, read_config
 from zaya_train.train.loop import load_summary
 from zaya_train.train.metrics import METRICS_FILE
-from zaya_train.train.trace import ROUTING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,12 +78,17 @@ class LayerState:
 
 
 def gains_of(run_dir: Path) -> tuple[BalancingConfig, int]:
-    """The run's balancing gains and its number of experts. DataError without a configuration."""
+    """The run's balancing gains and its number of experts. DataError without a configuration or
+    without these in it; ConfigError where another version wrote it."""
     path = run_dir / CONFIG_FILE
     if not path.exists():
         raise DataError(f"{path}: missing; the gains and the number of experts are in it")
     config = read_config(path)
-    return build(BalancingConfig, config["optim"]["balancing"]), config["model"]["num_experts"]
+    try:
+        balancing, num_experts = config["optim"]["balancing"], config["model"]["num_experts"]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: lacks {error} of the routers' gains") from error
+    return build(BalancingConfig, balancing, "optim.balancing"), int(num_experts)
 
 
 def changed_gains(gains: BalancingConfig, words: str) -> BalancingConfig:
@@ -262,13 +266,13 @@ def cockpit(run_dir: Path, rows: Sequence[dict[str, Any]], wanted: Sequence[str]
     """Look at a run by its `newest_steps`, which must not be empty; `wanted`: gains to replay its
     trace under, one text each (`changed_gains`).
 
-    DataError where the run has no configuration, or gains are asked for and there is no trace;
+    DataError where the run has no usable configuration, or gains are asked for without a trace;
     ConfigError for unknown gains.
     """
     gains, num_experts = gains_of(run_dir)
     others = [changed_gains(gains, each) for each in wanted]
     states = layer_states(rows, num_experts, gains)
-    trace = read_trace(run_dir) if others or (run_dir / ROUTING).exists() else []
+    trace = read_trace(run_dir) if others or traced_files(run_dir) else []
     others = others or [
         replace(gains, learning_rate=gains.learning_rate * factor) for factor in OTHER_RATES
     ]

@@ -16,6 +16,8 @@ Legend: N steps, L layers, C router classes, E experts, T sampled tokens.
 from __future__ import annotations
 
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,15 +67,19 @@ class Replay:
     """[N] share of the sampled choices that differ from the recorded gains'."""
 
 
+def traced_files(run_dir: Path) -> dict[int, Path]:
+    """Step -> file of the routing trace; empty where nothing was traced."""
+    names = (run_dir / ROUTING).glob("*")
+    return {int(match[1]): path for path in names if (match := _STEP.fullmatch(path.name))}
+
+
 def read_trace(run_dir: Path) -> list[TracedStep]:
     """The newest unbroken row of traced steps; DataError where there is none or a file is bad."""
-    folder = run_dir / ROUTING
-    found = {
-        int(match[1]): path for path in folder.glob("*") if (match := _STEP.fullmatch(path.name))
-    }
+    found = traced_files(run_dir)
     if not found:
         raise DataError(
-            f"{folder}: no routing trace; train with logging.trace_steps (and trace_first_step)"
+            f"{run_dir / ROUTING}: no routing trace; train with logging.trace_steps (and "
+            "trace_first_step)"
         )
     last = max(found)
     first = last
@@ -144,5 +150,5 @@ def _read(step: int, path: Path) -> TracedStep:
                 choice=arrays["choice"],
                 applied=bool(arrays["applied"]),
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not a step of a routing trace ({error})") from error
