@@ -83,6 +83,27 @@ def test_the_terms_are_the_controllers_own() -> None:
     assert [s.error for s in states] == pytest.approx(error.tolist(), rel=1e-4)
 
 
+def test_terms_are_the_controllers_where_only_every_tenth_step_is_logged() -> None:
+    # Each load lasts for the ten steps up to its row, so that the rows tell all there was.
+    generator = np.random.default_rng(1)
+    logged = generator.dirichlet(np.ones(5), size=(12, 1))
+    controller = BalancingController([torch.zeros(5)], 4, GAINS)
+    for load in np.repeat(logged, 10, axis=0):
+        controller.step(torch.from_numpy(load).float())
+    swing: list[Layers] = [[[0.1 * (-1) ** n, 0.0, 0.0, 0.0, -1.0]] for n in range(12)]
+    rows = rows_of(logged.tolist(), swing)
+    for row in rows:
+        row["step"] *= 10  # logging.every_steps
+    (state,) = layer_states(rows, 4, GAINS)
+    first = (controller.first / (1 - GAINS.beta1**120)).abs().max()
+    second = (controller.second / (1 - GAINS.beta2**120)).mean().sqrt()
+    assert state.average == pytest.approx(float(first), rel=1e-4)
+    assert state.scale == pytest.approx(float(second), rel=1e-4)
+    assert np.isnan(state.turning) and state.bias_span == pytest.approx(0.1)
+    calm = replace(state, dead_expert=None, lasting_violation=0.0, skip_rate=0.0)
+    assert "nothing to do" in advice([calm], GAINS)[0]
+
+
 def test_biases_that_swing_turn_round_at_every_step() -> None:
     swing = [[0.1 * (-1) ** n, 0.0, 0.0, 0.0, -1.0] for n in range(30)]
     climb = [[0.01 * n, -0.01 * n, 0.0, 0.0, -1.0] for n in range(30)]

@@ -7,6 +7,7 @@ Legend: N rows, L layers, C router classes, E experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ class LayerState:
     scale: float
     """Root of the mean second moment, corrected; the update is rate x average / scale."""
     turning: float
-    """Share of steps at which an expert's bias turned round, mean over experts; NaN as above."""
+    """Share of steps at which an expert's bias turned round, mean over experts; NaN where rows lack
+    biases or lie more than a step apart."""
 
 
 def gains_of(run_dir: Path) -> tuple[BalancingConfig, int]:
@@ -113,13 +115,17 @@ def layer_states(
     steps = np.array([row["step"] for row in rows])
     load = np.array([row["load"] for row in rows])
     biases = _biases(rows)
-    moments = _moments(load, num_experts, gains)
-    dead = _dead_steps(steps, load[..., :num_experts])
-    return [
+    stride = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
+    moments = _moments(load, num_experts, gains, stride)
+    dead = stride * _dead_rows(load[..., :num_experts])
+    states = [
         _layer_state(layer, load[:, layer], biases[:, layer] if biases is not None else None,
                      [moment[layer] for moment in moments], dead[layer], num_experts)
         for layer in range(load.shape[1])
     ]  # fmt: skip
+    if stride > 1:  # rows apart do not tell how often a bias turned round between them
+        return [replace(state, turning=math.nan) for state in states]
+    return states
 
 
 def _layer_state(
@@ -162,14 +168,16 @@ def _biases(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64] | None:
 
 
 def _moments(
-    load: NDArray[np.float64], num_experts: int, gains: BalancingConfig
+    load: NDArray[np.float64], num_experts: int, gains: BalancingConfig, stride: int
 ) -> list[NDArray[np.float64]]:
     """[L, C] each: newest gradient, first moment, root of the second, as the controller has them.
 
     The controller runs over the rows from moments of zero, which their corrections undo; what came
-    before the rows has faded where they are fifty or more.
+    before the rows has faded where they are fifty or more. A row stands for the `stride` steps up
+    to it, through which its load is taken to have lasted.
     """
-    still = replace(gains, learning_rate=0.0)
+    beta1, beta2 = gains.beta1**stride, gains.beta2**stride
+    still = replace(gains, learning_rate=0.0, beta1=beta1, beta2=beta2)
     zero = torch.zeros(load.shape[2])
     controller = BalancingController([zero.clone() for _ in load[0]], num_experts, still)
     before = controller.first.clone()
@@ -177,21 +185,19 @@ def _moments(
         before = controller.first.clone()
         controller.step(torch.from_numpy(one).float())
     count = len(load)
-    error = (controller.first - gains.beta1 * before) / (1 - gains.beta1)
-    average = controller.first / (1 - gains.beta1**count)
-    scale = (controller.second / (1 - gains.beta2**count)).sqrt()
+    error = (controller.first - beta1 * before) / (1 - beta1)
+    average = controller.first / (1 - beta1**count)
+    scale = (controller.second / (1 - beta2**count)).sqrt()
     return [moment.double().numpy() for moment in (error, average, scale)]
 
 
-def _dead_steps(steps: NDArray[np.int64], load: NDArray[np.float64]) -> NDArray[np.int64]:
-    """[L, E]: steps for which each expert has had less than DEAD_SHARE of its even share."""
+def _dead_rows(load: NDArray[np.float64]) -> NDArray[np.int64]:
+    """[L, E]: rows for which each expert has had less than DEAD_SHARE of its even share."""
     shares = load / np.maximum(load.sum(axis=2, keepdims=True), 1e-30)
     alive = shares * load.shape[2] >= DEAD_SHARE
-    stride = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
     # The first row from the end in which it lived; all rows where it never did.
-    back = np.where(alive.any(axis=0), alive[::-1].argmax(axis=0), len(steps))
-    counted: NDArray[np.int64] = back * stride
-    return counted
+    back: NDArray[np.int64] = np.where(alive.any(axis=0), alive[::-1].argmax(axis=0), len(load))
+    return back
 
 
 def _turning(bias: NDArray[np.float64]) -> float:
@@ -330,7 +336,8 @@ LEGEND = (
     "whose busiest expert is top; weakest: expert and its share of even; dead: expert and steps; "
     "skip: share of tokens; error, first, second: the controller's largest |share - target| of the "
     "newest step, largest mean and root mean square of it, update = rate x first / second; span: "
-    "of the experts' biases; turns: share of steps at which a bias turned round."
+    "of the experts' biases; turns: share of steps at which a bias turned round, where all are "
+    "logged."
 )
 REPLAY_HEAD = ("gains", "MaxVio", "entropy", "weakest", "moved", "span")
 
