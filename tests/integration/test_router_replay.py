@@ -3,6 +3,8 @@ bit, other gains another one."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,9 @@ from tests.integration.runs import left_alone, make_corpora
 from zaya_train.config.errors import DataError
 from zaya_train.config.schema import BalancingConfig, LoggingConfig
 from zaya_train.main import main
+from zaya_train.optim.balancing import BalancingController
 from zaya_train.tools.report import report
-from zaya_train.tools.router_replay import TracedStep, read_trace, replay
+from zaya_train.tools.router_replay import TracedStep, as_recorded, read_trace, replay
 from zaya_train.train.loop import load_summary
 from zaya_train.train.metrics import read_metrics
 from zaya_train.train.trace import RoutingTrace
@@ -49,10 +52,11 @@ def test_only_the_asked_steps_are_traced(trace: list[TracedStep]) -> None:
     assert all(np.allclose(traced.probabilities.sum(axis=2), 1.0) for traced in trace)
 
 
-def test_the_sample_chose_what_the_model_chose(trace: list[TracedStep]) -> None:
+def test_the_sample_chose_what_the_model_chose(traced_run: Path, trace: list[TracedStep]) -> None:
     for traced in trace:
         biased = traced.probabilities + traced.bias[:, None, :]
-        assert np.array_equal(biased.argmax(axis=2), traced.choice)
+        with np.load(traced_run / "routing" / f"step-{traced.step:08d}.npz") as arrays:
+            assert np.array_equal(biased.argmax(axis=2), arrays["choice"])
 
 
 def test_the_recorded_gains_give_the_recorded_curve_exactly(
@@ -67,6 +71,43 @@ def test_the_recorded_gains_give_the_recorded_curve_exactly(
         for key in ("load_entropy", "max_violation", "skip_rate"):
             assert told[key] == rows[traced.step][key], key
     assert not again.moved.any()
+
+
+def redone(steps: list[TracedStep]) -> list[TracedStep]:
+    """The same steps with other loads, from the same controller on."""
+    begin = steps[0]
+    controller = BalancingController(list(torch.from_numpy(begin.bias.copy())), EXPERTS, GAINS)
+    controller.first.copy_(torch.from_numpy(begin.first))
+    controller.second.copy_(torch.from_numpy(begin.second))
+    controller.steps.fill_(begin.steps)
+    made = []
+    for traced in steps:
+        moments = [m.numpy().copy() for m in (controller.first, controller.second)]
+        bias = torch.stack(controller.biases).numpy()
+        counts = traced.counts[:, ::-1].copy()
+        made.append(TracedStep(traced.step, counts, bias, *moments, int(controller.steps),
+                               traced.probabilities, True))  # fmt: skip
+        controller.step(torch.from_numpy(counts).float())
+    return made
+
+
+def test_the_part_that_the_gains_made_is_replayed(
+    trace: list[TracedStep], traced_run: Path, tmp_path: Path
+) -> None:
+    assert as_recorded(trace, EXPERTS, GAINS) == trace
+    # Back to where step 6 begins, and on to step 8 over other rows; 9 to 11 are from before.
+    kept = as_recorded([*trace[:3], *redone(trace[3:6]), *trace[6:]], EXPERTS, GAINS)
+    assert [t.step for t in kept] == [3, 4, 5, 6, 7, 8]
+    # Other gains made all of it: no two steps belong together, the newest is left.
+    for change in ({"learning_rate": 0.005}, {"beta1": 0.8}, {"skip_target": 0.3}):
+        assert as_recorded(trace, EXPERTS, replace(GAINS, **change)) == trace[-1:], change
+    shutil.copytree(traced_run, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["optim"]["balancing"]["learning_rate"] = 0.02
+    path.write_text(json.dumps(config))
+    page = report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert f"{STEPS - 1} traced steps are not replayed" in page
 
 
 def test_tokens_change_classes_and_none_is_lost(trace: list[TracedStep]) -> None:
@@ -85,9 +126,8 @@ def crowded_trace(steps: int = 60, tokens: int = 400) -> list[TracedStep]:
     for step in range(steps):
         scores = np.exp(generator.normal(size=(1, tokens, 4)) + liked)
         probabilities = (scores / scores.sum(axis=2, keepdims=True)).astype(np.float32)
-        choice = probabilities.argmax(axis=2)
-        counts = np.bincount(choice[0], minlength=4)[None]
-        made.append(TracedStep(step, counts, rest, rest, rest, 0, probabilities, choice, True))
+        counts = np.bincount(probabilities[0].argmax(axis=1), minlength=4)[None]
+        made.append(TracedStep(step, counts, rest, rest, rest, 0, probabilities, True))
     return made
 
 

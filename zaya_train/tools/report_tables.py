@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.tools.router import (
+    LEFT_OUT,
     LEGEND,
     NO_TRACE,
     REPLAY_HEAD,
@@ -213,6 +214,7 @@ def _router_html(run: RunData) -> str:
         "<p>The first row is as recorded; means over the later half of the steps. moved: share of "
         "the sampled choices. Weights learn from where tokens go, which a replay cannot tell.</p>"
         f"{_table(REPLAY_HEAD, replays)}"
+        + (f"<p>{seen.left_out} {LEFT_OUT}</p>" if seen.left_out else "")
     )
 
 

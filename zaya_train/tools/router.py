@@ -19,7 +19,7 @@ from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.config.schema import BalancingConfig
 from zaya_train.optim.balancing import BalancingController
-from zaya_train.tools.router_replay import Replay, read_trace, replay, traced_files
+from zaya_train.tools.router_replay import Replay, as_recorded, read_trace, replay, traced_files
 from zaya_train.tools.tail import Tail
 from zaya_train.train.attempts import CONFIG_FILE, read_config
 from zaya_train.train.loop import load_summary
@@ -47,6 +47,11 @@ BIAS_SPAN = 1.0
 """Probabilities lie in [0, 1]: biases further apart decide alone."""
 OTHER_RATES = (1 / 3, 3.0)
 NO_TRACE = "No what-if: nothing was traced. Train with logging.trace_steps to record some steps."
+
+LEFT_OUT = (
+    "traced steps are not replayed: the run's gains do not lead from one to the next (attempts "
+    "with other gains, or steps before and after a roll back)."
+)
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,9 @@ class Cockpit:
     tried: list[Replay]
     """Under the recorded gains first; empty without a trace."""
     traced: tuple[int, int]
-    """First and last step of the trace; zeros without."""
+    """First and last replayed step of the trace; zeros without."""
+    left_out: int
+    """Traced steps that the run's gains did not make, which are not replayed."""
     num_experts: int
 
 
@@ -278,7 +285,8 @@ def cockpit(run_dir: Path, rows: Sequence[dict[str, Any]], wanted: Sequence[str]
     gains, num_experts = gains_of(run_dir)
     others = [changed_gains(gains, each) for each in wanted]
     states = layer_states(rows, num_experts, gains)
-    trace = read_trace(run_dir) if others or traced_files(run_dir) else []
+    read = read_trace(run_dir) if others or traced_files(run_dir) else []
+    trace = as_recorded(read, num_experts, gains)
     others = others or [
         replace(gains, learning_rate=gains.learning_rate * factor) for factor in OTHER_RATES
     ]
@@ -288,6 +296,7 @@ def cockpit(run_dir: Path, rows: Sequence[dict[str, Any]], wanted: Sequence[str]
         words=advice(states, gains),
         tried=[replay(trace, num_experts, each) for each in (gains, *others)] if trace else [],
         traced=(trace[0].step, trace[-1].step) if trace else (0, 0),
+        left_out=len(read) - len(trace),
         num_experts=num_experts,
     )
 
@@ -306,6 +315,8 @@ def router(run_dir: Path, wanted: Sequence[str], console: Console) -> None:
         console.print(NO_TRACE, style="dim", highlight=False)
         return
     console.print(_replay_table(seen.tried, seen.num_experts, *seen.traced))
+    if seen.left_out:
+        console.print(f"{seen.left_out} {LEFT_OUT}", style="yellow", highlight=False)
 
 
 def state_cells(state: LayerState) -> list[str]:

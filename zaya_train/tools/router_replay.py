@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import BalancingConfig
 
 _STEP = re.compile(r"step-(\d{8})\.npz")
+_ROUNDING = 0.01
+"""Of the learning rate, which an update is of the size of: what another device may round otherwise;
+gains that differ by less are as good as the same."""
+_LAST_DIGIT = 2e-7
+"""Of a fp32 bias, which are below two."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,6 @@ class TracedStep:
     second: NDArray[np.float32]
     steps: int
     probabilities: NDArray[np.float32]
-    choice: NDArray[np.int64]
     applied: bool
 
 
@@ -88,13 +92,47 @@ def read_trace(run_dir: Path) -> list[TracedStep]:
     return [_read(number, found[number]) for number in range(first, last + 1)]
 
 
-def replay(trace: Sequence[TracedStep], num_experts: int, gains: BalancingConfig) -> Replay:
-    """Run the controller with `gains` over the trace."""
-    begin = trace[0]
+def as_recorded(
+    trace: Sequence[TracedStep], num_experts: int, gains: BalancingConfig
+) -> list[TracedStep]:
+    """The longest part of the trace that the controller with `gains` made, the newest of equals.
+
+    Files of attempts with other gains, and of steps that a roll back undid, may lie side by side:
+    there a step's biases are not what the controller makes of the step before.
+    """
+    parts: list[list[TracedStep]] = [[]]
+    for traced in trace:
+        if parts[-1] and not _follows(parts[-1][-1], traced, num_experts, gains):
+            parts.append([])
+        parts[-1].append(traced)
+    return max(reversed(parts), key=len)
+
+
+def _follows(
+    before: TracedStep, after: TracedStep, num_experts: int, gains: BalancingConfig
+) -> bool:
+    """Whether one update, of `before`, lies between the two controllers."""
+    controller = _controller(before, num_experts, gains)
+    if before.applied:
+        controller.step(torch.from_numpy(before.counts).float())
+    if int(controller.steps) != after.steps:
+        return False
+    made = torch.stack(controller.biases).numpy()
+    return bool(np.abs(made - after.bias).max() <= _ROUNDING * gains.learning_rate + _LAST_DIGIT)
+
+
+def _controller(begin: TracedStep, num_experts: int, gains: BalancingConfig) -> BalancingController:
+    """As it stood before a step."""
     controller = BalancingController(list(torch.from_numpy(begin.bias.copy())), num_experts, gains)
     controller.first.copy_(torch.from_numpy(begin.first))
     controller.second.copy_(torch.from_numpy(begin.second))
     controller.steps.fill_(begin.steps)
+    return controller
+
+
+def replay(trace: Sequence[TracedStep], num_experts: int, gains: BalancingConfig) -> Replay:
+    """Run the controller with `gains` over the trace."""
+    controller = _controller(trace[0], num_experts, gains)
     loads, biases, moved = [], [], []
     for traced in trace:
         bias = torch.stack(controller.biases).numpy()
@@ -147,7 +185,6 @@ def _read(step: int, path: Path) -> TracedStep:
                 second=arrays["second"],
                 steps=int(arrays["steps"]),
                 probabilities=arrays["probabilities"],
-                choice=arrays["choice"],
                 applied=bool(arrays["applied"]),
             )
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
