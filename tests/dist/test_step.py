@@ -394,6 +394,12 @@ def test_load_summary_by_hand() -> None:
     assert summary["load_entropy"] == pytest.approx(0.5)
     assert summary["skip_rate"] == pytest.approx(0.125)
     assert summary["max_violation"] == pytest.approx(1.0)
+    passed_over = load_summary(torch.zeros_like(load), 2)
+    assert passed_over["load"] == [[0.0] * 3] * 2
+    assert all(math.isnan(passed_over[k]) for k in ("load_entropy", "skip_rate", "max_violation"))
+    # All tokens past the experts is a collapse, and is told as one.
+    skipping = load_summary(torch.tensor([[0.0, 0.0, 4.0]], dtype=torch.float64), 2)
+    assert (skipping["load_entropy"], skipping["skip_rate"]) == (0.0, 1.0)
 
 
 def freed_between_phases() -> bool:

@@ -30,6 +30,7 @@ def test_limits_are_met_where_reached_exactly() -> None:
         ({"validation_loss": {"b": 1.0}}, "validation_loss.a: not measured, at most 2.0"),
         ({"skip_rate": 0.2}, "most_skip_rate: 0.2, at most 0.1"),
         ({"skip_rate": None}, "most_skip_rate: not measured, at most 0.1"),
+        ({"skip_rate": math.nan}, "most_skip_rate: nan, at most 0.1"),
         ({"load_entropy": 0.5}, "least_load_entropy: 0.5, at least 0.9"),
         ({"load_entropy": math.nan}, "least_load_entropy: nan, at least 0.9"),
     ],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from zaya_train.config.errors import DataError, StorageError
@@ -19,6 +20,7 @@ from zaya_train.tools.report import report
 from zaya_train.tools.report_data import MAX_MATRIX_ROWS, load_run
 from zaya_train.tools.report_maps import average_over_time
 from zaya_train.tools.report_panels import extremes, numbers, smooth
+from zaya_train.train.loop import load_summary
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter
 
 if TYPE_CHECKING:
@@ -204,6 +206,25 @@ def test_heat_maps_hold_what_was_recorded(finished: tuple[Path, str]) -> None:
     told = load["low"] + (grey[:, 0] - 1.0) / 254 * (load["high"] - load["low"])
     even = np.log2(np.array([0.5, 0.3, 0.2] * 3) * 3)
     assert np.allclose(told, even, atol=4 / 254)
+
+
+def test_steps_whose_rows_were_passed_over_draw_no_collapse(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
+        metrics.write("start", step=0, **LAUNCH)
+        for step in range(1, 7):
+            values = step_values(step, math.nan if step in (3, 4) else 1.0)
+            if step in (3, 4):
+                values |= load_summary(torch.zeros(3, 3, dtype=torch.float64), 2)
+                values["stream_rms"] = [math.nan] * 4
+            metrics.write("step", **values)
+    assert load_run(tmp_path).matrix("load")[0].tolist() == [1, 2, 5, 6]
+    page = report([tmp_path], tmp_path / "report.html").read_text()
+    (run,) = data_of(page)["runs"]
+    (balance,) = run["panels"]["balance"]
+    assert [line["y"][2:4] for line in balance["lines"]] == [[None, None]] * 2
+    assert run["panels"]["violation"][0]["lines"][0]["y"] == [0.5, 0.5, None, None, 0.5, 0.5]
+    grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(run["maps"]["load_map"]["png"]))))
+    assert all(len(set(row)) == 1 for row in grey.tolist())
 
 
 def test_goodput_counts_only_steps_that_stand(tmp_path: Path) -> None:
@@ -424,6 +445,9 @@ def test_columns_of_a_map_are_means_of_equal_stretches() -> None:
     values = np.arange(4.0).reshape(4, 1, 1)
     assert average_over_time(steps, values, 2).ravel().tolist() == [0.5, 2.5]
     assert average_over_time(steps, values, 9).ravel().tolist() == [0.0, 1.0, 2.0, 3.0]
+    values[[1, 2, 3]] = np.nan
+    told = average_over_time(steps, values, 2).ravel()
+    assert told[0] == 0.0 and np.isnan(told[1])
 
 
 def test_smooth_is_an_unbiased_running_mean() -> None:

@@ -157,8 +157,9 @@ class RunData:
         return curves
 
     def matrix(self, key: str) -> tuple[Array, Array]:
-        """Steps [N] and values [N, ...] of one of MATRICES, of the rows that kept it."""
-        rows = [row for row in self.steps if row.get(key)]
+        """Steps [N] and values [N, ...] of one of MATRICES, of the rows that kept it; not of steps
+        whose rows were passed over, which have no load and no stream."""
+        rows = [row for row in self.steps if row.get(key) and not math.isnan(row["load_entropy"])]
         steps = np.array([row["step"] for row in rows], dtype=np.float64)
         return steps, np.array([row[key] for row in rows], dtype=np.float64)
 

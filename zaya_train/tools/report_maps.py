@@ -121,8 +121,16 @@ def average_over_time(steps: Array, values: Array, limit: int) -> Array:
     out = np.empty((count, *values.shape[1:]))
     for index in range(count):
         rows = values[column == index]
-        out[index] = rows.mean(axis=0) if len(rows) else out[max(index - 1, 0)]
+        out[index] = _mean(rows) if len(rows) else out[max(index - 1, 0)]
     return out
+
+
+def _mean(rows: Array) -> Array:
+    """[N, L, C] -> [L, C] of the finite values; NaN where none is."""
+    known = np.isfinite(rows)
+    total = np.where(known, rows, 0.0).sum(axis=0)
+    mean: Array = np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
+    return mean
 
 
 def _experts(run: RunData) -> int | None:

@@ -287,7 +287,11 @@ def load_summary(load: Tensor, num_experts: int) -> dict[str, Any]:
 
     load_entropy: H(p) / ln E averaged over layers, p over experts (2605.05365, II-A2).
     max_violation: max_e p_e E - 1 over the experts of the worst layer (arXiv 2408.15664, MaxVio).
+    All but the shares, which are 0, are NaN of a step without tokens: its rows were passed over.
     """
+    if not bool(load.any()):
+        nothing = ("load_entropy", "skip_rate", "max_violation")
+        return {"load": load.tolist(), **dict.fromkeys(nothing, math.nan)}
     share = load / load.sum(dim=1, keepdim=True).clamp_min(1)
     experts = load[:, :num_experts]
     p = experts / experts.sum(dim=1, keepdim=True).clamp_min(1)
