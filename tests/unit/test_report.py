@@ -9,6 +9,7 @@ import math
 import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -155,7 +156,7 @@ def test_the_page_needs_nothing_from_outside(finished: tuple[Path, str]) -> None
     assert not re.search(r"<script[^>]* src", text)
     assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|importScripts|sendBeacon)\b", text)
     for link in set(page.links) - set(outside):
-        assert (output.parent / link).exists(), link
+        assert (output.parent / unquote(link)).exists(), link
 
 
 def test_every_section_is_there_once(finished: tuple[Path, str]) -> None:
@@ -360,6 +361,17 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "a<b>&'\"c<!--<script>")
     text = report([run_dir], tmp_path / "report.html").read_text()
     assert "<b>&" not in text and "a&lt;b&gt;&amp;" in text
+
+
+def test_links_lead_to_files_of_any_name(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run")
+    names = ["javascript:alert(1)", "a#b", "who?", "50%25", "two words", "a&b"]
+    for name in names:
+        (run_dir / name).write_text(name)
+    links = Page(report([run_dir], run_dir / "report.html").read_text()).links
+    targets = [urlsplit(link) for link in links if not link.startswith("data:")]
+    assert not any(target.scheme or target.query or target.fragment for target in targets)
+    assert set(names) <= {unquote(target.path) for target in targets}
 
 
 @pytest.mark.parametrize("content", [None, "", "start"])

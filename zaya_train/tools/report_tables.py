@@ -6,6 +6,7 @@ import os
 from datetime import UTC, datetime
 from html import escape
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.tools.router import (
@@ -314,7 +315,8 @@ def _file_table(run: RunData, base: Path) -> str:
 
 
 def _link(path: Path, base: Path, text: str) -> str:
-    target = os.path.relpath(path.resolve(), base.resolve())
+    # A file may be called `javascript:...`, `a#b` or `50%`: quoted, it is a path and nothing else.
+    target = quote(os.path.relpath(path.resolve(), base.resolve()))
     return f'<a href="{escape(target, quote=True)}"><code>{escape(text)}</code></a>'
 
 
