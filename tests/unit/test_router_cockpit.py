@@ -149,6 +149,22 @@ def test_gains_are_changed_by_name() -> None:
         changed_gains(GAINS, "beta1=much")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("learning_rate=null", r"--gains\.learning_rate: "),
+        ("learning_rate=0", r"optim\.balancing\.learning_rate: 0\.0 must be positive"),
+        ("learning_rate=nan", r"optim\.balancing\.learning_rate: nan must be positive"),
+        ("beta1=2", r"optim\.balancing\.beta1: 2\.0 must lie in \[0, 1\)"),
+        ("eps=inf", r"optim\.balancing\.eps: inf must be positive and finite"),
+        ("skip_target=1", r"optim\.balancing\.skip_target: 1\.0 must lie in \[0, 1\)"),
+    ],
+)
+def test_gains_that_a_configuration_may_not_have_are_refused(words: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        changed_gains(GAINS, words)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Thirty even steps of two experts and a skip class, and the configuration of that model."""

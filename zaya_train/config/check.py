@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from zaya_train.config.faults import GuardConfig, SupervisorConfig
     from zaya_train.config.schema import (
+        BalancingConfig,
         ModelConfig,
         OptimConfig,
         ParallelConfig,
@@ -128,13 +129,22 @@ def model_problems(model: ModelConfig) -> Iterator[str]:
         )
 
 
+def balancing_problems(gains: BalancingConfig) -> Iterator[str]:
+    """Every rule that the controller's gains break by themselves, one line each."""
+    prefix = "optim.balancing"
+    yield from _positive(prefix, gains, ("learning_rate", "eps"))
+    yield from _unit(prefix, gains, ("beta1", "beta2"))
+    if gains.skip_target is not None and not 0 <= gains.skip_target < 1:
+        yield f"{prefix}.skip_target: {gains.skip_target} must lie in [0, 1), or be null"
+
+
 def _optim(optim: OptimConfig) -> Iterator[str]:
     yield from _positive("optim.muon", optim.muon, ("learning_rate", "newton_schulz_steps"))
     yield from _positive("optim.muon", optim.muon, ("update_rms",))
     yield from _unit("optim.muon", optim.muon, ("momentum",))
-    for prefix, adam in (("optim.adamw", optim.adamw), ("optim.balancing", optim.balancing)):
-        yield from _positive(prefix, adam, ("learning_rate", "eps"))
-        yield from _unit(prefix, adam, ("beta1", "beta2"))
+    yield from _positive("optim.adamw", optim.adamw, ("learning_rate", "eps"))
+    yield from _unit("optim.adamw", optim.adamw, ("beta1", "beta2"))
+    yield from balancing_problems(optim.balancing)
     for key, value in (
         ("optim.muon.weight_decay", optim.muon.weight_decay),
         ("optim.adamw.weight_decay", optim.adamw.weight_decay),
@@ -145,11 +155,7 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
 
 def _skip_target(config: TrainConfig) -> Iterator[str]:
     target = config.optim.balancing.skip_target
-    if target is None:
-        return
-    if not 0 <= target < 1:
-        yield f"optim.balancing.skip_target: {target} must lie in [0, 1), or be null"
-    if not config.model.skip_class:
+    if target is not None and not config.model.skip_class:
         yield f"optim.balancing.skip_target: {target}, but model.skip_class=false has no such class"
 
 

@@ -16,6 +16,7 @@ import torch
 from rich.table import Table
 
 from zaya_train.config.build import build
+from zaya_train.config.check import balancing_problems, refuse
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.config.schema import BalancingConfig
 from zaya_train.optim.balancing import BalancingController
@@ -99,7 +100,8 @@ def gains_of(run_dir: Path) -> tuple[BalancingConfig, int]:
 
 
 def changed_gains(gains: BalancingConfig, words: str) -> BalancingConfig:
-    """`gains` with what `learning_rate=0.003,beta1=0.8` names. ConfigError for anything else."""
+    """`gains` with what `learning_rate=0.003,beta1=0.8` names. ConfigError for anything else, and
+    for what a configuration would be refused for."""
     known = asdict(gains)
     changes: dict[str, float | None] = {}
     for word in words.split(","):
@@ -110,7 +112,9 @@ def changed_gains(gains: BalancingConfig, words: str) -> BalancingConfig:
             changes[key] = None if value == "null" else float(value)
         except ValueError:
             raise ConfigError(f"--gains {word}: {value!r} is no number") from None
-    return replace(gains, **changes)  # type: ignore[arg-type]
+    changed = build(BalancingConfig, {**known, **changes}, "--gains")
+    refuse(f"--gains {words}: {problem}" for problem in balancing_problems(changed))
+    return changed
 
 
 def layer_states(
