@@ -200,6 +200,56 @@ def test_one_layer_is_chosen_by_hand(page_of_run: Path, desk: Chrome) -> None:
     check_quiet({**told, "console": console(desk)})
 
 
+def test_of_quick_choices_the_last_is_drawn_once(page_of_run: Path, desk: Chrome) -> None:
+    told = open_report(desk, page_of_run)
+    seen = desk.execute_script("""
+        const select = document.getElementById("map-layer");
+        const choices = ["1", "0", "1"].map((layer) => {
+          select.value = layer;
+          return select.onchange();
+        });
+        const boxes = () => [...document.querySelectorAll(".plot")];
+        return Promise.all(choices).then(() => [
+          boxes().map((box) => box.querySelectorAll(".uplot").length),
+          zaya.charts.length, new Set(zaya.charts.map(({ id }) => id)).size]);""")
+    boxes, charts, different = seen
+    assert set(boxes) == {1} and len(boxes) == charts == different == len(told["charts"])
+    check_quiet({**told, "console": console(desk)})
+
+
+def test_cells_without_a_value_are_gaps_of_the_lines(
+    real_run: Path, tmp_path: Path, desk: Chrome
+) -> None:
+    run_dir = long_run(real_run, tmp_path / "gaps", 40)
+    rows = [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    for row in rows[21:31]:
+        row["balancing_bias"][0][1] = "NaN"
+    (run_dir / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    open_report(desk, report([run_dir], tmp_path / "gaps.html"))
+    gaps = desk.execute_script("""
+        const { data } = zaya.charts.find(({ id }) => id === "bias_map_layer").plot;
+        const gaps = data.slice(1).map((y) => Array.from(y).filter((v) => v === null).length);
+        return [gaps, data.slice(1).some((y) => Array.from(y).some(Number.isNaN))];""")
+    assert gaps == [[0, 10, 0, 0], False]
+
+
+def test_a_heat_map_has_the_marks_of_its_own_run(
+    real_run: Path, tmp_path: Path, desk: Chrome
+) -> None:
+    runs = [long_run(real_run, tmp_path / f"run{number}", 60, number) for number in range(2)]
+    open_report(desk, report(runs, tmp_path / "two.html"))
+    # An incident is a filled triangle; the other run has as many at the same steps.
+    filled, incidents = desk.execute_script("""
+        const { plot } = zaya.charts.find(({ id }) => id === "load_map");
+        const { fill } = CanvasRenderingContext2D.prototype;
+        let filled = 0;
+        plot.ctx.fill = function (...given) { filled += 1; return fill.apply(this, given); };
+        plot.redraw(false);
+        const { incidents } = JSON.parse(document.getElementById("data").textContent).runs[0];
+        return new Promise((done) => setTimeout(() => done([filled, incidents.length]), 100));""")
+    assert filled == incidents > 0
+
+
 def test_a_hundred_thousand_steps_stay_small_and_keep_a_spike(
     real_run: Path, tmp_path: Path, desk: Chrome
 ) -> None:

@@ -104,7 +104,7 @@ def _page(runs: Sequence[RunData], base: Path) -> str:
 <script>/* uPlot, MIT licence:
 {_part("LICENSE-uPlot")}*/
 {_part("uPlot.iife.min.js")}</script>
-<script>{_part("page.js")}</script>
+<script>{_part("pictures.js")}{_part("page.js")}</script>
 </body>
 </html>
 """

@@ -28,6 +28,8 @@ from zaya_train.train.metrics import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+MANY = 4
+"""More runs than this on a page are drawn with fewer points each."""
 MAX_MATRIX_ROWS = 1_000  # 40 layers x 17 classes are 22 KB a row as Python floats
 MATRICES = ("load", "balancing_bias", "stream_rms", "eda_gain")
 TAIL_ROWS = 20  # a phase's final loss is the mean over at most this many of its last rows

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from zaya_train.tools.report_data import MANY
+
 if TYPE_CHECKING:
     from zaya_train.tools.report_data import Array, RunData
 
 MAX_COLUMNS = 300
 MAX_COLUMNS_OF_MANY = 120  # with more than MANY runs on the page
-MANY = 4
 LEVELS = 254  # greys 1 to 255; grey 0 stands for no value
 
 

@@ -15,6 +15,7 @@ from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.schema import ModelConfig
 from zaya_train.model.flops import matmul_flops_per_token
+from zaya_train.tools.report_data import MANY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 BUCKETS = 300  # per chart; a phone shows about this many pixels, a desk twice as many
 BUCKETS_OF_MANY = 120  # with more than MANY runs over each other
-MANY = 4
 DIGITS = 5
 SNAPSHOTS = 5  # of a profile over depth
 

@@ -1,5 +1,6 @@
 "use strict";
 (() => {
+  const { cellsOf, painted, valueOf } = pictures;
   const page = JSON.parse(document.getElementById("data").textContent);
   const RUN_COLORS = ["#2f7ed8", "#e07b39", "#2fa36b", "#9a6bd6", "#c9a227", "#d1567f", "#3aa6b9",
     "#8c7355", "#7f8c1f", "#b04a3a"];
@@ -74,7 +75,8 @@
     ctx.restore();
   }
 
-  function marks(plot) {
+  // Of the runs shown, or of the one that a heat map is of.
+  function marks(plot, only) {
     const { ctx, bbox } = plot;
     const bottom = bbox.top + bbox.height;
     const size = 4 * devicePixelRatio;
@@ -91,7 +93,7 @@
     };
     ctx.save();
     page.runs.forEach((run, r) => {
-      if (!shown[r]) return;
+      if (only === undefined ? !shown[r] : r !== only) return;
       ctx.strokeStyle = several ? color(r) : ink();
       ctx.fillStyle = ctx.strokeStyle;
       ctx.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
@@ -153,7 +155,7 @@
       cursor: panel.depth ? {} : { sync: { key: "step", scales: ["x", null] } },
       hooks: panel.depth ? {} : { 
         drawClear: [(plot) => bands(plot, false)],
-        draw: [(plot) => bands(plot, true), marks],
+        draw: [(plot) => bands(plot, true), (plot) => marks(plot, panel.run)],
         setScale: [follow],
       },
     };
@@ -186,56 +188,7 @@
     add(box, options(box, series, panel), data, !panel.depth, panel.id);
   }
 
-  // Blue through the paper's colour to red, or paper to blue.
-  function shade(share, diverging) {
-    const paper = matchMedia("(prefers-color-scheme: dark)").matches && !matchMedia("print").matches
-      ? [38, 44, 53] : [247, 247, 247];
-    const from = (end, part) => paper.map((value, i) => Math.round(value + (end[i] - value) * part));
-    if (!diverging) return from([33, 102, 172], share);
-    const off = share * 2 - 1;
-    return off < 0 ? from([33, 102, 172], -off) : from([178, 24, 43], off);
-  }
-
-  const decoded = new Map();
-  async function cellsOf(map) {
-    if (!decoded.has(map)) {
-      const image = new Image();
-      image.src = `data:image/png;base64,${map.png}`;
-      await image.decode();
-      const canvas = document.createElement("canvas");
-      canvas.width = image.width;
-      canvas.height = image.height;
-      const context = canvas.getContext("2d", { willReadFrequently: true });
-      context.drawImage(image, 0, 0);
-      const pixels = context.getImageData(0, 0, image.width, image.height).data;
-      const greys = new Uint8Array(image.width * image.height);
-      for (let i = 0; i < greys.length; i += 1) greys[i] = pixels[4 * i];
-      decoded.set(map, { greys, columns: image.width, rows: image.height });
-    }
-    return decoded.get(map);
-  }
-
-  function painted(cells, diverging) {
-    const canvas = document.createElement("canvas");
-    canvas.width = cells.columns;
-    canvas.height = cells.rows;
-    const context = canvas.getContext("2d");
-    const pixels = context.createImageData(cells.columns, cells.rows);
-    const words = new Uint32Array(pixels.data.buffer);
-    // Opaque, as little-endian words; grey 0 is no value and stays clear.
-    const colours = Uint32Array.from({ length: 256 }, (_, grey) => {
-      const [red, green, blue] = shade((grey - 1) / 254, diverging);
-      return grey ? ((255 << 24) | (blue << 16) | (green << 8) | red) >>> 0 : 0;
-    });
-    cells.greys.forEach((grey, i) => { words[i] = colours[grey]; });
-    context.putImageData(pixels, 0, 0);
-    return canvas;
-  }
-
-  const valueOf = (map, grey) =>
-    grey ? map.low + ((grey - 1) / 254) * (map.high - map.low) : NaN;
-
-  function heat(plot, map, canvas) {
+  function heat(plot, map, canvas, r) {
     const { ctx, bbox } = plot;
     ctx.save();
     ctx.beginPath();
@@ -255,7 +208,7 @@
       ctx.stroke();
     }
     ctx.restore();
-    marks(plot);
+    marks(plot, r);
   }
 
   function cellWords(map, info, cells, step, y) {
@@ -268,17 +221,27 @@
     return `step ${short(Math.round(step))}, ${where}: ${short(value)} (${info.unit})`;
   }
 
-  async function drawMap(info, r) {
-    const box = boxOf(info.id);
-    const old = charts.findIndex((chart) => chart.id === info.id);
+  function emptied(id) {
+    const box = boxOf(id);
+    const old = charts.findIndex((chart) => chart.id === id);
     if (old >= 0) charts.splice(old, 1)[0].plot.destroy();
     box.textContent = "";
+    return box;
+  }
+
+  // A choice made while pictures of the one before are decoded overtakes it.
+  let generation = 0;
+
+  async function drawMap(info, r) {
+    const asked = generation;
     const map = page.runs[r].maps[info.id];
+    const cells = map && await cellsOf(map);
+    if (asked !== generation) return;
+    const box = emptied(info.id);
     if (!map) {
       box.textContent = `not recorded in ${page.runs[r].name}`;
       return;
     }
-    const cells = await cellsOf(map);
     const canvas = painted(cells, info.diverging);
     const height = Math.min(560, Math.max(190, 70 + cells.rows * 4));
     const opts = options(box, [{ label: "", show: false }], { height });
@@ -291,7 +254,7 @@
     const words = document.createElement("p");
     words.className = "words";
     words.textContent = `colours from ${short(map.low)} to ${short(map.high)} (${info.unit})`;
-    opts.hooks.drawClear = [(plot) => heat(plot, map, canvas)];
+    opts.hooks.drawClear = [(plot) => heat(plot, map, canvas, r)];
     opts.hooks.draw = [];
     opts.hooks.setCursor = [(plot) => {
       const { left, top } = plot.cursor;
@@ -305,14 +268,12 @@
 
   // Lines of one layer, read off the heat maps.
   async function drawLayer(info, r, layer) {
-    const id = info.id + "_layer";
-    const old = charts.findIndex((chart) => chart.id === id);
-    if (old >= 0) charts.splice(old, 1)[0].plot.destroy();
-    const box = boxOf(id);
-    box.textContent = "";
+    const asked = generation;
     const map = page.runs[r].maps[info.id];
+    const cells = map && await cellsOf(map);
+    if (asked !== generation) return;
+    const box = emptied(info.id + "_layer");
     if (!map || layer >= map.layers) return;
-    const cells = await cellsOf(map);
     const width = (map.last - map.first) / cells.columns;
     const x = Array.from({ length: cells.columns }, (_, i) => map.first + (i + 0.5) * width);
     const lines = Array.from({ length: map.classes }, (_, c) => {
@@ -327,7 +288,8 @@
       points: { show: false },
       value: (_, value) => short(value),
     }));
-    add(box, options(box, series, { height: 230 }), [x, ...lines], true, id);
+    const opts = options(box, series, { run: r });
+    add(box, opts, [x, ...lines], true, info.id + "_layer");
   }
 
   function layerFigures(box) {
@@ -355,8 +317,10 @@
       document.getElementById(info.id).after(figure);
     }
     const redraw = async () => {
-      for (const info of page.maps) await drawMap(info, Number(runs.value));
-      for (const info of wanted) await drawLayer(info, Number(runs.value), Number(layers.value));
+      generation += 1;
+      const [asked, run, layer] = [generation, Number(runs.value), Number(layers.value)];
+      for (const info of page.maps) if (asked === generation) await drawMap(info, run);
+      for (const info of wanted) if (asked === generation) await drawLayer(info, run, layer);
     };
     runs.onchange = redraw;
     layers.onchange = redraw;
