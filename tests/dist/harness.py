@@ -65,6 +65,7 @@ class Case:
     reshard: bool = False
     experts: int = 4
     """Of the model, per layer."""
+    layers: int = 2
     row_tokens: int = ROW_TOKENS
     """A multiple of ROW_TOKENS; rows repeat their documents."""
     compute: str = "fp32"
@@ -109,6 +110,7 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             # rounding of its first updates stands out in a relative comparison.
             "model.init_std": 0.2,
             "model.num_experts": case.experts,
+            "model.num_layers": case.layers,
             "parallel.context_chunks": case.chunks,
             "parallel.expert_parallel": case.expert,
             "parallel.accumulation": case.accumulation,

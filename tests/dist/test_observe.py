@@ -16,9 +16,10 @@ from zaya_train.optim.shards import Shard
 from zaya_train.parallel.fsdp import local_row_start
 from zaya_train.train.observe import observations, watched
 from zaya_train.train.step import pass_over
+from zaya_train.train.trace import Recorder
 
 Row = dict[str, Any]
-ONE = Case(micro_rows=4)  # the micro-batch that is looked at holds the whole step
+ONE = Case(micro_rows=4, layers=3)  # the micro-batch that is looked at holds the whole step
 
 
 def set_gains(setup: Setup) -> None:
@@ -57,12 +58,12 @@ def stream_by_hand(case: Case) -> list[float]:
     return [float(stream[valid].double().square().mean().sqrt()) for stream in seen]
 
 
-@pytest.mark.parametrize("case", [ONE, Case(micro_rows=1)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [ONE, replace(ONE, micro_rows=1)], ids=lambda case: case.name)
 def test_one_rank_tells_what_the_model_holds(case: Case) -> None:
     ((row, biases),) = run_ranks(observed, 1, case)
     (by_hand,) = run_ranks(stream_by_hand, 1, case)
     assert row["stream_rms"] == pytest.approx(by_hand, rel=1e-6)
-    assert row["eda_gain"] == pytest.approx([1.35])  # router_size 8: 1 + 3.5 / 10
+    assert row["eda_gain"] == pytest.approx([1.35, 2.35])  # router_size 8: l + 3.5 / 10
     assert row["balancing_bias"] == [[round(x, 5) for x in layer] for layer in biases]
     assert any(x for layer in row["balancing_bias"] for x in layer)
     assert row["memory_bytes_ranks"] == [100, 100]
@@ -83,6 +84,35 @@ def test_two_ranks_tell_what_one_tells(case: Case) -> None:
     assert rows[0]["memory_bytes_ranks"] == [100, 101]
 
 
+def sampled(case: Case) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """What a recorder keeps of one step, and what the routers chose in its first micro-batch."""
+    setup = Setup.of(case)
+    controller = setup.optimizer.balancing
+    chosen: list[torch.Tensor] = []
+    first = setup.batches(0)[0]
+    recorder = Recorder(setup.model, controller, tokens=10_000)
+    for layer in setup.model.layers:
+        router = layer.get_submodule("moe.router")
+        router.register_forward_hook(lambda _, given, made: chosen.append(made.choice.flatten()))
+    result = setup.step(0)
+    recorder.close()
+    valid = first.layout.valid.flatten()
+    return recorder.arrays(result), [choice[valid] for choice in chosen[: case.layers]]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_trace_samples_the_first_micro_batch_alone(recompute: str) -> None:
+    # Four micro-batches; recomputation sends each through the routers twice.
+    case = replace(ONE, micro_rows=1, recompute=recompute)
+    ((arrays, first),) = run_ranks(sampled, 1, case)
+    assert arrays["choice"].tolist() == [choice.tolist() for choice in first]
+    assert arrays["probabilities"].shape == (3, len(first[0]), 5)
+    biased = arrays["probabilities"] + arrays["bias"][:, None, :]
+    assert (biased.argmax(axis=2) == arrays["choice"]).all()
+    # The counts are of all four.
+    assert (arrays["counts"].sum(axis=1) > 2 * len(first[0])).all()
+
+
 def hooks_left() -> tuple[int, int, list[float]]:
     setup = Setup.of(ONE)
     before = sum(len(layer._forward_hooks) for layer in setup.model.layers)
@@ -99,4 +129,4 @@ def hooks_left() -> tuple[int, int, list[float]]:
 def test_rows_passed_over_have_no_stream_and_leave_no_hook() -> None:
     ((before, after, stream),) = run_ranks(hooks_left, 1)
     assert before == after
-    assert len(stream) == 3 and all(value != value for value in stream)
+    assert len(stream) == 4 and all(value != value for value in stream)
