@@ -17,7 +17,7 @@ from tests.helpers.browser import DESK, PHONE, browser, console, open_report, re
 from tests.helpers.paths import REPOSITORY
 from tests.integration.runs import Launched, make_corpora, overrides_for, values_for
 from zaya_train.tools.report import report
-from zaya_train.train.metrics import METRICS_FILE
+from zaya_train.train.metrics import METRICS_FILE, ROW_FIELDS, read_metrics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,6 +148,21 @@ def test_every_section_is_filled_from_a_real_run(
     screenshot(desk, KEPT / "desk.png")
     pdf = desk.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})["data"]
     (KEPT / "print.pdf").write_bytes(base64.b64decode(pdf))
+
+
+def test_the_docs_name_every_field_of_a_real_run(real_run: Path) -> None:
+    told = (REPOSITORY / "docs" / "report.md").read_text().partition("## Fields")[2]
+    rows = [json.loads(line) for line in (real_run / METRICS_FILE).read_text().splitlines()]
+    assert {row["kind"] for row in rows} == ROW_FIELDS.keys() - {"save_failed"}
+    fields = {field for row in rows for field in row} | {*ROW_FIELDS["save_failed"], "mfu"}
+    assert not [field for field in sorted(fields) if f"`{field}`" not in told]
+
+
+def test_phase_rows_tell_the_tokens_at_the_end(real_run: Path) -> None:
+    rows = read_metrics(real_run)
+    at = {row["step"]: row["tokens"] for row in rows if row["kind"] == "step"}
+    ends = [row for row in rows if row["kind"] == "phase" and row["event"] == "end"]
+    assert [(row["name"], row["tokens"]) for row in ends] == [("short", at[8]), ("long", at[13])]
 
 
 def test_paper_is_not_left_by_any_chart(page_of_run: Path, desk: Chrome) -> None:

@@ -74,8 +74,8 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
 }
 """Fields a row of each kind must have; a writer may add more. `tokens` counts all consumed so far,
 `loss` is per supervised token, `load` holds per layer the fraction of tokens each class got,
-`load_entropy` is the mean over layers of H(p) / ln E, `applied` is false for a step skipped as
-non-finite, `event` is begin or end.
+`load_entropy` is the mean over layers of H(p) / ln E, `applied` is false for a step that changed
+no weight, `event` is begin or end; docs/report.md has all fields with their units.
 `start` and `resume` of a run also have `config_changes`: dotted key -> [old, new] since the attempt
 before."""
 
