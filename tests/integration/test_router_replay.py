@@ -82,11 +82,11 @@ def redone(steps: list[TracedStep]) -> list[TracedStep]:
     controller.steps.fill_(begin.steps)
     made = []
     for traced in steps:
-        moments = [m.numpy().copy() for m in (controller.first, controller.second)]
+        first, second = controller.first.numpy().copy(), controller.second.numpy().copy()
         bias = torch.stack(controller.biases).numpy()
         counts = traced.counts[:, ::-1].copy()
-        made.append(TracedStep(traced.step, counts, bias, *moments, int(controller.steps),
-                               traced.probabilities, True))  # fmt: skip
+        began = (bias, first, second, int(controller.steps))
+        made.append(TracedStep(traced.step, counts, *began, traced.probabilities, True))
         controller.step(torch.from_numpy(counts).float())
     return made
 
