@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pytest
 from hypothesis import HealthCheck, settings
 
-if TYPE_CHECKING:
-    import pytest
+# So that a comparison that fails in there says what it found.
+pytest.register_assert_rewrite("tests.helpers.kernels")
 
 # A machine that others have loaded misses any deadline for an example, or for making it.
 settings.register_profile(

@@ -157,7 +157,7 @@ def other_environment(rank: int) -> None:
 
 def slow_device(rank: int) -> None:
     if rank == 1:
-        preflight_compute.best_seconds = lambda work, device, repeats: 1e6
+        vars(preflight_compute)["product_rate"] = lambda *arguments: 1.0
 
 
 def killed(rank: int) -> None:

@@ -114,7 +114,7 @@ def _await_end(over: threading.Event) -> None:
 def _give_way() -> None:
     """Lowest priority, of the session too: with autogroups the kernel shares a processor out among
     sessions first (sched(7)), and this process may have one of its own."""
-    os.nice(19)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
     _share_of_session(19)
 
 
