@@ -77,6 +77,7 @@ def test_a_healthy_configuration_passes(tmp_path: Path, capsys: pytest.CaptureFi
         "norm_residual",
         "router",
         "grouped_mlp",
+        "moe_permute",
         "linear_cross_entropy",
         "newton_schulz",
     }
