@@ -52,7 +52,7 @@ def test_the_wheel_brings_the_report_page_and_the_licence_of_its_library(install
     ours = REPOSITORY / "zaya_train" / "tools" / "report_page"
     shipped = installed / "zaya_train" / "tools" / "report_page"
     names = {path.name for path in ours.iterdir()}
-    assert {path.name for path in shipped.iterdir()} == names and len(names) == 5
+    assert {path.name for path in shipped.iterdir()} == names and len(names) == 6
     (licence,) = installed.glob("*.dist-info/licenses/zaya_train/tools/report_page/LICENSE-uPlot")
     assert "Permission is hereby granted" in licence.read_text()
 
