@@ -82,9 +82,10 @@ def assert_no_worse(
 ) -> dict[str, float]:
     """Errors of `backend` against float64 are at most those of eager torch on the same inputs.
 
-    `slack` and an eighth of a rounding step leave room for chance: both back ends round equally
-    often, but not the same intermediate values. A tensor of a few numbers is all chance, so it may
-    err by four steps. Returns the ratios.
+    `slack` and an eighth of a rounding step (half a one in fp32, where whole errors are one or two
+    steps and libraries choose the order of sums) leave room for chance: both back ends round
+    equally often, but not the same intermediate values. A tensor of a few numbers is all chance, so
+    it may err by four steps. Returns the ratios.
     """
     exact = run_pass(run, "reference", {name: value.double() for name, value in inputs.items()})
     found, usual = run_pass(run, backend, inputs), run_pass(run, "eager", inputs)
@@ -98,7 +99,8 @@ def assert_no_worse(
         assert values[0].dtype == values[1].dtype, name
         mine, theirs = error(values[0], values[2]), error(values[1], values[2])
         ratios[name] = mine / max(theirs, 1e-30)
-        steps = 1 / 8 if values[0].numel() > FEW else 4
+        chance = 1 / 2 if values[0].dtype == torch.float32 else 1 / 8
+        steps = chance if values[0].numel() > FEW else 4
         if mine > slack * theirs + steps * torch.finfo(values[0].dtype).eps:
             worse[name] = (mine, theirs)
     assert worse == {}
