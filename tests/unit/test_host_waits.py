@@ -63,6 +63,7 @@ def test_nothing_is_read(permute: TritonKernelName, recompute: RecomputeKind) ->
 def test_experts_of_torch_wait_for_their_counts(permute: TritonKernelName) -> None:
     """So the test above can fail."""
     kernels = replace(TRITON, moe_permute=permute, grouped_mlp="eager")
+    # torch's own class for reading a number of a tensor that has none.
     with recording("gfx942"), pytest.raises(NotImplementedError, match="meta tensor"):
         pass_on(torch.device("meta"), kernels, "none")
 
