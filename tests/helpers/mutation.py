@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from pathlib import Path
     from types import ModuleType
 
@@ -54,11 +54,12 @@ def assert_caught(check: Callable[[], None]) -> None:
         check()
 
 
-def some_often(bugs: Iterable[str]) -> list[Any]:
-    """Parameters: one bug in three with every change, the others nightly."""
+def some_often(bugs: Iterable[str], often: Collection[str] = ()) -> list[Any]:
+    """Parameters: those named, or else one bug in three, with every change; the others nightly."""
     return [
-        pytest.param(bug, marks=[] if i % 3 == 0 else [pytest.mark.nightly])
+        pytest.param(bug, marks=[] if chosen else [pytest.mark.nightly])
         for i, bug in enumerate(bugs)
+        for chosen in [bug in often if often else i % 3 == 0]
     ]
 
 

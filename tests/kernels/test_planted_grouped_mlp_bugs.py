@@ -15,7 +15,7 @@ from zaya_kernels.grouped_mlp import triton as host
 from zaya_kernels.grouped_mlp import triton_kernels as kernels
 
 from ..helpers.kernels import assert_close, run_pass
-from ..helpers.mutation import assert_caught, plant
+from ..helpers.mutation import assert_caught, plant, some_often
 from .test_triton_grouped_mlp import call, inputs_of, small_tiles
 
 if TYPE_CHECKING:
@@ -67,9 +67,7 @@ QUICK = (
 """The others take as long as they are many: nightly."""
 
 
-@pytest.mark.parametrize(
-    "bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.nightly) for b in BUGS]
-)
+@pytest.mark.parametrize("bug", some_often(BUGS, QUICK))
 def test_a_bug_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(BUGS[bug], kernels, (host, NAMES), tmp_path, monkeypatch)
     assert_caught(check)

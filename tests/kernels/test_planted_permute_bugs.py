@@ -14,7 +14,7 @@ from zaya_kernels.moe_permute import triton as host
 from zaya_kernels.moe_permute import triton_kernels as kernels
 
 from ..helpers.kernels import assert_close, run_pass
-from ..helpers.mutation import assert_caught, plant, shrink
+from ..helpers.mutation import assert_caught, plant, shrink, some_often
 from .test_moe_permute import inputs_of, ordered, there_and_back
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ QUICK = (
 """The others take as long as they are many: nightly."""
 
 
-@pytest.mark.parametrize(
-    "bug", [b if b in QUICK else pytest.param(b, marks=pytest.mark.nightly) for b in BUGS]
-)
+@pytest.mark.parametrize("bug", some_often(BUGS, QUICK))
 def test_a_bug_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(BUGS[bug], kernels, (host, NAMES), tmp_path, monkeypatch)
     assert_caught(check)
