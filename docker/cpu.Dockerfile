@@ -8,11 +8,12 @@ ARG CPU_IMAGE=python:3.11-slim-bookworm
 FROM ${CPU_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# git: a test reads the list of tracked files. iproute2, Slurm, munge and strace: tests start them.
+# git: a test reads the list of tracked files. Chromium with a font, iproute2, Slurm, munge and
+# strace: tests start them.
 # hadolint ignore=DL3008 # Debian removes old versions from its archive; the image's tag is the pin
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential git iproute2 make munge \
-        slurm-wlm strace \
+    && apt-get install --yes --no-install-recommends build-essential chromium chromium-driver \
+        fonts-dejavu-core git iproute2 make munge slurm-wlm strace \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/zaya-train

@@ -123,6 +123,17 @@ def test_several_nodes_need_a_meeting_place(capsys: pytest.CaptureFixture[str]) 
     assert line == "error: --master: 2 nodes need host:port of the first one"
 
 
+def test_supervise_names_a_missing_corpus_before_a_rank_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, corpus = tmp_path / "run", tmp_path / "nowhere"
+    overrides = [f"run.dir={run_dir}", f"data.sources.reasoning.path={corpus}"]
+    assert main(["supervise", "recipe=smoke_cpu", *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {corpus}: not a corpus directory: ")
+    assert not run_dir.exists()
+
+
 @pytest.mark.parametrize(
     ("word", "told"),
     [

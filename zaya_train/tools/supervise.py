@@ -12,6 +12,7 @@ from rich.console import Console
 
 from zaya_train.config.check import check
 from zaya_train.config.errors import ConfigError
+from zaya_train.data.check import check_corpora
 from zaya_train.runtime.local_ranks import Launch
 from zaya_train.runtime.log import console_handler
 from zaya_train.runtime.supervisor import Supervisor
@@ -37,9 +38,15 @@ class SuperviseRequest:
 
 
 def supervise(request: SuperviseRequest) -> int:
-    """Run to the end; the exit code (see runtime.supervisor). ConfigError before any start."""
+    """Run to the end; the exit code (see runtime.supervisor).
+
+    Raises, before any rank starts:
+        ConfigError: a rule of the configuration or of the launch is broken.
+        DataError: a corpus of the plan is missing or damaged.
+    """
     launch = _launch(request)
     check(request.config, request.ranks * request.nodes)
+    check_corpora(request.config)
     logger = logging.getLogger("zaya_train")
     handler = console_handler(Console(stderr=True))
     logger.setLevel(logging.INFO)
