@@ -35,6 +35,11 @@ test: $(READY) ## lint, type check and all tests; the last line counts them
 nightly: $(READY) ## the long forms: kills at random moments, corruptions; an hour or more
 	@.ci/test -m nightly
 
+.PHONY: docs
+docs: $(READY) ## build the documentation into build/docs; a warning is an error
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	@echo 'build/docs/index.html'
+
 .PHONY: lint
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

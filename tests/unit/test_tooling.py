@@ -126,7 +126,7 @@ def test_setup_names_an_index_for_rocm_alone_and_pins_torch(
     assert len(pip) == 2 and pip[0].endswith("torch==2.13.0")
     assert ("--index-url" in pip[0]) == bool(index) and index in pip[0]
     # torch for ROCm brings triton-rocm, which the extra would overwrite.
-    extras = "dev,triton" if tool == "" else "dev"
+    extras = "dev,docs,triton" if tool == "" else "dev,docs"
     assert pip[1] == f"-m pip install --editable .[{extras}]"
 
 
