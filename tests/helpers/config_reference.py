@@ -192,7 +192,7 @@ def _given(given: dict[str, str]) -> str:
 
 
 def _phases() -> str:
-    fields = ("tokens", "context_tokens", "rope_base", "global_batch_tokens")
+    fields: tuple[str, ...] = ("tokens", "context_tokens", "rope_base", "global_batch_tokens")
     fields += ("micro_batch_sequences", "context_parallel", "learning_rate_scale")
     columns = ("recipe", "phase", *(field.replace("_", " ") for field in fields), "mixture")
     rows = [columns, tuple("---" for _ in columns)]
