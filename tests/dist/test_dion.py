@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch.nn import Parameter
-from zaya_kernels.newton_schulz.op import newton_schulz
+from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, newton_schulz
 
 from tests.dist.harness import relative
 from tests.dist.muon_ranks import UNEVEN, Grid, distributed, randn
@@ -63,7 +63,7 @@ def ours(parameters: list[Parameter], mesh: Mesh) -> Any:
 def theirs(parameters: list[Parameter], mesh: Mesh) -> Any:
     def ours_in_bf16(x: Tensor, epsilon: float) -> Tensor:
         flat = x.reshape(-1, *x.shape[-2:]).float()
-        return newton_schulz(flat, 5, torch.bfloat16, "eager").view(x.shape)
+        return newton_schulz(flat, FIVE_QUINTICS, torch.bfloat16, "eager").view(x.shape)
 
     muon = dion.Muon(
         parameters,

@@ -242,6 +242,7 @@ def test_products_are_what_torch_counts() -> None:
 def test_operations_are_those_the_kernels_count() -> None:
     from zaya_kernels.linear_cross_entropy.triton import operations as of_loss
     from zaya_kernels.newton_schulz.gram import operations as of_newton
+    from zaya_kernels.newton_schulz.op import FIVE_QUINTICS
 
     found = operations("smoke")
     loss, newton = found["linear_cross_entropy"], found["newton_schulz"]
@@ -249,7 +250,7 @@ def test_operations_are_those_the_kernels_count() -> None:
     supervised = tokens - len(range(0, tokens, 5))
     assert 3 * loss.operations == of_loss(supervised, vocabulary, hidden, "gfx942")[1]
     count, rows, columns = newton.inputs["matrices"].shape
-    assert newton.operations == 2 * count * of_newton(columns, rows, 5)[1]
+    assert newton.operations == 2 * count * of_newton(columns, rows, FIVE_QUINTICS)[1]
     pairs = sum(i + 1 for row in ((128,),) * 8 for length in row for i in range(length))
     assert found["attention"].operations == 2 * 2 * 4 * 32 * pairs
 

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from zaya_kernels.newton_schulz import eager, gram
-from zaya_kernels.newton_schulz.op import QUINTIC, newton_schulz
+from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, QUINTIC, newton_schulz
+
+from zaya_train.config.newton_schulz import polynomials
+from zaya_train.config.schema import MuonConfig
 
 from ..helpers.kernels import error, random
 
@@ -32,7 +35,7 @@ def test_singular_values_end_near_one(
     shape: tuple[int, int], dtype: torch.dtype, backend: str
 ) -> None:
     matrices = with_singular_values(*shape, low=0.1, seed=1) * 37.0
-    result = newton_schulz(matrices.float(), 5, dtype, backend)
+    result = newton_schulz(matrices.float(), FIVE_QUINTICS, dtype, backend)
     values = torch.linalg.svdvals(result.double())
     slack = 0.02 if dtype == torch.bfloat16 else 0.0
     assert 0.68 - slack <= float(values.min()) and float(values.max()) <= 1.135 + slack
@@ -52,22 +55,37 @@ def test_singular_values_follow_the_quintic(
     for _ in range(steps):
         s = a * s + b * s**3 + c * s**5
     expected = (u * s[:, None]) @ vh
-    assert error(newton_schulz(matrices, steps, torch.float64, backend), expected) <= 1e-10
+    assert (
+        error(newton_schulz(matrices, (QUINTIC,) * steps, torch.float64, backend), expected)
+        <= 1e-10
+    )
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (13, 5), (5, 13)], ids=str)
-def test_eager_equals_reference(shape: tuple[int, int]) -> None:
-    matrices = random(3, *shape, seed=1)
-    found = newton_schulz(matrices, 5, torch.float64, "eager")
-    assert error(found, newton_schulz(matrices, 5, torch.float64, "reference")) <= 1e-10
+POLAR_EXPRESS = polynomials(
+    MuonConfig(learning_rate=1.0, newton_schulz_coefficients="polar_express")
+)
+UNLIKE = ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5), (1.5, -0.5, 0.1), (1.2, -0.3, 0.05))
 
 
-@pytest.mark.parametrize("size", [(160, 130), (130, 160), (150, 150)], ids=str)
-def test_large_fp32_matrices(size: tuple[int, int]) -> None:
-    """Large enough for oneDNN."""
-    matrices = with_singular_values(*size, low=0.1, seed=1)
-    exact = newton_schulz(matrices, 5, torch.float64, "reference")
-    assert error(newton_schulz(matrices.float(), 5, torch.float32, "eager"), exact) <= 1e-4
+@pytest.mark.parametrize("rows", [9, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_step_has_its_own_polynomial(backend: str, rows: int) -> None:
+    """256 rows are enough for the Gram form."""
+    matrices = random(1, rows, rows + 3, seed=1)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    s = s / s.norm(dim=-1, keepdim=True)
+    for a, b, c in UNLIKE:
+        s = a * s + b * s**3 + c * s**5
+    expected = (u * s[:, None]) @ vh
+    assert error(newton_schulz(matrices, UNLIKE, torch.float64, backend), expected) <= 1e-10
+
+
+def test_a_gram_matrix_is_left_before_its_rounding_has_grown() -> None:
+    quintics = [len(run) for run in gram.runs((QUINTIC,) * 7)]
+    assert quintics == [3, 2, 2]
+    assert [len(run) for run in gram.runs(POLAR_EXPRESS)] == [2, 2, 1]
+    assert [step for run in gram.runs(POLAR_EXPRESS) for step in run] == list(POLAR_EXPRESS)
+    assert list(gram.runs(())) == []
 
 
 def decaying(n: int, m: int, decades: float) -> Tensor:
@@ -78,14 +96,49 @@ def decaying(n: int, m: int, decades: float) -> Tensor:
     return product.unsqueeze(0)
 
 
+def of_rank(rank: int) -> Tensor:
+    return random(1, 270, rank, seed=1) @ random(1, rank, 300, seed=2)
+
+
+@pytest.mark.parametrize(
+    "matrices", [decaying(270, 300, 2.0), decaying(270, 300, 4.0), of_rank(2)],
+    ids=["2 decades", "4 decades", "rank 2"],
+)  # fmt: skip
+def test_the_gram_form_errs_like_the_plain_one_by_polar_express(matrices: Tensor) -> None:
+    """Twice as much where every value has converged: rounding alone is left."""
+    exact = newton_schulz(matrices, POLAR_EXPRESS, torch.float64, "reference")
+    errors = {
+        name: error(newton_schulz(matrices.float(), POLAR_EXPRESS, torch.bfloat16, name), exact)
+        for name in ("reference", "gram")
+    }
+    assert errors["gram"] <= 2.2 * errors["reference"]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (13, 5), (5, 13)], ids=str)
+def test_eager_equals_reference(shape: tuple[int, int]) -> None:
+    matrices = random(3, *shape, seed=1)
+    found = newton_schulz(matrices, FIVE_QUINTICS, torch.float64, "eager")
+    assert error(found, newton_schulz(matrices, FIVE_QUINTICS, torch.float64, "reference")) <= 1e-10
+
+
+@pytest.mark.parametrize("size", [(160, 130), (130, 160), (150, 150)], ids=str)
+def test_large_fp32_matrices(size: tuple[int, int]) -> None:
+    """Large enough for oneDNN."""
+    matrices = with_singular_values(*size, low=0.1, seed=1)
+    exact = newton_schulz(matrices, FIVE_QUINTICS, torch.float64, "reference")
+    assert (
+        error(newton_schulz(matrices.float(), FIVE_QUINTICS, torch.float32, "eager"), exact) <= 1e-4
+    )
+
+
 @pytest.mark.parametrize("decades", [0.0, 2.0, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gram_form_errs_like_the_plain_one(dtype: torch.dtype, decades: float) -> None:
     """The plain form is the reference in `dtype`; rounding differs, so there is some slack."""
     matrices = decaying(270, 300, decades)
-    exact = newton_schulz(matrices, 5, torch.float64, "reference")
-    plain = error(newton_schulz(matrices.float(), 5, dtype, "reference"), exact)
-    found = newton_schulz(matrices.float(), 5, dtype, "gram")
+    exact = newton_schulz(matrices, FIVE_QUINTICS, torch.float64, "reference")
+    plain = error(newton_schulz(matrices.float(), FIVE_QUINTICS, dtype, "reference"), exact)
+    found = newton_schulz(matrices.float(), FIVE_QUINTICS, dtype, "gram")
     assert error(found, exact) <= (2 * plain + 1e-5 if dtype == torch.float32 else 1.5 * plain)
     assert float(torch.linalg.svdvals(found.double()).max()) <= 1.25
 
@@ -94,8 +147,8 @@ def test_the_gram_form_errs_like_the_plain_one(dtype: torch.dtype, decades: floa
 def test_the_gram_form_takes_every_step(steps: int) -> None:
     x = random(1, 256, 260, seed=3)
     x /= x.norm()
-    exact = newton_schulz(x, steps, torch.float64, "reference")
-    found = gram.gram_form(x[0], steps, QUINTIC)
+    exact = newton_schulz(x, (QUINTIC,) * steps, torch.float64, "reference")
+    found = gram.gram_form(x[0], (QUINTIC,) * steps)
     assert error(found, exact[0]) <= 1e-9
 
 
@@ -110,14 +163,17 @@ def test_symmetric_products_compute_half(n: int, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(gram, "product", counting)
     x = random(n, 2 * n, seed=1).float()
-    gram.gram_form(x / x.norm(), 5, QUINTIC)
-    mine, _ = gram.operations(n, 2 * n, 5)
+    gram.gram_form(x / x.norm(), FIVE_QUINTICS)
+    mine, _ = gram.operations(n, 2 * n, FIVE_QUINTICS)
     assert sum(counted) == mine
     counted.clear()
     found = gram.symmetric(x, x.t())
     assert torch.equal(found, found.t()) and sum(counted) <= 0.78 * n * n * 2 * n
     assert error(found, x.double() @ x.double().t()) <= 1e-6
-    assert gram.operations(2048, 4096, 5)[0] <= 0.6 * gram.operations(2048, 4096, 5)[1]
+    assert (
+        gram.operations(2048, 4096, FIVE_QUINTICS)[0]
+        <= 0.6 * gram.operations(2048, 4096, FIVE_QUINTICS)[1]
+    )
 
 
 def test_small_matrices_take_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +186,7 @@ def test_small_matrices_take_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(eager, "gram_form", noted)
     for backend in ("gram", "eager"):
         for n, m in ((255, 300), (256, 300), (300, 256)):
-            newton_schulz(random(1, n, m, seed=1).float(), 1, torch.float32, backend)
+            newton_schulz(random(1, n, m, seed=1).float(), (QUINTIC,), torch.float32, backend)
     assert taken == [(256, 300), (256, 300)]
 
 
@@ -138,7 +194,7 @@ def test_small_matrices_take_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_matrix_of_zeros_stays_zero(backend: str, dtype: torch.dtype) -> None:
     matrices = torch.stack([torch.zeros(4, 6), torch.randn(4, 6)])
-    result = newton_schulz(matrices, 5, dtype, backend)
+    result = newton_schulz(matrices, FIVE_QUINTICS, dtype, backend)
     assert not result[0].any() and result[1].any()
 
 
@@ -146,15 +202,17 @@ def test_a_matrix_of_zeros_stays_zero(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(12, 12), (20, 6), (6, 20)], ids=str)
 def test_commutes_with_transposition_and_scale(shape: tuple[int, int], backend: str) -> None:
     matrices = random(2, *shape, seed=1)
-    result = newton_schulz(matrices, 5, torch.float64, backend)
-    turned = newton_schulz(matrices.mT.contiguous(), 5, torch.float64, backend).mT
+    result = newton_schulz(matrices, FIVE_QUINTICS, torch.float64, backend)
+    turned = newton_schulz(matrices.mT.contiguous(), FIVE_QUINTICS, torch.float64, backend).mT
     assert error(turned, result) <= 1e-10
-    assert error(newton_schulz(matrices * 1e4, 5, torch.float64, backend), result) <= 1e-10
+    assert (
+        error(newton_schulz(matrices * 1e4, FIVE_QUINTICS, torch.float64, backend), result) <= 1e-10
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_result_is_fp32_and_the_input_is_left_alone(backend: str) -> None:
     matrices = random(2, 5, 8, seed=1).float()
     before = matrices.clone()
-    assert newton_schulz(matrices, 5, torch.bfloat16, backend).dtype == torch.float32
+    assert newton_schulz(matrices, FIVE_QUINTICS, torch.bfloat16, backend).dtype == torch.float32
     assert torch.equal(matrices, before)

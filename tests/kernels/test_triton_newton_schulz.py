@@ -9,7 +9,7 @@ import pytest
 import torch
 from zaya_kernels import triton_kernels as programs
 from zaya_kernels.launch import ARCHITECTURES, INTERPRETED, recording
-from zaya_kernels.newton_schulz.op import QUINTIC, newton_schulz
+from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, QUINTIC, newton_schulz
 
 from tests.dist.harness import relative
 from tests.dist.muon_ranks import Grid, some_steps
@@ -81,19 +81,34 @@ def test_as_exact_as_eager(
 ) -> None:
     """On fewer columns the Gram form rounds differently, hence the slack beside the plain form."""
     matrices = random(2, *shape, seed=1).float()
-    exact = newton_schulz(matrices.double(), 5, torch.float64, "reference")
-    usual = error(newton_schulz(matrices, 5, dtype, "eager"), exact)
-    found = newton_schulz(matrices, 5, dtype, "triton")
+    exact = newton_schulz(matrices.double(), FIVE_QUINTICS, torch.float64, "reference")
+    usual = error(newton_schulz(matrices, FIVE_QUINTICS, dtype, "eager"), exact)
+    found = newton_schulz(matrices, FIVE_QUINTICS, dtype, "triton")
     assert forms == [form]
     assert found.dtype == torch.float32
     assert error(found, exact) <= 1.25 * usual + torch.finfo(dtype).eps / 8
 
 
+UNLIKE = ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5), (1.5, -0.5, 0.1), (1.2, -0.3, 0.05))
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"), [((20, 20), "_by_steps"), ((20, 65), "_by_gram")], ids=str
+)
+def test_every_step_has_its_own_polynomial(
+    shape: tuple[int, int], form: str, forms: list[str]
+) -> None:
+    matrices = random(2, *shape, seed=1)
+    exact = newton_schulz(matrices, UNLIKE, torch.float64, "reference")
+    assert error(newton_schulz(matrices.float(), UNLIKE, torch.float32, "triton"), exact) <= 4e-6
+    assert forms == [form]
+
+
 def test_low_rank_stays_bounded() -> None:
     matrices = random(1, 32, 4, seed=1) @ random(1, 4, 80, seed=2)
-    found = newton_schulz(matrices.float(), 5, torch.bfloat16, "triton")
-    exact = newton_schulz(matrices, 5, torch.float64, "reference")
-    usual = error(newton_schulz(matrices.float(), 5, torch.bfloat16, "eager"), exact)
+    found = newton_schulz(matrices.float(), FIVE_QUINTICS, torch.bfloat16, "triton")
+    exact = newton_schulz(matrices, FIVE_QUINTICS, torch.float64, "reference")
+    usual = error(newton_schulz(matrices.float(), FIVE_QUINTICS, torch.bfloat16, "eager"), exact)
     assert error(found, exact) <= 1.25 * usual
 
 
@@ -107,8 +122,8 @@ def test_operations_are_what_the_kernels_multiply(
         table = triton.CONFIGS[kernel]
         monkeypatch.setitem(table, INTERPRETED, replace(table[INTERPRETED], blocks=blocks))
     with counting() as counts:
-        newton_schulz(random(1, *shape, seed=1).float(), 2, torch.bfloat16, "triton")
-    mine, plain = triton.operations(*shape, 2, INTERPRETED)
+        newton_schulz(random(1, *shape, seed=1).float(), (QUINTIC,) * 2, torch.bfloat16, "triton")
+    mine, plain = triton.operations(*shape, (QUINTIC,) * 2, INTERPRETED)
     assert sum(count.dot_operations for count in counts) == 2 * mine
     n, m = shape
     assert plain == 2 * (n * n * m + n * n * n + n * n * m)
@@ -116,16 +131,16 @@ def test_operations_are_what_the_kernels_multiply(
 
 def test_operations_edges_are_not_padded() -> None:
     """One tile is a whole square; the last of two rows of tiles is as high as it is."""
-    assert triton.operations(9, 9, 1, INTERPRETED) == (3 * 9**3, 3 * 9**3)
+    assert triton.operations(9, 9, (QUINTIC,), INTERPRETED) == (3 * 9**3, 3 * 9**3)
     lower = 16 * 16 + 4 * 20
-    assert triton.operations(20, 20, 1, INTERPRETED)[0] == lower * 40 + 20**3
+    assert triton.operations(20, 20, (QUINTIC,), INTERPRETED)[0] == lower * 40 + 20**3
 
 
 @pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != INTERPRETED])
 def test_operations_of_the_models_matrices(arch: str) -> None:
     """ZAYA1-8B's experts: [4096, 2048] and [2048, 2048], one of each."""
-    wide, plain_wide = triton.operations(2048, 4096, 5, arch)
-    square, plain_square = triton.operations(2048, 2048, 5, arch)
+    wide, plain_wide = triton.operations(2048, 4096, FIVE_QUINTICS, arch)
+    square, plain_square = triton.operations(2048, 2048, FIVE_QUINTICS, arch)
     assert wide <= 0.55 * plain_wide
     assert square <= 0.69 * plain_square
     assert wide + square <= 0.6 * (plain_wide + plain_square)
@@ -165,7 +180,9 @@ def test_tiles_of_the_triangle_are_numbered_along_its_rows() -> None:
 def test_two_runs_agree_bitwise_and_leave_the_input_alone() -> None:
     matrices = random(2, 20, 34, seed=1).float()
     before = matrices.clone()
-    first, second = (newton_schulz(matrices, 4, torch.bfloat16, "triton") for _ in range(2))
+    first, second = (
+        newton_schulz(matrices, (QUINTIC,) * 4, torch.bfloat16, "triton") for _ in range(2)
+    )
     assert torch.equal(first, second) and torch.equal(matrices, before)
 
 
@@ -173,32 +190,35 @@ def test_two_runs_agree_bitwise_and_leave_the_input_alone() -> None:
 def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
     """No matrix, or no step."""
     matrices = random(*shape, seed=1).float()
-    expected = newton_schulz(matrices, 0, torch.float32, "eager")
-    torch.testing.assert_close(newton_schulz(matrices, 0, torch.float32, "triton"), expected)
-    assert newton_schulz(matrices[:0], 5, torch.float32, "triton").shape == (0, *shape[1:])
+    expected = newton_schulz(matrices, (), torch.float32, "eager")
+    torch.testing.assert_close(newton_schulz(matrices, (), torch.float32, "triton"), expected)
+    assert newton_schulz(matrices[:0], FIVE_QUINTICS, torch.float32, "triton").shape == (
+        0,
+        *shape[1:],
+    )
 
 
 def test_a_matrix_of_zeros_stays_zero() -> None:
     matrices = torch.stack([torch.zeros(4, 6), torch.ones(4, 6)])
-    found = newton_schulz(matrices, 2, torch.bfloat16, "triton")
+    found = newton_schulz(matrices, (QUINTIC,) * 2, torch.bfloat16, "triton")
     assert not found[0].any() and found[1].any()
 
 
 def test_what_it_cannot_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = random(1, 4, 4, seed=1)
     with pytest.raises(ValueError, match=r"kernels\.newton_schulz: triton takes fp32 and bf16"):
-        newton_schulz(matrices, 1, torch.bfloat16, "triton")
+        newton_schulz(matrices, (QUINTIC,), torch.bfloat16, "triton")
     with pytest.raises(ValueError, match=r"triton computes in fp32 and bf16, not torch\.float64"):
-        newton_schulz(matrices.float(), 1, torch.float64, "triton")
+        newton_schulz(matrices.float(), (QUINTIC,), torch.float64, "triton")
     huge = torch.empty(1, 2**15, 2**16, device="meta")
     with (
         recording(INTERPRETED),
         pytest.raises(ValueError, match=r"less than 2,147,483,648 elements, not \[32768, 65536\]"),
     ):
-        newton_schulz(huge, 1, torch.bfloat16, "triton")
+        newton_schulz(huge, (QUINTIC,), torch.bfloat16, "triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match=r"kernels\.newton_schulz: triton needs a GPU"):
-        newton_schulz(matrices.float(), 1, torch.bfloat16, "triton")
+        newton_schulz(matrices.float(), (QUINTIC,), torch.bfloat16, "triton")
 
 
 def both_backends() -> float:
@@ -239,8 +259,8 @@ def check() -> None:
     """Every kernel in every form, tiles cut short, more matrices than one."""
     x = random(2, 20, 40, seed=1)
     x /= torch.linalg.matrix_norm(x, keepdim=True)
-    exact = newton_schulz(x, 2, torch.float64, "reference")
-    assert error(triton._by_gram(x.float(), 2, QUINTIC), exact) <= 4e-6
+    exact = newton_schulz(x, (QUINTIC,) * 2, torch.float64, "reference")
+    assert error(triton._by_gram(x.float(), (QUINTIC,) * 2), exact) <= 4e-6
 
 
 def test_without_a_bug_nothing_is_caught() -> None:

@@ -74,6 +74,22 @@ def test_muon_follows_its_formula(nesterov: bool, backend: str, alone: Groups) -
         torch.testing.assert_close(momentum.double(), reference, rtol=1e-5, atol=1e-5)
 
 
+def test_muon_takes_the_polynomials_of_its_configuration(alone: Groups) -> None:
+    listed = ((3.0, -3.2, 1.2), (2.0, -1.5, 0.5), (1.5, -0.5, 0.1))
+    config = muon_config(newton_schulz_schedule=listed, weight_decay=0.0)
+    (shard,) = shards_of([torch.zeros(6, 10)])
+    give_gradients([shard.parameter], 0)
+    gradient = shard.parameter.grad
+    assert gradient is not None
+    u, s, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    s = s / s.norm()
+    for a, b, c in listed:
+        s = a * s + b * s**3 + c * s**5
+    muon_of([shard], config, alone).step(0.1)
+    expected = -0.1 * 0.2 * math.sqrt(10) * (u * s) @ vh
+    torch.testing.assert_close(shard.local.double(), expected, rtol=0, atol=1e-6)
+
+
 def test_muon_equals_torchs_muon_in_bf16(alone: Groups) -> None:
     values = [randn(16, 40, seed=1), randn(40, 16, seed=2), randn(24, 24, seed=3)]
     config = muon_config(newton_schulz_dtype="bf16", weight_decay=0.1)

@@ -13,6 +13,7 @@ from zaya_train.config.derive import context_degree, layout
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.kernel_rules import kernel_problems
 from zaya_train.config.kinds import NAMEABLE, kind_of, math_values, nameable
+from zaya_train.config.newton_schulz import newton_schulz_problems
 from zaya_train.config.suggest import unknown_key
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def balancing_problems(gains: BalancingConfig) -> Iterator[str]:
 
 def _optim(optim: OptimConfig) -> Iterator[str]:
     yield from _positive("optim.muon", optim.muon, ("learning_rate", "newton_schulz_steps"))
+    yield from newton_schulz_problems(optim.muon)
     yield from _positive("optim.muon", optim.muon, ("update_rms",))
     yield from _unit("optim.muon", optim.muon, ("momentum",))
     yield from _positive("optim.adamw", optim.adamw, ("learning_rate", "eps"))

@@ -49,7 +49,7 @@ TAGS: dict[str, dict[Kind, str]] = {
     "optim": {"math": "clip_norm"},
     "optim.muon": {
         "math": "learning_rate momentum momentum_dtype nesterov weight_decay newton_schulz_steps "
-        "newton_schulz_dtype update_rms",
+        "newton_schulz_dtype newton_schulz_coefficients newton_schulz_schedule update_rms",
     },
     "optim.adamw": {"math": "learning_rate beta1 beta2 eps weight_decay"},
     "optim.balancing": {"math": "learning_rate beta1 beta2 eps skip_target"},

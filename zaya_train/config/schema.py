@@ -191,6 +191,13 @@ class MuonConfig:
     weight_decay: float = 0.1
     """Decoupled."""
     newton_schulz_steps: int = 5
+    newton_schulz_coefficients: Literal["jordan", "polar_express"] = "jordan"
+    """Quintic of each step. jordan: 3.4445, -4.7750, 2.0315 (kellerjordan.github.io/posts/muon);
+    singular values end in 0.68 to 1.20. polar_express: another one each step, arXiv 2505.16932;
+    after five steps 0.87 to 1.12, after six 1 to 0.3 %. The report does not say which it used."""
+    newton_schulz_schedule: tuple[tuple[float, ...], ...] = ()
+    """Coefficients [a, b, c] of every step's a s + b s^3 + c s^5, instead of the named ones; as
+    many as newton_schulz_steps. Singular values from 0.03 to 1 must end in 0.4 to 1.6."""
     newton_schulz_dtype: Literal["fp32", "bf16"] = "bf16"
     """Precision of the Newton-Schulz products; fp32 is faster on CPUs without bf16 matrix units."""
     update_rms: float = 0.2

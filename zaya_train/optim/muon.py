@@ -23,6 +23,7 @@ import torch
 from zaya_kernels.dtypes import DTYPES
 from zaya_kernels.newton_schulz.op import newton_schulz
 
+from zaya_train.config.newton_schulz import polynomials
 from zaya_train.optim.exchange import Exchange
 from zaya_train.optim.owners import matrices_of, plan
 from zaya_train.parallel.collectives import all_gather
@@ -58,6 +59,7 @@ class Muon:
         backend: str,
     ) -> None:
         self.config = config
+        self.polynomials = polynomials(config)
         self.backend = backend
         self.shards = list(shards)
         self.views = list(views)
@@ -118,9 +120,9 @@ class Muon:
         self, part: Round, batches: dict[tuple[int, int], Tensor]
     ) -> dict[int, Tensor]:
         """Newton-Schulz of batches [N, n, k] by shape; the results by matrix."""
-        dtype, steps = DTYPES[self.config.newton_schulz_dtype], self.config.newton_schulz_steps
+        dtype = DTYPES[self.config.newton_schulz_dtype]
         for shape, batch in batches.items():
-            batches[shape] = newton_schulz(batch, steps, dtype, self.backend)
+            batches[shape] = newton_schulz(batch, self.polynomials, dtype, self.backend)
         return _by_matrix(part, batches)
 
     def _split(self, local: Sequence[Tensor]) -> dict[int, Tensor]:

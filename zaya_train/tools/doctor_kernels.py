@@ -28,6 +28,7 @@ from zaya_kernels.workshop.cases import (
 )
 
 from zaya_train.config.labels import IGNORE_LABEL
+from zaya_train.config.newton_schulz import polynomials
 from zaya_train.model.layout import SequenceLayout
 from zaya_train.model.rope import rotary_tables
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from zaya_train.config.schema import ModelConfig, TrainConfig
+    from zaya_train.config.schema import ModelConfig, MuonConfig, TrainConfig
 
 CPU = torch.device("cpu")
 TOKENS = 96
@@ -107,7 +108,7 @@ def _checks(config: TrainConfig) -> list[Check]:
         _permutation(model, kernels.moe_permute),
         _experts(model, kernels.grouped_mlp),
         _loss(model, kernels.linear_cross_entropy),
-        _newton_schulz(model, kernels.newton_schulz),
+        _newton_schulz(model, config.optim.muon, kernels.newton_schulz),
     ]
 
 
@@ -246,14 +247,14 @@ def _loss(model: ModelConfig, backend: str) -> Check:
     return Check(Case("linear_cross_entropy", run, inputs), backend, shape)
 
 
-def _newton_schulz(model: ModelConfig, backend: str) -> Check:
+def _newton_schulz(model: ModelConfig, muon: MuonConfig, backend: str) -> Check:
     rows = min(MOST_MATRIX, model.hidden_size)
     columns = max(1, rows * model.expert_ffn_size // model.hidden_size)
     inputs = {"matrices": random(2, rows, columns, seed=45)}
 
     def run(name: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         matrices = x["matrices"]
-        return [newton_schulz(matrices, 5, matrices.dtype, name)]
+        return [newton_schulz(matrices, polynomials(muon), matrices.dtype, name)]
 
     shape = f"{rows} x {columns}"
     return Check(Case("newton_schulz", run, inputs, differentiable=False), backend, shape)

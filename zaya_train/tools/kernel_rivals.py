@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from zaya_kernels.attention.segments import AttentionPlan
+    from zaya_kernels.newton_schulz.types import Polynomials
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,16 @@ def _liger_loss(
     return found
 
 
-def _muon(
-    matrices: Tensor,
-    steps: int,
-    dtype: torch.dtype,
-    coefficients: tuple[float, float, float],
-) -> Tensor:
-    """torch's works in bf16, one matrix at a time."""
+def _muon(matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype) -> Tensor:
+    """torch's works in bf16, one matrix at a time, by one polynomial."""
     # A private name of torch's: without it this one back end is absent.
     from torch.optim._muon import _zeropower_via_newtonschulz
 
     if dtype != torch.bfloat16:
         raise ValueError(f"torch.optim.Muon orthogonalises in bf16, not in {dtype}")
-    done = [_zeropower_via_newtonschulz(x, coefficients, steps, 1e-7) for x in matrices]
+    (polynomial,) = set(polynomials)
+    steps = len(polynomials)
+    done = [_zeropower_via_newtonschulz(x, polynomial, steps, 1e-7) for x in matrices]
     return torch.stack(done).float()
 
 

@@ -353,21 +353,21 @@ def _loss(make: _Maker) -> Timed:
 
 def _newton_schulz(make: _Maker) -> Timed:
     """One layer's experts, gate and up; five steps."""
-    model, steps = make.model, 5
+    model, polynomials = make.model, newton_schulz.FIVE_QUINTICS
     rows, columns = 2 * model.expert_ffn_size, model.hidden_size
     inputs = {"matrices": make.random(model.num_experts, rows, columns, seed=45)}
     small, large = sorted((rows, columns))
 
     def call(run: Implementation, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
         matrices = x["matrices"]
-        return [run(matrices, steps, matrices.dtype, newton_schulz.QUINTIC)]
+        return [run(matrices, polynomials, matrices.dtype)]
 
     return Timed(
         "newton_schulz",
         newton_schulz.BACKENDS,
         call,
         inputs,
-        2 * steps * model.num_experts * (2 * small * small * large + small**3),
+        2 * len(polynomials) * model.num_experts * (2 * small * small * large + small**3),
         differentiable=False,
         by_tokens=False,
     )

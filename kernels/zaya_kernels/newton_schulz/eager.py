@@ -12,29 +12,26 @@ from zaya_kernels.products import batched_product, batched_sum
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from zaya_kernels.newton_schulz.types import Polynomials
 
-def newton_schulz_eager(
-    matrices: Tensor, steps: int, dtype: torch.dtype, coefficients: tuple[float, float, float]
-) -> Tensor:
+
+def newton_schulz_eager(matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype) -> Tensor:
     """See `zaya_kernels.newton_schulz.op.newton_schulz`; all matrices in one batched product."""
-    a, b, c = coefficients
     x, tall = _scaled(matrices, dtype)
-    for _ in range(steps):
+    for a, b, c in polynomials:
         gram = batched_product(x, x.transpose(1, 2))
         polynomial = batched_sum(gram, gram, gram, beta=b, alpha=c)
         x = batched_sum(x, polynomial, x, beta=a)
     return _returned(x, tall)
 
 
-def newton_schulz_gram(
-    matrices: Tensor, steps: int, dtype: torch.dtype, coefficients: tuple[float, float, float]
-) -> Tensor:
+def newton_schulz_gram(matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype) -> Tensor:
     """See `zaya_kernels.newton_schulz.op.newton_schulz`; on the Gram matrix, one matrix after the
     other, which pays from `gram.SMALLEST` rows on: smaller ones take the plain form."""
     if min(matrices.shape[1:]) < SMALLEST:
-        return newton_schulz_eager(matrices, steps, dtype, coefficients)
+        return newton_schulz_eager(matrices, polynomials, dtype)
     x, tall = _scaled(matrices, dtype)
-    return _returned(torch.stack([gram_form(matrix, steps, coefficients) for matrix in x]), tall)
+    return _returned(torch.stack([gram_form(matrix, polynomials) for matrix in x]), tall)
 
 
 def _scaled(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:

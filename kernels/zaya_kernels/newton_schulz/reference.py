@@ -9,17 +9,18 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from zaya_kernels.newton_schulz.types import Polynomials
+
 
 def newton_schulz_reference(
-    matrices: Tensor, steps: int, dtype: torch.dtype, coefficients: tuple[float, float, float]
+    matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype
 ) -> Tensor:
     """See `zaya_kernels.newton_schulz.op.newton_schulz`."""
-    a, b, c = coefficients
     results = []
     for matrix in matrices:
         x = matrix.to(dtype)
         x = x / x.norm().clamp_min(1e-7)
-        for _ in range(steps):
+        for a, b, c in polynomials:
             gram = x @ x.t()
             x = a * x + (b * gram + c * gram @ gram) @ x
         results.append(x)

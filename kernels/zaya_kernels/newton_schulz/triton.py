@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from zaya_kernels.launch import Config, architecture, launch, require_triton
-from zaya_kernels.newton_schulz.gram import RESTART
+from zaya_kernels.newton_schulz.gram import runs
 from zaya_kernels.newton_schulz.triton_kernels import newton_schulz_apply, newton_schulz_symmetric
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from zaya_kernels.newton_schulz import types
 
 LARGEST = 2**31
 """Elements of one matrix are addressed in 32 bits, matrices of a batch in 64."""
@@ -83,7 +85,7 @@ def gram_of(x: Tensor) -> Tensor:
     return out
 
 
-def polynomial_of(gram: Tensor, coefficients: tuple[float, float, float]) -> Polynomial:
+def polynomial_of(gram: Tensor, coefficients: types.Polynomial) -> Polynomial:
     """a I + b G + c G^2 of G [N, n, n]."""
     a, b, c = coefficients
     out = Polynomial.like(gram)
@@ -110,7 +112,7 @@ def _symmetric(
     operands: tuple[Tensor, Tensor],
     diagonals: tuple[Tensor | None, Tensor | None],
     outputs: tuple[Tensor, Tensor | None],
-    coefficients: tuple[float, float, float] | None = None,
+    coefficients: types.Polynomial | None = None,
 ) -> None:
     batch, n, k = operands[0].shape
     config = _config("newton_schulz_symmetric", operands[0])
@@ -140,7 +142,7 @@ def apply(polynomial: Polynomial, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def newton_schulz_triton(
-    matrices: Tensor, steps: int, dtype: torch.dtype, coefficients: tuple[float, float, float]
+    matrices: Tensor, polynomials: types.Polynomials, dtype: torch.dtype
 ) -> Tensor:
     """See `zaya_kernels.newton_schulz.op.newton_schulz`."""
     require_triton("newton_schulz", matrices)
@@ -153,12 +155,12 @@ def newton_schulz_triton(
         )
     tall = matrices.shape[1] > matrices.shape[2]
     x = _scaled(matrices.transpose(1, 2) if tall else matrices, dtype)
-    if x.numel() == 0 or steps == 0:
+    if x.numel() == 0 or not polynomials:
         out = x.float()
-    elif on_gram(x, steps):
-        out = _by_gram(x, steps, coefficients)
+    elif on_gram(x, polynomials):
+        out = _by_gram(x, polynomials)
     else:
-        out = _by_steps(x, steps, coefficients)
+        out = _by_steps(x, polynomials)
     return out.transpose(1, 2) if tall else out
 
 
@@ -169,24 +171,25 @@ def _scaled(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.div(x, norm, out=out)
 
 
-def _by_steps(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    for step in range(steps):
+def _by_steps(x: Tensor, polynomials: types.Polynomials) -> Tensor:
+    for number, coefficients in enumerate(polynomials, start=1):
         polynomial = polynomial_of(gram_of(x), coefficients)
-        x = apply(polynomial, x, torch.float32 if step + 1 == steps else x.dtype)
+        x = apply(polynomial, x, torch.float32 if number == len(polynomials) else x.dtype)
     return x
 
 
-def _by_gram(x: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    for start in range(0, steps, RESTART):
-        count = min(RESTART, steps - start)
+def _by_gram(x: Tensor, polynomials: types.Polynomials) -> Tensor:
+    taken = 0
+    for run in runs(polynomials):
         gram = gram_of(x)
-        total = polynomial = polynomial_of(gram, coefficients)
-        for _ in range(1, count):
+        total = polynomial = polynomial_of(gram, run[0])
+        for coefficients in run[1:]:
             # Functions of one matrix: factors change places, and products are symmetric.
             gram = times(polynomial, times(polynomial, gram))
             polynomial = polynomial_of(gram, coefficients)
             total = product(polynomial, total)
-        x = apply(total, x, torch.float32 if start + count == steps else x.dtype)
+        taken += len(run)
+        x = apply(total, x, torch.float32 if taken == len(polynomials) else x.dtype)
     return x
 
 
@@ -195,27 +198,27 @@ def _config(kernel: str, x: Tensor) -> Config:
     return CONFIGS[kernel][arch] if x.dtype == torch.bfloat16 else CONFIGS_FP32[kernel]
 
 
-def on_gram(x: Tensor, steps: int) -> bool:
+def on_gram(x: Tensor, polynomials: types.Polynomials) -> bool:
     """Whether x [N, n, m], n <= m, is multiplied less on its Gram matrix."""
     size = _config("newton_schulz_symmetric", x).blocks["T"]
-    by_steps, by_gram = _multiply_adds(x.shape[1], x.shape[2], steps, size)
+    by_steps, by_gram = _multiply_adds(x.shape[1], x.shape[2], polynomials, size)
     return by_gram < by_steps
 
 
-def operations(n: int, m: int, steps: int, arch: str) -> tuple[int, int]:
+def operations(n: int, m: int, polynomials: types.Polynomials, arch: str) -> tuple[int, int]:
     """Multiply-adds of the kernels in bf16 for [n, m], n <= m, and of the plain form. A tile on
     the diagonal counts with both of its sides, one at an edge without its padding."""
     size = CONFIGS["newton_schulz_symmetric"][arch].blocks["T"]
-    return min(_multiply_adds(n, m, steps, size)), steps * (2 * n * n * m + n**3)
+    plain = len(polynomials) * (2 * n * n * m + n**3)
+    return min(_multiply_adds(n, m, polynomials, size)), plain
 
 
-def _multiply_adds(n: int, m: int, steps: int, size: int) -> tuple[int, int]:
+def _multiply_adds(n: int, m: int, polynomials: types.Polynomials, size: int) -> tuple[int, int]:
     """By steps and on the Gram matrix, with tiles of `size`."""
     # Elements of the lower triangle of tiles.
     lower = sum(min(size, n - at) * min(at + size, n) for at in range(0, n, size))
     by_gram = 0
-    for start in range(0, steps, RESTART):
-        count = min(RESTART, steps - start)
+    for run in runs(polynomials):
         # Per step the square and, but for the first one, two factors of G and one of the product.
-        by_gram += lower * m + (4 * count - 3) * lower * n + n * n * m
-    return steps * (lower * (m + n) + n * n * m), by_gram
+        by_gram += lower * m + (4 * len(run) - 3) * lower * n + n * n * m
+    return len(polynomials) * (lower * (m + n) + n * n * m), by_gram

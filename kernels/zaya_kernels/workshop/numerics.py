@@ -20,7 +20,7 @@ from zaya_kernels.cca.op import CCAContext
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
-from zaya_kernels.newton_schulz.op import newton_schulz
+from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, newton_schulz
 from zaya_kernels.norm_residual.op import ResidualScales, residual_norm
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
 from zaya_kernels.workshop.cases import (
@@ -96,7 +96,7 @@ def _newton_schulz() -> Case:
     """Wide enough for the Gram form, with tiles cut short at both edges."""
 
     def run(backend: str, x: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return [newton_schulz(x["matrices"], 5, x["matrices"].dtype, backend)]
+        return [newton_schulz(x["matrices"], FIVE_QUINTICS, x["matrices"].dtype, backend)]
 
     inputs = {"matrices": random(1, 130, 520, seed=1)}
     return Case("newton_schulz", run, inputs, differentiable=False)

@@ -21,7 +21,7 @@ from zaya_kernels.grouped_mlp.types import MainGradients
 from zaya_kernels.launch import Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
-from zaya_kernels.newton_schulz.op import newton_schulz
+from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, newton_schulz
 from zaya_kernels.norm_residual.op import (
     ResidualScales,
     residual,
@@ -149,7 +149,7 @@ def _newton_schulz(
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
     """One layer's experts, as Muon hands them over."""
     matrices = _tensor(device, E, rows, columns, dtype=torch.float32).detach()
-    return lambda backend: [newton_schulz(matrices, 5, dtype, backend)], []
+    return lambda backend: [newton_schulz(matrices, FIVE_QUINTICS, dtype, backend)], []
 
 
 def _loss(
