@@ -13,7 +13,12 @@ from zaya_train.config.schema import KernelsConfig
 from ..helpers.models import TINY, packed, random_model, with_kernels
 
 if TYPE_CHECKING:
-    from zaya_train.config.schema import ModelConfig, RecomputeKind, TritonKernelName
+    from zaya_train.config.schema import (
+        GroupedMLPName,
+        ModelConfig,
+        RecomputeKind,
+        TritonKernelName,
+    )
     from zaya_train.model import ZayaModel
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
@@ -79,7 +84,14 @@ def test_loss_and_gradients_agree_with_eager() -> None:
 
 
 @pytest.mark.parametrize(
-    ("permute", "experts"), [("triton", "triton"), ("triton", "eager"), ("eager", "triton")]
+    ("permute", "experts"),
+    [
+        ("triton", "triton"),
+        ("triton", "eager"),
+        ("eager", "triton"),
+        ("eager", "grouped_mm"),
+        ("triton", "grouped_mm"),
+    ],
 )
 @pytest.mark.parametrize(
     "config",
@@ -91,7 +103,7 @@ def test_loss_and_gradients_agree_with_eager() -> None:
     ids=["identity", "zero", "no skip class"],
 )
 def test_permutation_and_experts_may_be_of_different_back_ends(
-    config: ModelConfig, permute: TritonKernelName, experts: TritonKernelName
+    config: ModelConfig, permute: TritonKernelName, experts: GroupedMLPName
 ) -> None:
     kernels = KernelsConfig(moe_permute=permute, grouped_mlp=experts)
     assert_agrees_with_eager(config, kernels, 101)

@@ -100,6 +100,23 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         2,
         ["kernels.linear_cross_entropy=triton", "model.hidden_size 72", "multiple of 16"],
     ),
+    (
+        {
+            "kernels.grouped_mlp": "grouped_mm",
+            "precision.compute_dtype": "bf16",
+            "model.hidden_size": 36,
+        },
+        2,
+        ["kernels.grouped_mlp=grouped_mm", "model.hidden_size 36", "multiple of 8", "bf16"],
+    ),
+    (
+        {
+            "kernels.grouped_mlp": "grouped_mm",
+            "model.expert_ffn_size": 18,
+        },
+        2,
+        ["kernels.grouped_mlp=grouped_mm", "model.expert_ffn_size 18", "multiple of 4", "fp32"],
+    ),
     ({"model.num_query_heads": 3}, 2, ["model.num_query_heads", "3", "num_kv_heads 2"]),
     (
         {"model.num_kv_heads": 1, "model.head_dim": 7, "model.rope_fraction": 1.0},

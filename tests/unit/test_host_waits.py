@@ -1,4 +1,4 @@
-"""The host reads nothing from the device in a layer whose experts are Triton's and all here.
+"""The host reads nothing from the device in a layer with all experts, Triton's or grouped_mm's.
 
 Tensors on `meta` have no numbers: whatever reads one, or makes a shape of one, raises. Launches are
 recorded instead of run.
@@ -30,16 +30,22 @@ TRITON = KernelsConfig(
 )
 
 
-def pass_on(device: torch.device, kernels: KernelsConfig, recompute: RecomputeKind) -> None:
+def pass_on(
+    device: torch.device,
+    kernels: KernelsConfig,
+    recompute: RecomputeKind,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Forward and backward of the mixture of experts of the second layer."""
     with device:
         model = ZayaModel(
             replace(TINY, num_layers=2), Surroundings(kernels=kernels, recompute=recompute)
         )
         moe, norm = (model.layers[1].get_submodule(name) for name in ("moe", "moe_norm"))
-        x = torch.randn(1, 40, TINY.hidden_size, requires_grad=True)
+        x = torch.randn(1, 40, TINY.hidden_size, dtype=dtype, requires_grad=True)
         previous = torch.zeros(1, 40, TINY.router_size)
         valid = torch.ones(1, 40, dtype=torch.bool)
+    model.to(dtype)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_()
@@ -57,6 +63,14 @@ def test_nothing_is_read(permute: TritonKernelName, recompute: RecomputeKind) ->
         names = [launch.name for launch in launches]
         assert "grouped_mlp_grad_down" in names
         assert ("permute_scatter_backward" in names) == (permute == "triton")
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_grouped_mm_reads_nothing(recompute: RecomputeKind) -> None:
+    """Where torch has a kernel of its own, for which its form without numbers stands: bf16."""
+    kernels = replace(TRITON, moe_permute="eager", grouped_mlp="grouped_mm")
+    with recording("gfx942"):
+        pass_on(torch.device("meta"), kernels, recompute, torch.bfloat16)
 
 
 @pytest.mark.parametrize("permute", ["eager", "triton"])

@@ -53,7 +53,7 @@ def problems(config: TrainConfig, world: int) -> Iterator[str]:
     yield from _optim(config.optim)
     yield from _skip_target(config)
     yield from _settings(config)
-    yield from kernel_problems(config.kernels, config.model)
+    yield from kernel_problems(config.kernels, config.model, config.precision)
     yield from _parallel(config.parallel, config.model, world)
     if not config.plan.phases:
         yield "plan.phases: a plan needs at least one phase"

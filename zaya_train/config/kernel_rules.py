@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zaya_train.config.schema import KernelsConfig, ModelConfig
+    from zaya_train.config.schema import KernelsConfig, ModelConfig, PrecisionConfig
 
 
-def kernel_problems(kernels: KernelsConfig, model: ModelConfig) -> Iterator[str]:
-    """Back ends that cannot run this model, one line each."""
+def kernel_problems(
+    kernels: KernelsConfig, model: ModelConfig, precision: PrecisionConfig
+) -> Iterator[str]:
+    """Back ends that cannot run this model in this precision, one line each."""
     if kernels.cca == "triton":
         yield from _triton_cca(model)
     if kernels.attention == "triton" and model.head_dim not in (16, 32, 64, 128):
@@ -29,6 +31,8 @@ def kernel_problems(kernels: KernelsConfig, model: ModelConfig) -> Iterator[str]
             f"kernels.linear_cross_entropy=triton: model.hidden_size {model.hidden_size} "
             "must be a multiple of 16"
         )
+    if kernels.grouped_mlp == "grouped_mm":
+        yield from _grouped_mm(model, precision)
     if kernels.grouped_mlp_recompute and kernels.grouped_mlp != "triton":
         yield (
             "kernels.grouped_mlp_recompute: "
@@ -47,6 +51,30 @@ def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
             )
     if kernels.grouped_mlp_recompute:
         yield f"kernels.grouped_mlp_recompute: of triton, see above; {command} needs it false"
+
+
+def rehearsal_problems(kernels: KernelsConfig, precision: PrecisionConfig) -> Iterator[str]:
+    """Back ends that a rehearsal, on the host and without numbers, cannot run, one line each."""
+    yield from host_problems(kernels, "a rehearsal")
+    if kernels.grouped_mlp == "grouped_mm" and precision.compute_dtype != "bf16":
+        yield (
+            "kernels.grouped_mlp=grouped_mm: torch knows the shapes of its results in bf16 only; a "
+            "rehearsal needs precision.compute_dtype=bf16 or kernels.grouped_mlp=eager"
+        )
+
+
+def _grouped_mm(model: ModelConfig, precision: PrecisionConfig) -> Iterator[str]:
+    """Rows of every operand must be multiples of 16 bytes."""
+    step = 4 if precision.compute_dtype == "fp32" else 8
+    for key, value in (
+        ("hidden_size", model.hidden_size),
+        ("expert_ffn_size", model.expert_ffn_size),
+    ):
+        if value % step:
+            yield (
+                f"kernels.grouped_mlp=grouped_mm: model.{key} {value} must be a multiple of {step} "
+                f"in precision.compute_dtype={precision.compute_dtype}"
+            )
 
 
 def _triton_cca(model: ModelConfig) -> Iterator[str]:

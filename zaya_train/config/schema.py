@@ -19,6 +19,8 @@ TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
 AttentionName = Literal["eager", "sdpa", "reference", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain."""
+GroupedMLPName = Literal["eager", "grouped_mm", "reference", "triton"]
+"""grouped_mm: torch's own product of all experts at once."""
 NewtonSchulzName = Literal["eager", "gram", "reference", "triton"]
 """gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
@@ -292,7 +294,7 @@ class KernelsConfig:
     router: TritonKernelName = "eager"
     moe_permute: TritonKernelName = "eager"
     """Sorts tokens by expert and moves them there and back."""
-    grouped_mlp: TritonKernelName = "eager"
+    grouped_mlp: GroupedMLPName = "eager"
     grouped_mlp_recompute: bool = False
     """Make the experts' pre-activation, 2 x expert_ffn_size numbers a token, again in the backward
     pass instead of keeping it: two ninths of the experts' products more. triton only."""

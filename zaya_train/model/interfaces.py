@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from zaya_kernels.grouped_mlp.op import COUNTS_STAY_ON_DEVICE
 from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 
 from zaya_train.config.schema import KernelsConfig, RecomputeKind
@@ -116,7 +117,7 @@ class LocalDispatcher:
         """See TokenDispatcher."""
         load = count_by_expert(choice, num_experts, kernels.moe_permute)
         counts = load.counts[:num_experts]
-        if kernels.grouped_mlp == "triton":
+        if kernels.grouped_mlp in COUNTS_STAY_ON_DEVICE:
             return Route(counts, sort_by_expert(load))
         counts = counts.cpu()
         return Route(counts, sort_by_expert(load, int(counts.sum())))

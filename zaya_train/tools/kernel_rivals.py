@@ -96,13 +96,6 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps).to(weight.dtype)
 
 
-def _grouped_mm(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    ends = counts.cumsum(0).to(rows.device, torch.int32)
-    both = functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends)
-    gate, up = both.chunk(2, dim=-1)
-    return functional.grouped_mm(functional.silu(gate) * up, down.transpose(1, 2), offs=ends)
-
-
 def _whole_logits(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
 ) -> Tensor:
@@ -140,7 +133,6 @@ _LIBRARIES: dict[str, Sequence[tuple[str, str, Callable[..., Any]]]] = {
         ("aiter", "aiter", _aiter),
     ),
     NORM: (("torch.rms_norm", "torch", _rms_norm),),
-    "grouped_mlp": (("torch.grouped_mm", "torch", _grouped_mm),),
     "linear_cross_entropy": (
         ("torch.whole_logits", "torch", _whole_logits),
         ("liger", "liger_kernel", _liger_loss),

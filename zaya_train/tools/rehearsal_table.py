@@ -9,7 +9,7 @@ from rich.table import Table
 
 from zaya_train.config.check import check_all, problems
 from zaya_train.config.errors import ConfigError
-from zaya_train.config.kernel_rules import host_problems
+from zaya_train.config.kernel_rules import rehearsal_problems
 from zaya_train.tools.plan import GB, MB
 from zaya_train.tools.rehearsal import RESERVE, Rehearsal, micro_batches, rehearse_phases
 from zaya_train.tools.rehearsal_places import COMPONENTS
@@ -116,7 +116,7 @@ def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
     """Print memory and traffic of a step; ConfigError where a rule is broken or memory is short."""
     phases = request.config.plan.phases
     unknown = [f"plan.phases: no phase {name}" for name in request.names if name not in phases]
-    on_host = host_problems(request.config.kernels, "a rehearsal")
+    on_host = rehearsal_problems(request.config.kernels, request.config.precision)
     check_all(request.config, request.ranks, [*unknown, *on_host])
     found = rehearse_phases(request.config, request.ranks, request.names, request.busiest)
     console.print(_memory(request, found))

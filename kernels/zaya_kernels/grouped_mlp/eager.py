@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zaya_kernels.grouped_mlp.swiglu import swiglu, swiglu_backward
 from zaya_kernels.products import by_onednn, product
 
 if TYPE_CHECKING:
@@ -68,12 +69,11 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         sizes = counts.tolist()
-        width = down.shape[2]
-        hidden = rows.new_empty(rows.shape[0], 2 * width)
+        hidden = rows.new_empty(rows.shape[0], gate_up.shape[1])
         out = torch.empty_like(rows)
         for expert, span in _spans(sizes):
             _rows_times(rows, span, gate_up[expert].t(), hidden)
-        activated = torch.nn.functional.silu(hidden[:, :width]).mul_(hidden[:, width:])
+        activated = swiglu(hidden)
         for expert, span in _spans(sizes):
             _rows_times(activated, span, down[expert].t(), out)
         ctx.save_for_backward(rows, hidden, gate_up, down)
@@ -83,20 +83,11 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         rows, hidden, gate_up, down = ctx.saved_tensors
-        width = down.shape[2]
-        gate, up = hidden[:, :width], hidden[:, width:]
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
         grad = grad.contiguous()
-        grad_activated = torch.empty_like(silu)
+        grad_activated = hidden.new_empty(hidden.shape[0], down.shape[2])
         for expert, span in _spans(ctx.sizes):
             _rows_times(grad, span, down[expert], grad_activated)
-        grad_hidden = torch.empty_like(hidden)
-        torch.mul(grad_activated, silu, out=grad_hidden[:, width:])
-        # d silu(g) / dg = s + silu(g) (1 - s) with s = sigmoid(g).
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        torch.mul(grad_activated.mul_(up), slope, out=grad_hidden[:, :width])
-        activated = silu.mul_(up)
+        activated, grad_hidden = swiglu_backward(hidden, grad_activated)
         grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
         for expert, size in enumerate(ctx.sizes):
             if not size:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import pick
 from zaya_kernels.grouped_mlp.eager import grouped_mlp_eager
+from zaya_kernels.grouped_mlp.grouped_mm import grouped_mlp_grouped_mm
 from zaya_kernels.grouped_mlp.reference import grouped_mlp_reference
 
 if TYPE_CHECKING:
@@ -35,9 +36,12 @@ def _grouped_mlp_triton(
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": grouped_mlp_eager,
+    "grouped_mm": grouped_mlp_grouped_mm,
     "reference": grouped_mlp_reference,
     "triton": _grouped_mlp_triton,
 }
+COUNTS_STAY_ON_DEVICE = frozenset({"grouped_mm", "triton"})
+"""Back ends that do not ask the host how many rows an expert has."""
 
 
 def grouped_mlp(
@@ -53,10 +57,10 @@ def grouped_mlp(
     """rows [R, D] sorted by expert, counts [E] int64, gate_up [E, 2F, D] (gate first),
     down [E, D, F] -> [R, D]. Experts without rows are allowed; their gradients are zero.
 
-    Of triton only: counts may be on the device and, summing to less than R, leave rows at the end
-    out, whose output and gradient are not written; `recompute` makes the pre-activation again in
-    the backward pass instead of keeping it; weight gradients are added to `main`, in fp32, and
-    autograd gets none. Other back ends need counts that sum to R.
+    Of those COUNTS_STAY_ON_DEVICE: counts may be on the device and, summing to less than R, leave
+    rows at the end out, whose output and gradient are not written. Other back ends need counts
+    that sum to R. Of triton only: `recompute` makes the pre-activation again in the backward pass
+    instead of keeping it; weight gradients are added to `main`, in fp32, and autograd gets none.
 
     Raises:
         ValueError: `recompute` or `main` with another back end than triton.
