@@ -250,11 +250,11 @@ def test_triton_kernels_are_refused_by_key(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_grouped_mm_is_rehearsed_in_bf16_only(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "recipe=smoke_cpu", "kernels.grouped_mlp=grouped_mm", "--ranks", "1"]
-    words += ["--rehearse", "--phase", "pretrain_1"]
-    assert main([*words, "precision.compute_dtype=fp32"]) == 2
+    words = ["plan", "recipe=smoke_cpu", "kernels.grouped_mlp=grouped_mm"]
+    options = ["--ranks", "1", "--rehearse", "--phase", "pretrain_1"]
+    assert main([*words, "precision.compute_dtype=fp32", *options]) == 2
     assert "a rehearsal needs precision.compute_dtype=bf16" in capsys.readouterr().err
-    assert main([*words, "precision.compute_dtype=bf16"]) == 0
+    assert main([*words, "precision.compute_dtype=bf16", *options]) == 0
 
 
 def test_an_unknown_phase_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
