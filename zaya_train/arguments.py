@@ -166,48 +166,6 @@ def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--rows", type=int, default=4, help="rows to print")
 
 
-def add_hub(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya import-hf` and `export-hf`."""
-    parser = add_command(
-        commands,
-        "import-hf",
-        handlers["import-hf"],
-        "check a Hugging Face `zaya` folder and write its model config",
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model-yaml", required=True, type=Path)
-    parser = add_command(
-        commands, "export-hf", handlers["export-hf"], "write a checkpoint as a Hugging Face folder"
-    )
-    parser.add_argument("source", type=Path, help="run directory or checkpoint directory")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder, if the run has none")
-
-
-def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya generate` and `evaluate`."""
-    parser = add_command(
-        commands, "generate", handlers["generate"], "answer prompts with an exported model"
-    )
-    parser.add_argument("model", type=Path, help="Hugging Face folder")
-    parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser = add_command(
-        commands, "evaluate", handlers["evaluate"], "exact match on held-out problems"
-    )
-    parser.add_argument("model", type=Path, help="Hugging Face folder")
-    parser.add_argument("rows", type=Path, help="JSONL with messages and answer")
-    parser.add_argument("--count", type=int, default=200, help="rows to score, from the first on")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=640, help="longer replies are cut and wrong"
-    )
-    parser.add_argument("--output", type=Path, help="JSON report")
-
-
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya plan`, `supervise`, `doctor`, `report`, `watch`, `sync`, `diff` and `smoke`."""
     parser = add_command(

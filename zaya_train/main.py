@@ -1,4 +1,4 @@
-"""The `zaya` command. The only file that imports hydra; `arguments` and `commands` have the rest.
+"""The `zaya` command. The only file that imports hydra; `*arguments` and `*commands` have the rest.
 
 zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
 zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
@@ -36,9 +36,7 @@ from zaya_train.arguments import (
     add_checkpoint,
     add_cluster,
     add_data,
-    add_hub,
     add_kernels,
-    add_model_use,
     add_runs,
 )
 from zaya_train.commands import DATA_HANDLERS, HANDLERS
@@ -51,6 +49,8 @@ from zaya_train.config.errors import EXIT_CONFIG, EXIT_OK, ConfigError, ZayaErro
 from zaya_train.config.frozen import thaw
 from zaya_train.config.schema import PhaseConfig, TrainConfig
 from zaya_train.config.suggest import unknown_key, unknown_name
+from zaya_train.model_arguments import add_hub, add_model_use
+from zaya_train.model_commands import MODEL_HANDLERS
 from zaya_train.runtime.files import named_failure
 
 if TYPE_CHECKING:
@@ -272,8 +272,9 @@ def _parser() -> argparse.ArgumentParser:
         "train", add_help=False, help="train a model (Hydra: zaya train recipe=smoke_cpu --help)"
     )
     add_data(commands, DATA_HANDLERS)
-    adds = (add_hub, add_model_use, add_runs, add_checkpoint, add_cluster, add_kernels, add_bench)
-    for add in adds:
+    for add in (add_hub, add_model_use):
+        add(commands, MODEL_HANDLERS)
+    for add in (add_runs, add_checkpoint, add_cluster, add_kernels, add_bench):
         add(commands, HANDLERS)
     parser.set_defaults(compose=compose, compose_submission=compose_submission)
     return parser

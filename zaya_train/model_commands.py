@@ -1,0 +1,59 @@
+"""What the `zaya` commands about Hugging Face folders call, by the names in `model_arguments`; every
+handler imports the tool it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def _import(options: argparse.Namespace) -> None:
+    from zaya_train.tools.transfer import ImportRequest, import_hf
+
+    import_hf(ImportRequest(options.folder, options.model_yaml), Console())
+
+
+def _export(options: argparse.Namespace) -> None:
+    from zaya_train.tools.transfer import ExportRequest, export_hf
+
+    request = ExportRequest(options.source, options.output, options.dtype, options.tokenizer)
+    export_hf(request, Console())
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from zaya_train.tools.generate import GenerateArgs, GenerateRequest, run
+
+    request = GenerateRequest(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    prompts = tuple(options.prompts)
+    run(GenerateArgs(model_dir=options.model, prompts=prompts, request=request), Console())
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from zaya_train.tools import evaluate
+
+    console = Console()
+    rows = evaluate.read_rows(options.rows)[: options.count]
+    request = evaluate.EvalRequest(max_new_tokens=options.max_new_tokens)
+    with Progress(console=console, transient=True) as progress:
+        result = evaluate.exact_match(options.model, rows, request, progress)
+    evaluate.print_report(result, console)
+    if options.output:
+        evaluate.write_report(result, options.output)
+
+
+MODEL_HANDLERS = {
+    "import-hf": _import,
+    "export-hf": _export,
+    "generate": _generate,
+    "evaluate": _evaluate,
+}
