@@ -1,4 +1,4 @@
-"""Arguments of the `zaya` commands about Hugging Face folders; `model_commands` has what they call."""
+"""Arguments of commands about Hugging Face folders; `model_commands` has what they call."""
 
 from __future__ import annotations
 

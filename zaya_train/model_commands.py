@@ -1,5 +1,7 @@
-"""What the `zaya` commands about Hugging Face folders call, by the names in `model_arguments`; every
-handler imports the tool it runs."""
+"""What commands about Hugging Face folders call, by the names in `model_arguments`.
+
+Every handler imports the tool it runs.
+"""
 
 from __future__ import annotations
 
