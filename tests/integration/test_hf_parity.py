@@ -104,7 +104,7 @@ def gradient_gaps(ours: ZayaModel, theirs: Twin, tokens: Tensor) -> dict[str, fl
     gaps = {}
     for name in tensor_names(shapes, ours.config).values():
         found = ours.get_parameter(name.ours).grad
-        expected = theirs.get_parameter(name.theirs).grad
+        expected = theirs.get_parameter(name.theirs[0]).grad
         assert found is not None and expected is not None, name.ours
         gap = found.reshape(name.their_shape) - expected
         gaps[name.ours] = float(gap.norm() / expected.norm().clamp_min(1e-7))

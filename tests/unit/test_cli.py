@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.helpers.tiny import tiny
-from zaya_train.hub.convert import from_hf, to_hf
+from zaya_train.hub.convert import Form, from_hf, to_hf
 from zaya_train.main import main
 from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main([*prepare, "--heldout-fraction", "0.2"]) == 0
     model = ZayaModel(tiny().model)
     initialise(model, seed=0)
-    to_hf(model, root / "model", corpus / "train" / "tokenizer")
+    to_hf(model, root / "model", Form(tokenizer=corpus / "train" / "tokenizer"))
     return root
 
 
@@ -85,7 +85,8 @@ def test_import_checks_a_folder_and_writes_its_configuration(folder: Path) -> No
     assert main(["import-hf", str(folder / "model"), "--model-yaml", str(yaml)]) == 0
     assert "vocab_size: 264" in yaml.read_text()
     again = folder / "again"
-    to_hf(from_hf(folder / "model"), again, folder / "corpus" / "train" / "tokenizer")
+    tokenizer = folder / "corpus" / "train" / "tokenizer"
+    to_hf(from_hf(folder / "model"), again, Form(tokenizer=tokenizer))
     for name in ("model.safetensors", "config.json"):
         assert (again / name).read_bytes() == (folder / "model" / name).read_bytes(), name
 

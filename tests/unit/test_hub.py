@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zaya_train.config.errors import CheckpointError, StorageError
-from zaya_train.hub import convert, from_hf, to_hf, write_hf
+from zaya_train.hub import Form, convert, from_hf, to_hf, write_hf
 from zaya_train.hub.config import config_from_hf, config_to_hf
 
 from ..helpers.models import TINY, VARIANTS, random_model
@@ -326,7 +326,7 @@ def test_a_tokenizer_folder_does_not_overwrite_the_model(folder: Path, tmp_path:
     settings = {"eos_token": "<e>", "pad_token": None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     other = random_model(replace(MODEL, rope_base=77.0), seed=1)
-    to_hf(other, tmp_path / "other", tokenizer=folder)
+    to_hf(other, tmp_path / "other", Form(tokenizer=folder))
     again = from_hf(tmp_path / "other")
     assert torch.equal(again.embedding, other.embedding) and again.config.rope_base == 77.0
     content = json.loads((tmp_path / "other" / "config.json").read_text("utf-8"))

@@ -1,5 +1,5 @@
 """Hugging Face `zaya` import and export."""
 
-from zaya_train.hub.convert import from_hf, to_hf, write_hf
+from zaya_train.hub.convert import Form, from_hf, to_hf, write_hf
 
-__all__ = ["from_hf", "to_hf", "write_hf"]
+__all__ = ["Form", "from_hf", "to_hf", "write_hf"]

@@ -1,4 +1,4 @@
-"""Model configuration to and from transformers' `zaya` config.json."""
+"""Model configuration to and from a `zaya` config.json of either layout."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from zaya_train.config.check import model_problems
 from zaya_train.config.diff import model_differences
 from zaya_train.config.errors import CheckpointError, ConfigError
 from zaya_train.config.schema import ModelConfig
+from zaya_train.hub.dialect import Dialect
+from zaya_train.hub.legacy_config import LEGACY
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from zaya_train.hub.names import Layout
 
 _SAME = {
     "vocab_size": "vocab_size",
@@ -32,11 +37,10 @@ _SAME = {
     "init_std": "initializer_range",
 }
 
-_THEIRS = _SAME | {
+_PLACES = {
     "rope_base": "rope_parameters.hybrid.rope_theta",
     "rope_fraction": "rope_parameters.hybrid.partial_rotary_factor",
 }
-"""Our name of a field -> its place in config.json, for messages."""
 
 _DEFAULTS = {
     # transformers.ZayaConfig's defaults, for files that leave keys out.
@@ -78,64 +82,101 @@ def require_same_model(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> 
         raise CheckpointError(f"{folder}: of another model: {', '.join(differing)}")
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Contents of config.json; CheckpointError where transformers cannot express the model."""
-    if not config.skip_class:
-        raise CheckpointError(
-            "model.skip_class=false cannot be exported: transformers' `zaya` always scores "
-            f"{config.num_experts} + 1 classes and the extra logit would enter the softmax"
-        )
+def _write(config: ModelConfig) -> dict[str, Any]:
     rope = {
         "rope_type": "default",
         "rope_theta": config.rope_base,
         "partial_rotary_factor": config.rope_fraction,
     }
-    result: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in _SAME.items()}
-    return (
-        result
-        | _FIXED
-        | {
-            "architectures": ["ZayaForCausalLM"],
-            "model_type": "zaya",
-            "layer_types": ["hybrid"] * config.num_layers,
-            "rope_parameters": {"hybrid": rope},
-            "use_cache": True,
-        }
-    )
+    return {
+        "layer_types": ["hybrid"] * config.num_layers,
+        "rope_parameters": {"hybrid": rope},
+        "use_cache": True,
+    }
+
+
+def _read_rest(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "hybrid" for kind in kinds):
+        raise CheckpointError(f"{path}: layer_types is {kinds!r}, only 'hybrid' is supported")
+    base, fraction = _rope(path, raw.get("rope_parameters"))
+    return {"rope_base": base, "rope_fraction": fraction}
+
+
+NATIVE = Dialect(
+    marks=("moe_intermediate_size", "rms_norm_eps", "router_hidden_size", "rope_parameters"),
+    same=_SAME,
+    places=_PLACES,
+    fixed=_FIXED,
+    defaults=_DEFAULTS,
+    write=_write,
+    read=_read_rest,
+    # What merged transformers computes for a skipped token.
+    skip_output="zero",
+)
+DIALECTS: dict[Layout, Dialect] = {"native": NATIVE, "legacy": LEGACY}
+
+
+def config_to_hf(config: ModelConfig, layout: Layout = "native") -> dict[str, Any]:
+    """Contents of config.json; CheckpointError where the format cannot express the model."""
+    if not config.skip_class:
+        raise CheckpointError(
+            "model.skip_class=false cannot be exported: `zaya` always scores "
+            f"{config.num_experts} + 1 classes and the extra logit would enter the softmax"
+        )
+    dialect = DIALECTS[layout]
+    result: dict[str, Any] = {
+        theirs: getattr(config, ours) for ours, theirs in dialect.same.items()
+    }
+    named = {"architectures": ["ZayaForCausalLM"], "model_type": "zaya"}
+    return result | dict(dialect.fixed) | named | dialect.write(config)
 
 
 def config_from_hf(folder: Path) -> ModelConfig:
-    """ModelConfig of a `zaya` folder.
+    """ModelConfig of a `zaya` folder of either layout.
 
     Raises:
         CheckpointError: no such file, no `zaya` model, or a key of a wrong type, with a value that
             cannot be, or that this model cannot honour; names file and key.
     """
     path = folder / "config.json"
-    raw = _read(path)
-    if raw.get("model_type") != "zaya":
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'zaya'")
-    for key, value in _FIXED.items():
+    raw = read_config(folder)
+    dialect = DIALECTS[config_layout(path, raw)]
+    for key, value in dialect.fixed.items():
         if raw.get(key, value) != value:
             raise CheckpointError(f"{path}: {key} is {raw[key]!r}, only {value!r} is supported")
-    kinds = raw.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "hybrid" for kind in kinds):
-        raise CheckpointError(f"{path}: layer_types is {kinds!r}, only 'hybrid' is supported")
-    values = {ours: raw.get(theirs, _DEFAULTS[theirs]) for ours, theirs in _SAME.items()}
-    rope_base, rope_fraction = _rope(path, raw.get("rope_parameters"))
-    values |= {"rope_base": rope_base, "rope_fraction": rope_fraction}
-    # What merged transformers computes for a skipped token.
-    values["skip_output"] = "zero"
+    values = {ours: raw.get(key, dialect.defaults[key]) for ours, key in dialect.same.items()}
+    values |= dialect.read(path, raw)
+    values["skip_output"] = dialect.skip_output
     try:
         config = build(ModelConfig, values, "model")
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {_in_their_terms(str(error))}") from error
+        raise CheckpointError(f"{path}: {_in_their_terms(str(error), dialect)}") from error
     for problem in model_problems(config):
-        raise CheckpointError(f"{path}: {_in_their_terms(problem)}")
+        raise CheckpointError(f"{path}: {_in_their_terms(problem, dialect)}")
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
+def config_layout(path: Path, raw: Mapping[str, Any]) -> Layout:
+    """The layout that a config.json's keys belong to; native where no key tells.
+
+    CheckpointError names a key of each where there are keys of both.
+    """
+    marks = {
+        layout: next((key for key in dialect.marks if key in raw), None)
+        for layout, dialect in DIALECTS.items()
+    }
+    if marks["native"] and marks["legacy"]:
+        raise CheckpointError(
+            f"{path}: has {marks['native']} of the native layout and {marks['legacy']} of the "
+            "legacy one; a folder must be of one of them"
+        )
+    return "legacy" if marks["legacy"] else "native"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of a `zaya` folder's config.json; CheckpointError where it is none."""
+    path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a Hugging Face `zaya` folder")
     try:
@@ -144,12 +185,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, found {type(raw).__name__}")
+    if raw.get("model_type") != "zaya":
+        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected 'zaya'")
     return raw
 
 
-def _in_their_terms(message: str) -> str:
+def _in_their_terms(message: str, dialect: Dialect) -> str:
     """A message about `model.KEY` with the keys of config.json."""
-    return re.sub(r"model\.(\w+)", lambda found: _THEIRS.get(found[1], found[0]), message)
+    theirs = {**dialect.same, **dialect.places}
+    return re.sub(r"model\.(\w+)", lambda found: theirs.get(found[1], found[0]), message)
 
 
 def _rope(path: Path, parameters: object) -> tuple[object, object]:

@@ -29,7 +29,7 @@ from zaya_train.config.derive import layout, phase_sequences
 from zaya_train.config.errors import DataError
 from zaya_train.data.reading import open_input
 from zaya_train.data.tokenizer import load_tokenizer
-from zaya_train.hub.convert import to_hf
+from zaya_train.hub.convert import Form, to_hf
 from zaya_train.model.init import initialise
 from zaya_train.model.zaya import ZayaModel
 from zaya_train.phases.plan import steps_in
@@ -203,7 +203,7 @@ def _untrained(job: _Job, out: Path) -> EvalReport | None:
     model = ZayaModel(config.model)
     initialise(model, config.run.seed)
     folder = out / "untrained"
-    to_hf(model, folder, job.data.tokenizer)
+    to_hf(model, folder, Form(tokenizer=job.data.tokenizer))
     request = EvalRequest(max_new_tokens=_UNTRAINED_TOKENS)
     result = exact_match(folder, _problems(job), request)
     job.console.print(f"exact match {result.correct} of {result.total}")

@@ -14,7 +14,7 @@ from zaya_train.config.errors import CheckpointError
 from zaya_train.config.schema import ModelConfig
 from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub.config import config_from_hf
-from zaya_train.hub.convert import meta_model, read_hf, write_hf
+from zaya_train.hub.convert import Form, meta_model, read_hf, write_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
 from zaya_train.runtime.files import write_text
 from zaya_train.train.manifest import read
@@ -61,7 +61,7 @@ def export_hf(request: ExportRequest, console: Console) -> Path:
     }
     if tokenizer:
         _require_fit(tokenizer, config)
-    write_hf(weights, config, request.output, tokenizer)
+    write_hf(weights, config, request.output, Form(tokenizer=tokenizer))
     console.print(
         f"exported step {record.step} ({len(weights)} tensors, "
         f"{sum(t.numel() for t in weights.values()):,} values) to {request.output}"
