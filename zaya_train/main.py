@@ -2,7 +2,7 @@
 
 zaya train recipe=smoke_cpu ...     ordinary Hydra: groups, overrides, --cfg job, --multirun
 zaya data prepare | trim | adopt | aggregate | synth | inspect | ledger verify | ledger show
-zaya import-hf | export-hf | generate | evaluate
+zaya import-hf | export-hf | verify-export | generate | evaluate
 zaya plan | supervise | doctor | report | watch | sync | diff | smoke
 zaya checkpoint ls | verify | diff
 zaya submit recipe=zaya1_8b nodes=128 | env | preflight

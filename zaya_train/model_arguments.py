@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def add_hub(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya import-hf` and `export-hf`."""
+    """`zaya import-hf`, `export-hf` and `verify-export`."""
     parser = add_command(
         commands,
         "import-hf",
         handlers["import-hf"],
-        "check a Hugging Face `zaya` folder and write its model config",
+        "check a Hugging Face `zaya` folder, native or legacy, and write its model config",
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model-yaml", required=True, type=Path)
@@ -30,6 +30,32 @@ def add_hub(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder, if the run has none")
+    parser.add_argument(
+        "--layout",
+        choices=("native", "legacy"),
+        default="native",
+        help="native: transformers'; legacy: Zyphra's, attention and MoE as layers of their own",
+    )
+    parser.add_argument(
+        "--verify-tokens", type=int, default=2048, help="compared with transformers"
+    )
+    parser.add_argument(
+        "--verify-data", type=Path, help="corpus or text that they come from; default: random"
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare; the receipt says so"
+    )
+    parser = add_command(
+        commands,
+        "verify-export",
+        handlers["verify-export"],
+        "check an exported folder against its receipt",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--against", type=Path, help="run or checkpoint it must come from")
+    parser.add_argument(
+        "--files-only", action="store_true", help="hashes and totals; compute nothing"
+    )
 
 
 def add_model_use(commands: Any, handlers: Mapping[str, Handler]) -> None:

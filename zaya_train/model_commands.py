@@ -15,16 +15,30 @@ if TYPE_CHECKING:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from zaya_train.tools.transfer import ImportRequest, import_hf
+    from zaya_train.tools.import_hf import ImportRequest, import_hf
 
     import_hf(ImportRequest(options.folder, options.model_yaml), Console())
 
 
 def _export(options: argparse.Namespace) -> None:
-    from zaya_train.tools.transfer import ExportRequest, export_hf
+    from zaya_train.tools.transfer import ExportRequest, Verification, export_hf
 
-    request = ExportRequest(options.source, options.output, options.dtype, options.tokenizer)
+    asked = Verification(tokens=options.verify_tokens, data=options.verify_data)
+    request = ExportRequest(
+        source=options.source,
+        output=options.output,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        layout=options.layout,
+        verify=None if options.no_verify else asked,
+    )
     export_hf(request, Console())
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from zaya_train.tools.verify_export import VerifyRequest, verify_export
+
+    verify_export(VerifyRequest(options.folder, options.against, options.files_only), Console())
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -56,6 +70,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 MODEL_HANDLERS = {
     "import-hf": _import,
     "export-hf": _export,
+    "verify-export": _verify,
     "generate": _generate,
     "evaluate": _evaluate,
 }

@@ -226,7 +226,7 @@ def _with_markers(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
+    text = read_text(path)
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:
@@ -235,8 +235,8 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         raise DataError(f"{path}: not a tokenizer.json: {first_line(error)}") from error
 
 
-def _read_text(path: Path) -> str:
-    """The file's text; DataError where it cannot be read or is not UTF-8."""
+def read_text(path: Path) -> str:
+    """A file's text; DataError where it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -251,13 +251,13 @@ def read_template(folder: Path) -> TemplateSource | None:
     config: Any = {}
     try:
         if file.is_file():
-            config = json.loads(_read_text(file))
+            config = json.loads(read_text(file))
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{file}: an object is expected")
     if jinja.is_file():
-        return _template_source(str(jinja), _read_text(jinja), config)
+        return _template_source(str(jinja), read_text(jinja), config)
     return _template_source(str(file), config.get("chat_template"), config)
 
 

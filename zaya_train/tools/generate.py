@@ -23,6 +23,7 @@ from transformers import (
 
 from zaya_train.config.errors import CheckpointError, ConfigError, DataError, first_line
 from zaya_train.data.tokenizer import THINK_CLOSE
+from zaya_train.hub.convert import folder_layout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +116,7 @@ def load_sampler(model_dir: Path, device: Literal["auto", "cpu", "cuda"] = "auto
     if not (model_dir / "config.json").is_file():
         raise CheckpointError(f"{model_dir}: no config.json, not an exported model folder")
     tokenizer = _load_tokenizer(model_dir)
-    model = _load_model(model_dir).to(_device(device)).eval()
+    model = load_model(model_dir).to(_device(device)).eval()
     configured = model.generation_config.eos_token_id
     end_ids = {tokenizer.eos_token_id}
     end_ids |= set(configured if isinstance(configured, list) else [configured])
@@ -239,14 +240,28 @@ def _load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(model_dir: Path) -> Any:
+def load_model(
+    model_dir: Path, dtype: torch.dtype | Literal["auto"] = torch.float32, experts: str = ""
+) -> Any:
+    """transformers' model of a folder in the native layout.
+
+    experts: its implementation of the experts; by default the fastest of the three for tiny models.
+    All give the same tokens.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or a tensor is missing, surplus or of another shape.
+    """
+    if folder_layout(model_dir) != "native":
+        raise CheckpointError(
+            f"{model_dir}: in the legacy layout, which transformers does not read; export it with "
+            "--layout native"
+        )
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
-            dtype=torch.float32,
+            dtype=dtype,
             output_loading_info=True,
-            # The fastest of the three for tiny models; all give the same tokens.
-            experts_implementation="grouped_mm",
+            experts_implementation=experts or "grouped_mm",
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{model_dir}: cannot be loaded: {first_line(error)}") from error

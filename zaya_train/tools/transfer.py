@@ -1,22 +1,22 @@
-"""Checkpoints to Hugging Face folders, and Hugging Face folders to model configurations."""
+"""Checkpoints to Hugging Face folders."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 from zaya_kernels.dtypes import DTYPES
 
-from zaya_train.config.build import build, to_dict
-from zaya_train.config.errors import CheckpointError
+from zaya_train.config.build import build
+from zaya_train.config.errors import CheckpointError, ConfigError
 from zaya_train.config.schema import ModelConfig
 from zaya_train.data.tokenizer import load_tokenizer
-from zaya_train.hub.config import config_from_hf
-from zaya_train.hub.convert import Form, meta_model, read_hf, write_hf
+from zaya_train.hub.convert import RECEIPT, Form, write_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
-from zaya_train.runtime.files import write_text
+from zaya_train.tools.export_page import agreement_line, skip_line
+from zaya_train.tools.export_receipt import PAGE, Origin, complete, read_receipt
+from zaya_train.tools.export_tokens import CheckTokens, named_tokens, random_tokens
 from zaya_train.train.manifest import read
 from zaya_train.train.restore import find_newest, load_full
 
@@ -26,8 +26,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
+    from zaya_train.hub.names import Layout
+
 _MODEL_PREFIX = "model."
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+VERIFY_TOKENS = 2048
+"""Tokens on which an export is compared with transformers by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """On what an export is compared with transformers."""
+
+    tokens: int = VERIFY_TOKENS
+    data: Path | None = None
+    """A corpus directory or a text file; None: random tokens."""
 
 
 @dataclass(frozen=True)
@@ -41,42 +54,80 @@ class ExportRequest:
     """fp32 or bf16; balancing biases stay fp32."""
     tokenizer: Path | None = None
     """Folder with tokenizer.json and tokenizer_config.json; None: the one the run keeps."""
+    layout: Layout = "native"
+    verify: Verification | None = Verification()
+    """None: not compared, and the receipt says so."""
 
 
 def export_hf(request: ExportRequest, console: Console) -> Path:
-    """Write a checkpoint as a Hugging Face `zaya` folder with its tokenizer.
+    """Write a checkpoint as a Hugging Face `zaya` folder with its tokenizer and receipt.
 
-    CheckpointError (exit 3) where nothing verifies, a tensor has no place in the format, the output
-    would touch the source, or `request.tokenizer` is none or has ids that the model lacks.
+    Nothing is left at `output`, or what was there stays, where one of these is raised:
+
+    CheckpointError (exit 3): nothing verifies, a tensor has no place in the format, the output
+    would touch the source, `request.tokenizer` is none or has ids that the model lacks, or the
+    folder contradicts the checkpoint.
+    NumericsError (exit 5): transformers computes something else than our model.
+    ConfigError, DataError (exit 2): what it is to be compared on.
     """
-    checkpoint = _checkpoint_of(request.source)
+    checkpoint = checkpoint_of(request.source)
     _require_apart(request, checkpoint)
     tokenizer = _tokenizer_of(request, checkpoint)
-    tensors = load_full(checkpoint, _MODEL_PREFIX)
     record = read(checkpoint).record
     config = build(ModelConfig, record.model, "checkpoint.model")
-    weights = {
-        name.removeprefix(_MODEL_PREFIX): _cast(name, value, DTYPES[request.dtype])
-        for name, value in tensors.items()
-    }
     if tokenizer:
         _require_fit(tokenizer, config)
-    write_hf(weights, config, request.output, Form(tokenizer=tokenizer))
-    console.print(
-        f"exported step {record.step} ({len(weights)} tensors, "
-        f"{sum(t.numel() for t in weights.values()):,} values) to {request.output}"
+    origin = Origin(
+        checkpoint=checkpoint,
+        record=record,
+        config=config,
+        tensors=trained_tensors(checkpoint),
+        form=Form(layout=request.layout, dtype=DTYPES[request.dtype], tokenizer=tokenizer),
+        tokens=_check_tokens(request.verify, config, tokenizer),
     )
-    if tokenizer is None:
-        console.print(
+    write_hf(origin.tensors, config, request.output, origin.form, partial(complete, origin=origin))
+    _report(request, console)
+    return request.output
+
+
+def _check_tokens(
+    asked: Verification | None, config: ModelConfig, tokenizer: Path | None
+) -> CheckTokens | None:
+    if asked is None:
+        return None
+    if asked.tokens < 2:
+        raise ConfigError(f"--verify-tokens {asked.tokens}: at least 2, or --no-verify")
+    if asked.data is None:
+        return random_tokens(asked.tokens, config.vocab_size, config.max_context_tokens)
+    return named_tokens(asked.data, asked.tokens, config.max_context_tokens, tokenizer)
+
+
+def _report(request: ExportRequest, console: Console) -> None:
+    receipt = read_receipt(request.output)
+    count = receipt["keys"]["totals"]
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(
+        f"exported step {receipt['run']['step']} ({count['ours']} tensors as {count['theirs']}, "
+        f"{count['values']:,} values, {request.layout} layout) to {request.output}"
+    )
+    say(agreement_line(receipt))
+    say(skip_line(receipt))
+    if receipt["tokenizer"] is None:
+        say(
             f"note: no tokenizer exported, {request.source} keeps none; `zaya generate` and "
             "transformers need one: export again and name its folder"
         )
-    if config.skip_output != "zero":
-        console.print(
-            "note: transformers' `zaya` gives zero where this model gives a skipped token its "
-            "input (model.skip_output=identity); the two differ on tokens routed to the skip class"
-        )
-    return request.output
+    say(f"receipt: {request.output / PAGE}, {request.output / RECEIPT}")
+
+
+def trained_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The full tensors of a checkpoint's model under our names; CheckpointError where it does not
+    verify."""
+    tensors = load_full(checkpoint, _MODEL_PREFIX)
+    return {name.removeprefix(_MODEL_PREFIX): value for name, value in tensors.items()}
 
 
 def _require_apart(request: ExportRequest, checkpoint: Path) -> None:
@@ -114,12 +165,8 @@ def _require_fit(tokenizer: Path, config: ModelConfig) -> None:
         )
 
 
-def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    return value if name.endswith("balancing_bias") else value.to(dtype)
-
-
-def _checkpoint_of(source: Path) -> Path:
-    """The checkpoint directory meant by `source`."""
+def checkpoint_of(source: Path) -> Path:
+    """The checkpoint directory meant by `source`: itself, or a run's newest that verifies."""
     if (source / "MANIFEST.json").is_file():
         return source
     root = source / CHECKPOINTS
@@ -129,43 +176,3 @@ def _checkpoint_of(source: Path) -> Path:
     if found is None:
         raise CheckpointError(f"{root}: holds no checkpoint")
     return found.path
-
-
-@dataclass(frozen=True)
-class ImportRequest:
-    """What `zaya import-hf` is asked for."""
-
-    folder: Path
-    model_yaml: Path
-    """Where the Hydra model configuration is written."""
-
-
-def import_hf(request: ImportRequest, console: Console) -> ModelConfig:
-    """Account for every tensor of a `zaya` folder and write the model configuration to train it.
-
-    Training then starts with `checkpoint.initial_weights=FOLDER`; nothing is converted on disk.
-    """
-    config = config_from_hf(request.folder)
-    shapes = {n: tuple(t.shape) for n, t in meta_model(config).state_dict().items()}
-    count = values = 0
-    for name, tensor in read_hf(request.folder, shapes, config):
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{request.folder}: tensor {name} is not finite")
-        count += 1
-        values += tensor.numel()
-    lines = [f"# From {request.folder.name} by `zaya import-hf`."]
-    lines += [f"{key}: {_yaml(value)}" for key, value in to_dict(config).items()]
-    write_text(request.model_yaml, "\n".join(lines) + "\n")
-    console.print(f"{request.folder}: all {count} tensors accounted for, {values:,} values")
-    console.print(f"model configuration: {request.model_yaml}")
-    console.print(f"train it with checkpoint.initial_weights={request.folder}")
-    return config
-
-
-def _yaml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and math.isfinite(value):
-        # YAML 1.1 reads 1e-05 as a string without the dot.
-        return repr(value) if "e" not in repr(value) else f"{value:.17e}"
-    return str(value)

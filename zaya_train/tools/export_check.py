@@ -1,0 +1,203 @@
+"""An exported folder against our model: agreement with transformers, and the skip class's verdict.
+
+Both sections go into the receipt as they are; `check` raises where the folder must not be used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zaya_train.config.errors import NumericsError
+from zaya_train.hub.config import DIALECTS
+from zaya_train.tools.export_agreement import (
+    LOGIT_TOLERANCE,
+    MARGIN_TOLERANCE,
+    Comparison,
+    problems,
+    skipped,
+)
+from zaya_train.tools.export_passes import (
+    SKIP_BIAS,
+    Pass,
+    model_of,
+    our_pass,
+    restore_skip_biases,
+    their_pass,
+    twin_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from zaya_train.config.schema import ModelConfig
+    from zaya_train.hub.names import Layout
+    from zaya_train.tools.export_tokens import CheckTokens
+
+HOW = {
+    "native": "loaded by transformers from the folder",
+    "legacy": "transformers reads the native layout only: read back by zaya-train and handed to it "
+    "under the native names",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared: a folder, and the model that it is to hold."""
+
+    folder: Path
+    layout: Layout
+    config: ModelConfig
+    """As trained, with its own skip_output."""
+    stored: Mapping[str, Tensor]
+    """Our names -> values as the folder holds them."""
+    trained: Mapping[str, Tensor] | None = None
+    """Before a cast; None where there was none."""
+
+
+def check(subject: Subject, tokens: CheckTokens) -> dict[str, Any]:
+    """Sections `agreement` and `skip`.
+
+    Raises:
+        NumericsError: a tolerance is exceeded, or values are not finite.
+        CheckpointError: transformers does not load the folder, or holds other values than its file.
+    """
+    documents = [torch.tensor(document) for document in tokens.documents]
+    # What merged transformers computes for a skipped token, whatever was trained.
+    ours = model_of(subject.stored, subject.config, "zero")
+    twin = twin_of(subject.folder, subject.layout, torch.float32)
+    reset = restore_skip_biases(twin, subject.folder, subject.layout)
+    comparison = Comparison(subject.config.num_experts)
+    mine, other = [], []
+    for ids in documents:
+        mine.append(our_pass(ours, ids))
+        other.append(their_pass(twin, ids))
+        comparison.add(ids, mine[-1], other[-1])
+        _slim(mine[-1], other[-1])
+    agreement = _agreement(comparison.result())
+    if found := problems(agreement["fp32"]):
+        raise NumericsError(
+            f"export: transformers computes something else than our model on {tokens.source}: "
+            + "; ".join(found)
+        )
+    skip = _skip(subject, documents, (mine, other))
+    skip["biases_reset_by_transformers"] = _reset(twin, documents, other, reset)
+    del twin
+    if any(value.dtype == torch.bfloat16 for value in subject.stored.values()):
+        agreement["stored_dtype"] = _in_stored_dtype(subject, ours, documents)
+    if subject.trained is not None:
+        agreement["cast"] = _cast(subject, ours, documents)
+    return {"agreement": agreement, "skip": skip}
+
+
+def _slim(*passes: Pass) -> None:
+    """Choices and scores are all that is needed of a document once it is compared."""
+    for found in passes:
+        found.logits = torch.empty(0)
+        found.streams = []
+
+
+def _agreement(result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "verified": True,
+        "logit_tolerance": LOGIT_TOLERANCE,
+        "margin_tolerance": MARGIN_TOLERANCE,
+        "fp32": result,
+    }
+
+
+def not_verified(reason: str) -> dict[str, Any]:
+    """The sections of an export that was not compared."""
+    return {
+        "agreement": {"verified": False, "reason": reason},
+        "skip": {"verified": False, "reason": reason},
+    }
+
+
+def _skip(
+    subject: Subject, documents: Sequence[Tensor], passes: tuple[Sequence[Pass], Sequence[Pass]]
+) -> dict[str, Any]:
+    experts, config = subject.config.num_experts, subject.config
+    mine, other = passes
+    layers = skipped(mine, experts)
+    target = DIALECTS[subject.layout].skip_output
+    scores = [torch.cat(rows) for rows in zip(*(p.scores for p in other), strict=True)]
+    closest = [float((row[:, experts] - row[:, :experts].amax(-1)).max()) for row in scores]
+    taken = [_skips(found, experts) for found in mine]
+    same = config.skip_output == target
+    touched = [number for number, rows in enumerate(taken) if bool(rows.any())]
+    section: dict[str, Any] = {
+        "verified": True,
+        "trained": config.skip_output,
+        "target": target,
+        "verdict": "same" if same else ("differs" if any(layers) else "unused"),
+        "tokens": sum(map(len, documents)),
+        "skipped_by_layer": layers,
+        "closest_by_layer": closest,
+        "touched_tokens": sum(int(rows.cumsum(0).bool().sum()) for rows in taken),
+        "touched_documents": touched,
+    }
+    if any(layers):
+        section["difference"] = _difference(subject, documents, touched)
+    return section
+
+
+def _skips(found: Pass, experts: int) -> Tensor:
+    """[S] tokens that took the skip class in some layer."""
+    return (torch.stack(found.choices) == experts).any(0)
+
+
+def _difference(
+    subject: Subject, documents: Sequence[Tensor], touched: Sequence[int]
+) -> dict[str, Any]:
+    """What the other output of skipped tokens changes in the documents that have any."""
+    comparison = Comparison(subject.config.num_experts)
+    one = model_of(subject.stored, subject.config, "identity")
+    two = model_of(subject.stored, subject.config, "zero")
+    for number in touched:
+        first, second = our_pass(one, documents[number]), our_pass(two, documents[number])
+        comparison.add_unscored(documents[number], first, second)
+    result = comparison.summary()
+    return {
+        "logits_largest": result["largest"],
+        "loss_identity": result["loss"]["ours"],
+        "loss_zero": result["loss"]["theirs"],
+    }
+
+
+def _reset(
+    twin: Any, documents: Sequence[Tensor], restored: Sequence[Pass], layers: Sequence[int]
+) -> dict[str, Any]:
+    """Layers whose trained skip bias transformers loses when it loads the folder, and how many
+    choices that changes."""
+    changed = 0
+    for number in layers:
+        twin.model.layers[number].mlp.gate.balancing_biases[-1] = SKIP_BIAS
+    for ids, before in zip(documents, restored, strict=True) if layers else ():
+        pairs = zip(their_pass(twin, ids).choices, before.choices, strict=True)
+        changed += sum(int((one != two).sum()) for one, two in pairs)
+    return {"layers": list(layers), "to": SKIP_BIAS, "choices_changed": changed}
+
+
+def _in_stored_dtype(subject: Subject, ours: Any, documents: Sequence[Tensor]) -> dict[str, Any]:
+    """transformers as it computes by itself, in the stored type, against fp32; no tolerance."""
+    twin = twin_of(subject.folder, subject.layout, None)
+    comparison = Comparison(subject.config.num_experts)
+    for ids in documents:
+        comparison.add(ids, our_pass(ours, ids), their_pass(twin, ids))
+    return {"dtype": str(twin.dtype).removeprefix("torch."), **comparison.result()}
+
+
+def _cast(subject: Subject, ours: Any, documents: Sequence[Tensor]) -> dict[str, Any]:
+    """What rounding the weights costs our own model; no tolerance."""
+    assert subject.trained is not None
+    before = model_of(subject.trained, subject.config, "zero")
+    comparison = Comparison(subject.config.num_experts)
+    for ids in documents:
+        comparison.add_unscored(ids, our_pass(before, ids), our_pass(ours, ids))
+    return comparison.summary()
