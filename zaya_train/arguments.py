@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zaya_train.plan_arguments import add_plan
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -168,21 +170,9 @@ def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     """`zaya plan`, `supervise`, `doctor`, `report`, `watch`, `sync`, `diff` and `smoke`."""
-    parser = add_command(
-        commands, "plan", handlers["plan"], "preview a run: phases, steps, layout, memory"
+    add_plan(
+        add_command(commands, "plan", handlers["plan"], "preview a run: memory, time, layouts")
     )
-    parser.add_argument(
-        "overrides",
-        nargs="+",
-        metavar="[phases] OVERRIDE",
-        help="as for train: recipe=zaya1_8b ...; after the word phases: the chain, edge by edge",
-    )
-    parser.add_argument("--ranks", type=int, default=1, help="ranks of the launch: nodes x GPUs")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="peak memory and traffic of a step, without ranks"
-    )
-    parser.add_argument("--memory-gb", type=float, help="rehearse, and refuse what does not fit")
-    parser.add_argument("--phase", action="append", help="rehearse these phases only")
     parser = add_command(
         commands, "supervise", handlers["supervise"], "train, watched from outside and restarted"
     )

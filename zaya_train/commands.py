@@ -134,20 +134,11 @@ DATA_HANDLERS = {
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from zaya_train.tools.plan import PlanRequest, show_plan
-    from zaya_train.tools.plan_phases import show_phases
+    from zaya_train.tools.plan_command import run_plan
 
     # `zaya plan phases recipe=...`: the first word is no override.
     chain = options.overrides[0] == "phases"
-    config = options.compose(options.overrides[chain:])
-    show = show_phases if chain else show_plan
-    show(PlanRequest(config, options.ranks), Console())
-    if options.rehearse or options.memory_gb is not None:
-        from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
-
-        phases = tuple(options.phase or ())
-        request = RehearsalRequest(config, options.ranks, phases, options.memory_gb)
-        show_rehearsal(request, Console())
+    run_plan(options, options.compose(options.overrides[chain:]), chain, Console())
 
 
 def _supervise(options: argparse.Namespace) -> int:

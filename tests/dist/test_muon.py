@@ -19,7 +19,7 @@ from tests.dist.muon_ranks import (
     run_grids,
 )
 from tests.helpers.distributed import RankError, run_ranks
-from zaya_train.tools.plan import muon_plan
+from zaya_train.planning.muon import muon_plan
 
 if TYPE_CHECKING:
     from zaya_train.optim.owners import Plan

@@ -13,9 +13,9 @@ from zaya_train.config.derive import layout, sequences_per_step
 from zaya_train.parallel.apply import parallelize
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
+from zaya_train.planning.components import STATE, WEIGHTS
 from zaya_train.tools import rehearsal
 from zaya_train.tools.rehearsal_meter import Meter, Peak
-from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
 from zaya_train.train.built import groups_of, optimizer_of
 from zaya_train.train.step import Rates, train_step
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zaya_train.main import compose
+from zaya_train.model.shapes import parameter_shapes
 from zaya_train.optim.owners import least_load, traffic
-from zaya_train.tools.plan import muon_plan, parameter_shapes
+from zaya_train.planning.muon import muon_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +46,7 @@ class Row:
     largest_replicate_bytes: int
 
 
-def shapes_of_8b() -> dict[str, tuple[int, ...]]:
+def shapes_of_8b() -> Mapping[str, tuple[int, ...]]:
     return parameter_shapes(compose(["recipe=zaya1_8b"]).model)
 
 

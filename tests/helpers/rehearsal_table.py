@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.main import compose
+from zaya_train.planning.components import COMPONENTS
 from zaya_train.tools.rehearsal import Rehearsal, rehearse_phases
-from zaya_train.tools.rehearsal_places import COMPONENTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -138,12 +138,12 @@ def test_gradients_of_another_group(config: TrainConfig, monkeypatch: pytest.Mon
 def test_an_attention_plan_that_leaks_across_documents(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = layout_module._row_segments
+    inner = layout_module.row_segments
 
     def one_document(spans: Any, *rest: Any) -> Any:
         return inner([(0, spans[-1][1])], *rest)
 
-    monkeypatch.setattr(layout_module, "_row_segments", one_document)
+    monkeypatch.setattr(layout_module, "row_segments", one_document)
     leaks = {leak.what: leak for leak in probe(config, SHORT, SERIAL)}
     assert not leaks["documents"].ok and not leaks["gradients"].ok
     assert leaks["causality"].ok

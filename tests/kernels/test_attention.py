@@ -256,13 +256,13 @@ def test_every_query_is_covered_once(segments: list[Segment]) -> None:
 
 @given(st.integers(1, 200_000))
 def test_buckets_hold_their_length_and_waste_little(length: int) -> None:
-    padded = planning._bucket(length)
+    padded = planning.padded_length(length)
     assert length <= padded and padded % 8 == 0
     assert padded - length < max(8, length / 4)
 
 
 def test_buckets_are_few() -> None:
-    assert len({planning._bucket(length) for length in range(4097, 8193)}) == 4
+    assert len({planning.padded_length(length) for length in range(4097, 8193)}) == 4
 
 
 @settings(max_examples=40, deadline=None)

@@ -46,8 +46,8 @@ def call(labels: Tensor, backend: str, x: Mapping[str, Tensor]) -> Sequence[Tens
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Four rows at a time, the weight in blocks of five."""
-    monkeypatch.setattr(eager, "_chunk_rows", lambda vocab, itemsize: 4)
-    monkeypatch.setattr(eager, "_VOCAB_BLOCK", 5)
+    monkeypatch.setattr(eager, "chunk_rows", lambda vocab, itemsize: 4)
+    monkeypatch.setattr(eager, "VOCAB_BLOCK", 5)
     return 4
 
 
@@ -142,7 +142,7 @@ def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("vocab", [1, 100, 8192, 65_536, 262_272, 10**9])
 def test_chunks_respect_the_memory_limit(vocab: int) -> None:
-    rows = eager._chunk_rows(vocab, 4)
+    rows = eager.chunk_rows(vocab, 4)
     assert rows == 1 or rows * vocab * 4 <= 128 * 2**20
     assert rows >= 127 or vocab > 262_272
 

@@ -2,8 +2,9 @@
 
 The table is the architecture's: kernels <- model <- parallel <- train <- run <- main, with config
 below everything, optim on kernels and the collectives, data and phases on config, hub on model,
-and tools above all, imported by commands alone, late (docs/decisions/0007). `runtime.files` is a
-leaf below data, hub and train.
+planning on all that can be counted without ranks (docs/decisions/0013), and tools above all,
+imported by commands alone, late (docs/decisions/0007). `runtime.files` is a leaf below data, hub
+and train.
 """
 
 from __future__ import annotations
@@ -35,9 +36,13 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"config"},
     "train": {"config", "zaya_kernels", "model", "parallel", "optim", "phases", LEAF},
 }
+ALLOWED["planning"] = {
+    "config", "zaya_kernels", "model", "parallel", "optim", "phases", "runtime.peaks", LEAF,
+}  # fmt: skip
 ALLOWED["run"] = {*ALLOWED} - {"zaya_train"}
 ALLOWED["tools"] = {*ALLOWED, "zaya_train"}
-ALLOWED["arguments"] = {"config"}
+ALLOWED["plan_arguments"] = {"config"}
+ALLOWED["arguments"] = {"config", "plan_arguments"}
 ALLOWED["model_arguments"] = {"config", "arguments"}
 ALLOWED["model_commands"] = {*ALLOWED}
 ALLOWED["commands"] = {*ALLOWED} - {"model_commands"}

@@ -17,8 +17,9 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, main
 from zaya_train.model.flops import model_size
 from zaya_train.parallel.traffic import Traffic, Work
-from zaya_train.tools.rehearsal import RESERVE, Rehearsal, rehearse_phases
-from zaya_train.tools.rehearsal_table import CHANGES, RehearsalRequest, overrides, show_rehearsal
+from zaya_train.planning.components import RESERVE
+from zaya_train.tools.rehearsal import Rehearsal, rehearse_phases
+from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
@@ -169,77 +170,16 @@ def test_phases_of_one_shape_are_rehearsed_once() -> None:
     assert found["pretrain_2"].seconds == found["pretrain_1"].seconds
 
 
-def test_what_does_not_fit_is_refused_with_the_cheapest_change(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    words = ["plan", "recipe=zaya1_8b", *SMALLER, "--ranks", "1024"]
-    chosen = ["--phase", "sft", "--memory-gb"]
-    assert main([*words, *chosen, "192"]) == 0
-    shown = capsys.readouterr()
-    assert "margin, at least 10%" in shown.out and "peak memory of rank 0 of 1,024" in shown.out
-    peak = one(few_layers(), "sft").peak.bytes / GB
-    assert main([*words, *chosen, f"{peak:.2f}"]) == 2
-    refused = capsys.readouterr().err
-    assert f"phase sft: a peak of {peak:.1f} GB exceeds" in refused
-    assert "the cheapest change that fits: parallel.recompute=" in refused
-    assert main([*words, *chosen, "1"]) == 2
-    assert "no setting of parallel.* makes it fit" in capsys.readouterr().err
-
-
-def two_sizes() -> TrainConfig:
-    """Two ranks: `short` adds up two micro-batches and is a little larger than `long`, which has
-    one."""
-    tokens = {"context_tokens": 136, "global_batch_tokens": 136, "tokens": 544}
-    changes = {f"plan.phases.long.{key}": value for key, value in tokens.items()}
-    model = {"vocab_size": 1024, "num_experts": 4, "expert_ffn_size": 64}
-    return tiny(changes | {f"model.{key}": value for key, value in model.items()})
-
-
-def show(config: TrainConfig, usable_bytes: float, *phases: str) -> str:
-    """What is refused, or nothing."""
-    request = RehearsalRequest(config, 2, phases, usable_bytes / (1 - RESERVE) / GB)
-    try:
-        show_rehearsal(request, Console(quiet=True))
-    except ConfigError as refusal:
-        return str(refusal)
-    return ""
-
-
-def test_advice_fits_every_refused_phase() -> None:
-    config = two_sizes()
-    found = rehearse_phases(config, 2, ["short", "long"])
-    short, long = (found[name].peak.bytes for name in ("short", "long"))
-    assert short > long
-    refused = show(config, long - 1e4)
-    assert "phase short" in refused and "and so does that of long (0.0)" in refused
-    # What is enough for `short`, the fullest and cheapest to mend, says nothing to `long`.
-    less = replace(config.parallel, accumulation="all_reduce_last")
-    assert show(replace(config, parallel=less), long - 1e4, "short") == ""
-    assert "that fits: parallel.recompute=selective (" in refused
-
-
-def test_nobody_with_one_micro_batch_is_told_to_accumulate_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = two_sizes()
+def test_a_rehearsal_refuses_by_its_own_peak() -> None:
+    config = tiny()
     peak = rehearse_phases(config, 2, ["long"])["long"].peak.bytes
-    lean = next(change for change in CHANGES if len(change.parallel) == 3)
-    monkeypatch.setattr("zaya_train.tools.rehearsal_table.CHANGES", (lean,))
-    advice = "that fits: parallel.reshard_after_forward=true parallel.recompute=full ("
-    assert advice in show(config, peak - 1, "long")
-
-
-def test_advice_is_words_for_the_command_line() -> None:
-    before = few_layers("plan.phases.pretrain_1.micro_batch_sequences=2")
-    after = CHANGES[-1].applied(before, ["pretrain_1", "sft"])
-    words = overrides(before, after).split()
-    assert words[-3:] == [
-        "plan.phases.pretrain_1.micro_batch_sequences=1",
-        "plan.phases.pretrain_1.context_parallel=4",
-        "plan.phases.sft.context_parallel=32",
-    ]
-    few = ["plan.phases.pretrain_1.micro_batch_sequences=2", *words]
-    assert few_layers(*few) == after
+    for usable, fits in ((peak + 1, True), (peak - 1, False)):
+        request = RehearsalRequest(config, 2, ("long",), usable / (1 - RESERVE) / GB)
+        if fits:
+            show_rehearsal(request, Console(quiet=True))
+            continue
+        with pytest.raises(ConfigError, match=r"phase long: a peak of .* exceeds"):
+            show_rehearsal(request, Console(quiet=True))
 
 
 def test_triton_kernels_are_refused_by_key(capsys: pytest.CaptureFixture[str]) -> None:

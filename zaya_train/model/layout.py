@@ -63,7 +63,7 @@ class SequenceLayout:
             local = torch.cat([torch.arange(start, end) for start, end in chunks])
             positions[b] = table[local]
             valid[b] = local < used
-            segments += _row_segments(row, chunks, b * sequence, b * row_tokens)
+            segments += row_segments(row, chunks, b * sequence, b * row_tokens)
         whole = chunks == [(0, row_tokens)] and all(len(row) == 1 for row in spans)
         plan = plan_attention(segments, len(spans) * sequence, device, whole)
         return SequenceLayout(positions.to(device), valid.to(device), plan)
@@ -90,7 +90,7 @@ def _row_positions(spans: Sequence[tuple[int, int]], row_tokens: int) -> Tensor:
     return torch.arange(row_tokens) - torch.repeat_interleave(starts, lengths)
 
 
-def _row_segments(
+def row_segments(
     spans: Sequence[tuple[int, int]],
     chunks: Sequence[tuple[int, int]],
     query_base: int,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from zaya_kernels.dtypes import DTYPES
 
-from zaya_train.model.zaya import ZayaModel
+from zaya_train.model.shapes import parameter_shapes
 from zaya_train.parallel.sequence import Chunking
 
 if TYPE_CHECKING:
@@ -81,9 +81,7 @@ class Traffic:
         return 2 if self.parallel.recompute == "full" else 1
 
     def _weights(self) -> Iterable[Flow]:
-        with torch.device("meta"):
-            model = ZayaModel(self.model)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        shapes = parameter_shapes(self.model)
         own = {n for n in shapes if self.layout.expert > 1 and ".experts." in n}
         dense = _shard_elements((shapes[n] for n in shapes.keys() - own), self.layout.fsdp)
         yield from self._unit("weights", "fsdp", dense, self.layout.fsdp)

@@ -6,30 +6,27 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import torch
 from rich.table import Table
 
 from zaya_train.config.check import check_all
 from zaya_train.config.derive import layout, layout_notes, phase_sequences
 from zaya_train.model.flops import model_size, train_flops_per_token
-from zaya_train.model.zaya import ZayaModel
-from zaya_train.optim.owners import matrices_of, plan
+from zaya_train.model.shapes import parameter_shapes
 from zaya_train.optim.table import assign, summary
-from zaya_train.parallel.collectives import row_counts
-from zaya_train.parallel.traffic import Traffic, Work
 from zaya_train.phases.carry import carry_over
 from zaya_train.phases.plan import steps_in
+from zaya_train.planning.case import cases_of
+from zaya_train.planning.checkpoint import checkpoint_bytes, host_bytes
+from zaya_train.planning.components import GB, MB
+from zaya_train.planning.muon import muon_plan
+from zaya_train.tools.plan_memory import memory_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
-    from zaya_train.config.schema import ModelConfig, PhaseConfig, TrainConfig
-    from zaya_train.optim.owners import Plan
-
-GB, MB = 10**9, 10**6
-_FP32_BYTES, _BF16_BYTES = 4, 2
+    from zaya_train.config.schema import PhaseConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -38,6 +35,8 @@ class PlanRequest:
 
     config: TrainConfig
     ranks: int
+    memory_gb: float | None = None
+    """Of one device, to show what is left of it."""
 
 
 def show_plan(request: PlanRequest, console: Console) -> None:
@@ -53,7 +52,8 @@ def show_plan(request: PlanRequest, console: Console) -> None:
     console.print(phase_table(request, [_phase_column(request, phase) for phase in phases]))
     for note in layout_notes(request.config, request.ranks):
         console.print(f"note: {note}", highlight=False)
-    console.print(_memory_table(request))
+    console.print(memory_table(cases_of(request.config, request.ranks), request.memory_gb))
+    console.print(_checkpoint_line(request), highlight=False)
     lines = "\n".join(_optimizer_lines(request))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
     console.print(_traffic_table(request))
@@ -113,14 +113,8 @@ def _traffic_table(request: PlanRequest) -> Table:
     for column in ("phase", "what", "collective", "axis"):
         table.add_column(column)
     table.add_column("MB", justify="right")
-    for name, phase in config.plan.phases.items():
-        degrees = layout(phase, config.parallel, request.ranks)
-        rows, length = phase.micro_batch_sequences, phase.context_tokens
-        micro = phase.global_batch_tokens // length // (degrees.data * rows)
-        tokens = config.model.num_layers * micro * rows * length // degrees.context
-        work = Work(micro, rows, length, tokens, tokens)
-        traffic = Traffic(config.model, config.parallel, config.precision, degrees, work)
-        flows = traffic.flows()
+    for case in cases_of(config, request.ranks):
+        name, flows = case.name, case.traffic().flows()
         for flow in flows:
             if flow.bytes >= MB:
                 table.add_row(name, flow.what, flow.kind, flow.axis, f"{flow.bytes / MB:,.1f}")
@@ -130,58 +124,12 @@ def _traffic_table(request: PlanRequest) -> Table:
     return table
 
 
-def state_bytes(config: TrainConfig, world: int) -> dict[str, float]:
-    """Bytes per rank of what lives from step to step; activations are not in it.
-
-    Muon keeps one momentum per matrix element, AdamW two fp32 moments; matrices are everything but
-    the embedding here, whose moments dominate AdamW's (vectors are under 0.1 %).
-    """
-    size, fsdp_ranks = model_size(config.model), config.parallel.shard or world
-    matrices = size.total - size.embedding
-    accumulates = any(
-        phase.global_batch_tokens // phase.context_tokens
-        > layout(phase, config.parallel, world).data * phase.micro_batch_sequences
-        for phase in config.plan.phases.values()
+def _checkpoint_line(request: PlanRequest) -> str:
+    copies = max(host_bytes(case) for case in cases_of(request.config, request.ranks))
+    return (
+        f"checkpoint: {checkpoint_bytes(request.config) / GB:,.2f} GB; host memory per rank for "
+        f"copies while one is written: {copies / GB:,.2f} GB"
     )
-    momentum = _BF16_BYTES if config.optim.muon.momentum_dtype == "bf16" else _FP32_BYTES
-    # Of the experts a rank gathers, and sums gradients of, only those it computes.
-    own = config.parallel.expert_parallel
-    computed = size.total - size.experts * (own - 1) // own
-    held = {
-        "keep_unsharded": float(computed * _FP32_BYTES),
-        "all_reduce_last": size.total * _FP32_BYTES / fsdp_ranks,
-        "reduce_each": 0.0,
-    }[config.parallel.accumulation]
-    gathered = _BF16_BYTES if config.precision.compute_dtype == "bf16" else _FP32_BYTES
-    return {
-        "fp32 master weights": size.total * _FP32_BYTES / fsdp_ranks,
-        "fp32 gradients": size.total * _FP32_BYTES / fsdp_ranks,
-        "Muon momentum": matrices * momentum / fsdp_ranks,
-        "AdamW moments": 2 * size.embedding * _FP32_BYTES / fsdp_ranks,
-        "fp32 gradients while accumulating": held if accumulates else 0.0,
-        "gathered weights": (
-            0.0 if config.parallel.reshard_after_forward else float(computed * gathered)
-        ),
-    }
-
-
-SAVED = ("fp32 master weights", "Muon momentum", "AdamW moments")
-"""What of the state is in a checkpoint."""
-
-
-def _memory_table(request: PlanRequest) -> Table:
-    group = request.config.parallel.shard or request.ranks
-    table = Table(title=f"state per rank, sharded over {group} ranks", title_justify="left")
-    table.add_column("component")
-    table.add_column("GB", justify="right")
-    parts = state_bytes(request.config, request.ranks)
-    for name, count in parts.items():
-        table.add_row(name, f"{count / GB:.2f}")
-    table.add_section()
-    table.add_row("sum, activations not included", f"{sum(parts.values()) / GB:.2f}")
-    copies = sum(parts[name] for name in SAVED) if request.config.checkpoint.asynchronous else 0.0
-    table.add_row("host memory, copies for background saves", f"{copies / GB:.2f}")
-    return table
 
 
 def _optimizer_lines(request: PlanRequest) -> list[str]:
@@ -197,40 +145,3 @@ def _optimizer_lines(request: PlanRequest) -> list[str]:
         f"Newton-Schulz per step: {len(made.matrices):,} matrices, {sum(loads):,.4g} TFLOP; "
         f"per rank {sum(loads) / len(loads):,.4g} on average, {max(loads):,.4g} at most",
     ]
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of every parameter, by name."""
-    with torch.device("meta"):
-        model = ZayaModel(config)
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def muon_plan(
-    shapes: Mapping[str, tuple[int, ...]], replicas: int, shards: int, expert: int = 1
-) -> Plan:
-    """Muon's plan where stacks are sharded between matrices, experts over `expert` ranks first."""
-    table = assign(shapes)
-    muon = [shape for name, shape in shapes.items() if table[name].optimizer == "muon"]
-    places = matrices_of(muon, stacks_held(shapes, shards, expert))
-    return plan([place.matrix for place in places], replicas, shards)
-
-
-def stacks_held(shapes: Mapping[str, tuple[int, ...]], shards: int, expert: int) -> list[list[int]]:
-    """[column][parameter of Muon's]: matrices of each stack on a column; 0 where the parameter is
-    one matrix."""
-    table = assign(shapes)
-    counts = []
-    for name, shape in shapes.items():
-        view = table[name].view
-        if view is not None:
-            own = expert if table[name].what == "experts" else 1
-            counts.append(matrices_held(shape[0], shards, own) if view.is_stack else [0] * shards)
-    return [[count[column] for count in counts] for column in range(shards)]
-
-
-def matrices_held(count: int, shards: int, expert: int) -> list[int]:
-    """Of a stack of `count`, by column: divided over `expert` neighbours, then in chunks over the
-    ranks that hold the same part (`parallel.mesh`)."""
-    chunks = row_counts(count // expert, shards // expert)
-    return [chunks[column // expert] for column in range(shards)]

@@ -10,7 +10,10 @@ from zaya_train.config.derive import layout, layout_notes, phase_sequences
 from zaya_train.phases.carry import entry_checks
 from zaya_train.phases.gates import conditions
 from zaya_train.phases.plan import schedule_factor, steps_in
-from zaya_train.tools.plan import GB, edge_table, phase_table, state_bytes
+from zaya_train.planning.case import cases_of
+from zaya_train.planning.components import GB
+from zaya_train.planning.memory import forecast
+from zaya_train.tools.plan import edge_table, phase_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,8 +33,8 @@ def show_phases(request: PlanRequest, console: Console) -> None:
     ends = accumulate(phase_sequences(p) * p.context_tokens for p in phases.values())
     pairs = zip(phases.values(), ends, strict=True)
     console.print(phase_table(request, [_column(request, phase, end) for phase, end in pairs]))
-    state = sum(state_bytes(request.config, request.ranks).values()) / GB
-    console.print(f"state per rank, at most: {state:.2f} GB", highlight=False)
+    peak = max(forecast(case).peak.bytes for case in cases_of(request.config, request.ranks)) / GB
+    console.print(f"peak memory of rank 0, at most: {peak:.2f} GB", highlight=False)
     for note in layout_notes(request.config, request.ranks):
         console.print(f"note: {note}", highlight=False)
     start = request.config.checkpoint.branch_from or request.config.checkpoint.initial_weights

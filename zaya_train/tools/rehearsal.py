@@ -5,8 +5,8 @@ three things stand in for what one process cannot have: torch's fake process gro
 ranks, fake tensors for floating-point numbers (`rehearsal_meter`), and a routing given beforehand,
 written to each layer's tape: tokens fall on the experts evenly.
 
-Not in the figures: what RCCL, hipBLASLt and the allocator's rounding take. `RESERVE` is left free
-for them.
+Not in the figures: what RCCL, hipBLASLt and the allocator's rounding take.
+`planning.components.RESERVE` is left free for them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zaya_train.config.derive import layout, sequences_per_step
+from zaya_train.config.derive import layout
 from zaya_train.parallel.apply import chunking_of, sharded_on_meta
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
+from zaya_train.planning.case import Case, halving_documents
+from zaya_train.planning.components import STATE, WEIGHTS
+from zaya_train.planning.muon import stacks_held
 from zaya_train.runtime.device import usable_cores
-from zaya_train.tools.plan import stacks_held
 from zaya_train.tools.random_rows import RandomRow
 from zaya_train.tools.rehearsal_meter import Flow, Meter, Peak
-from zaya_train.tools.rehearsal_places import STATE, WEIGHTS
 from zaya_train.train.batch import Batch, make_batch
 from zaya_train.train.built import groups_of, optimizer_of
 from zaya_train.train.step import Rates, train_step
@@ -49,11 +50,9 @@ if TYPE_CHECKING:
     from zaya_train.model.zaya import ZayaModel
 
 CPU = torch.device("cpu")
-RESERVE = 0.10
-"""Share of a device's memory that a rehearsed peak must leave free (engine.md: 10 to 15 %)."""
-MICRO_BATCHES = 2
-"""Rehearsed at most. The first may gather weights and the last reduce gradients; those between do
-what both do."""
+MICRO_BATCHES = {"keep_unsharded": 2, "all_reduce_last": 3, "reduce_each": 3}
+"""Rehearsed at most. The first may gather weights and the last reduce gradients. Where every one
+reduces, those between are the fullest: gathered weights stay, beside earlier gradients."""
 
 Flows = dict[tuple[str, str], Flow]
 
@@ -134,7 +133,7 @@ def rehearse(config: TrainConfig, name: str, ranks: int, busiest: float = 1.0) -
     started = time.monotonic()
     phase = config.plan.phases[name]
     degrees = layout(phase, config.parallel, ranks)
-    count = micro_batches(config, name, ranks)
+    count = Case(config, name, ranks).micro_batches
     with _alone(ranks):
         mesh = Mesh.build(degrees, "cpu")
         peaks, flows = _step(config, phase, mesh, (count, busiest))
@@ -147,13 +146,6 @@ def rehearse(config: TrainConfig, name: str, ranks: int, busiest: float = 1.0) -
         flows=flows,
         seconds=time.monotonic() - started,
     )
-
-
-def micro_batches(config: TrainConfig, name: str, ranks: int) -> int:
-    """Of a step of phase `name` on every rank."""
-    phase = config.plan.phases[name]
-    data = layout(phase, config.parallel, ranks).data
-    return sequences_per_step(phase) // (data * phase.micro_batch_sequences)
 
 
 @contextmanager
@@ -178,7 +170,7 @@ def _step(
     batch = _batch(config, phase, mesh)
     _give_routing(model, batch, busiest)
     meter = Meter(_axes(mesh), {mesh.fsdp_group.group_name: _held(model, mesh.layout)})
-    shown = min(count, MICRO_BATCHES)
+    shown = min(count, MICRO_BATCHES[config.parallel.accumulation])
     with FakeTensorMode(allow_non_fake_inputs=True), meter.counting():
         with meter.labelled(WEIGHTS):
             model.to_empty(device=CPU)
@@ -193,26 +185,28 @@ def _step(
 
 
 def _whole_step(flows: Flows, marks: list[Flows], left_out: int) -> Flows:
-    """The flows with `left_out` micro-batches between the first and the last."""
-    if left_out:
-        for key, until_last in marks[1].items():
-            before, total = marks[0].get(key, Flow()), flows[key]
-            first = (until_last.calls - before.calls, until_last.bytes - before.bytes)
-            last = (total.calls - until_last.calls, total.bytes - until_last.bytes)
-            if min(first[0], last[0]):
-                total.calls += left_out * min(first[0], last[0])
-                total.bytes += left_out * min(first[1], last[1])
+    """The flows with `left_out` more micro-batches between the first and the last. `marks`: what
+    was sent before each that was rehearsed. Of two, what both send is what those between would."""
+    if not left_out:
+        return flows
+    between = marks[1:] if len(marks) > 2 else [marks[1], flows]
+    for key, after in between[1].items():
+        before, start = marks[1].get(key, Flow()), marks[0].get(key, Flow())
+        calls, size = after.calls - before.calls, after.bytes - before.bytes
+        if len(marks) == 2:
+            calls = min(calls, before.calls - start.calls)
+            size = min(size, before.bytes - start.bytes)
+        total = flows[key]
+        total.calls, total.bytes = total.calls + left_out * calls, total.bytes + left_out * size
     return flows
 
 
 def _batch(config: TrainConfig, phase: PhaseConfig, mesh: Mesh) -> Batch:
-    """Rows of documents that halve in length, each one token longer than attention pads well."""
-    lengths, left = [], phase.context_tokens
-    while left > 64:
-        lengths.append(left // 2 + 1)
-        left -= lengths[-1]
+    """Rows of `halving_documents`."""
     tokens = np.arange(phase.context_tokens) % config.model.vocab_size
-    row = RandomRow(tokens, tokens, np.array([*lengths, left], dtype=np.int32))
+    row = RandomRow(
+        tokens, tokens, np.array(halving_documents(phase.context_tokens), dtype=np.int32)
+    )
     rows = [row] * phase.micro_batch_sequences
     return make_batch(rows, chunking_of(mesh, config), mesh.context_rank, CPU)
 

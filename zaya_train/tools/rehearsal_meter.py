@@ -31,7 +31,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zaya_train.config.errors import ConfigError
-from zaya_train.tools.rehearsal_places import place_of
+from zaya_train.tools.rehearsal_places import SHAPES_ONLY, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -163,6 +163,8 @@ class Meter(TorchDispatchMode):
         if held is not None and held[1] == size:
             return
         stage, component = place_of(sys._getframe(2))
+        if component == SHAPES_ONLY:
+            return
         component = self.label or component
         self._release(key)
         self._storages[key] = (weakref.ref(storage, lambda _: self._release(key)), size, component)

@@ -5,29 +5,27 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from zaya_train.planning.components import (
+    ACTIVATIONS,
+    AGAIN,
+    BACKWARD,
+    BUFFERS,
+    FULL_GRADIENTS,
+    GATHERED,
+    GRADIENTS,
+    LOSS,
+    STEP,
+)
+
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-ACTIVATIONS = "activations"
-BACKWARD = "backward pass"
-AGAIN = "recomputed activations"
-BUFFERS = "collective buffers"
-FULL_GRADIENTS = "full gradients"
-GATHERED = "gathered weights"
-GRADIENTS = "gradients"
-LOSS = "loss and LM head"
-STATE = "optimizer state"
-STEP = "optimizer step"
-WEIGHTS = "master weights"
-
-COMPONENTS = (
-    WEIGHTS, STATE, GATHERED, FULL_GRADIENTS, GRADIENTS, ACTIVATIONS, AGAIN, BACKWARD, LOSS,
-    BUFFERS, STEP,
-)  # fmt: skip
-"""In the order of tables."""
+SHAPES_ONLY = "shapes only"
+"""DTensor works out the shape of a result on fake tensors of the whole size: nothing real."""
 
 _PLACES = (
     # File, function ("" for any), component.
+    ("distributed/tensor/_sharding_prop.py", "", SHAPES_ONLY),
     ("_fully_shard/_fsdp_param.py", "alloc_all_gather_outputs", GATHERED),
     ("_fully_shard/_fsdp_param.py", "init_all_gather_outputs", GATHERED),
     ("_fully_shard/_fsdp_param.py", "init_unsharded_param", GATHERED),

@@ -1,21 +1,20 @@
-"""A rehearsal as tables, and what to change where it does not fit."""
+"""A rehearsal as tables."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from zaya_train.config.check import check_all, problems
-from zaya_train.config.errors import ConfigError
+from zaya_train.config.check import check_all
 from zaya_train.config.kernel_rules import rehearsal_problems
-from zaya_train.tools.plan import GB, MB
-from zaya_train.tools.rehearsal import RESERVE, Rehearsal, micro_batches, rehearse_phases
-from zaya_train.tools.rehearsal_places import COMPONENTS
+from zaya_train.planning.components import COMPONENTS, GB, MB, RESERVE
+from zaya_train.planning.fitting import Budget, refuse_peaks
+from zaya_train.tools.rehearsal import Rehearsal, rehearse_phases
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
 
     from rich.console import Console
 
@@ -39,78 +38,6 @@ class RehearsalRequest:
     def names(self) -> tuple[str, ...]:
         return self.phases or tuple(self.config.plan.phases)
 
-    def fits(self, rehearsal: Rehearsal) -> bool:
-        """Whether the peak leaves the reserve free."""
-        return self.memory_gb is None or rehearsal.peak.bytes <= self.usable_bytes
-
-    @property
-    def usable_bytes(self) -> float:
-        return (self.memory_gb or 0.0) * GB * (1 - RESERVE)
-
-
-@dataclass(frozen=True)
-class Change:
-    """Settings that save memory, and what they cost."""
-
-    parallel: Mapping[str, Any]
-    micro_batch_sequences: int | None
-    context_parallel: int | None
-    """A factor."""
-    cost: str
-
-    def applied(self, config: TrainConfig, names: Sequence[str]) -> TrainConfig:
-        """`config` with the change, in phases `names` where it is a phase's affair."""
-        phases = dict(config.plan.phases)
-        for name in names:
-            phase = phases[name]
-            phases[name] = replace(
-                phase,
-                micro_batch_sequences=self.micro_batch_sequences or phase.micro_batch_sequences,
-                context_parallel=phase.context_parallel * (self.context_parallel or 1),
-            )
-        plan = replace(config.plan, phases=phases)
-        return replace(config, plan=plan, parallel=replace(config.parallel, **self.parallel))
-
-
-def overrides(before: TrainConfig, after: TrainConfig) -> str:
-    """What `Change.applied` changed, as words for the command line."""
-    pairs: list[tuple[str, Any, Any]] = [("parallel", before.parallel, after.parallel)]
-    for name, phase in after.plan.phases.items():
-        pairs.append((f"plan.phases.{name}", before.plan.phases[name], phase))
-    return " ".join(
-        f"{group}.{key}={_yaml(value)}"
-        for group, old, new in pairs
-        for key, value in vars(new).items()
-        if value != getattr(old, key)
-    )
-
-
-_LEAN = {"accumulation": "reduce_each", "reshard_after_forward": True, "recompute": "full"}
-CHANGES = (
-    Change({"accumulation": "all_reduce_last"}, None, None, "a reduce-scatter every micro-batch"),
-    Change({"recompute": "selective"}, None, None, "norms, convolutions and router computed twice"),
-    Change(
-        {"accumulation": "all_reduce_last", "recompute": "selective"},
-        None,
-        None,
-        "a reduce-scatter every micro-batch; norms, convolutions and router computed twice",
-    ),
-    Change({"recompute": "full"}, None, None, "every layer's forward pass computed twice"),
-    Change(
-        {"accumulation": "all_reduce_last", "recompute": "full"},
-        None,
-        None,
-        "every layer's forward pass computed twice, a reduce-scatter every micro-batch",
-    ),
-    Change(_LEAN, None, None, "weights gathered and layers computed twice, reduced at once"),
-    Change(_LEAN, 1, None, "weights gathered and layers computed twice, on smaller products"),
-    Change(_LEAN, 1, 2, "weights gathered and layers computed twice, twice the ranks to a row"),
-    Change(
-        _LEAN, 1, 4, "weights gathered and layers computed twice, four times the ranks to a row"
-    ),
-)
-"""By rising cost in time."""
-
 
 def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
     """Print memory and traffic of a step; ConfigError where a rule is broken or memory is short."""
@@ -122,9 +49,10 @@ def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
     console.print(_memory(request, found))
     console.print(_traffic(found))
     console.print(_summary(request, found), highlight=False, soft_wrap=True)
-    refused = [r for r in found.values() if not request.fits(r)]
-    if refused:
-        raise ConfigError(_refusal(request, sorted(refused, key=lambda r: -r.peak.bytes)))
+    if request.memory_gb is not None:
+        budget = Budget(request.memory_gb, f"--memory-gb {request.memory_gb:g}")
+        peaks = {name: rehearsal.peak.bytes for name, rehearsal in found.items()}
+        refuse_peaks(request.config, request.ranks, peaks, budget)
 
 
 def _memory(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> Table:
@@ -169,49 +97,3 @@ def _summary(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> str:
         f"micro-batches x tokens of a rank: {steps}; recompute {parallel.recompute}, accumulation "
         f"{parallel.accumulation}; rehearsed in {max(r.seconds for r in found.values()):.0f} s"
     )
-
-
-def _refusal(request: RehearsalRequest, refused: Sequence[Rehearsal]) -> str:
-    """`refused` by falling peak."""
-    worst, *others = refused
-    said = (
-        f"phase {worst.phase}: a peak of {worst.peak.bytes / GB:.1f} GB exceeds "
-        f"{request.usable_bytes / GB:.1f} GB, {1 - RESERVE:.0%} of --memory-gb "
-        f"{request.memory_gb:g}"
-    )
-    if others:
-        peaks = ", ".join(f"{r.phase} ({r.peak.bytes / GB:.1f})" for r in others)
-        said += f", and so does that of {peaks}"
-    for cost, config, found in _tried(request, [r.phase for r in refused]):
-        if all(request.fits(rehearsal) for rehearsal in found):
-            peak = max(rehearsal.peak.bytes for rehearsal in found)
-            return (
-                f"{said}; the cheapest change that fits: {overrides(request.config, config)} "
-                f"({peak / GB:.1f} GB; costs {cost})"
-            )
-    return f"{said}; no setting of parallel.* makes it fit: more ranks to a shard or more memory"
-
-
-def _tried(
-    request: RehearsalRequest, names: Sequence[str]
-) -> Iterator[tuple[str, TrainConfig, list[Rehearsal]]]:
-    """Changes that are valid and change something, by rising cost: cost, configuration with it,
-    and phases `names` under it."""
-    seen = [request.config]
-    for change in CHANGES:
-        config = change.applied(request.config, names)
-        if any(problems(config, request.ranks)):
-            continue
-        if all(micro_batches(config, name, request.ranks) == 1 for name in names):
-            # Nothing to add up.
-            kept = request.config.parallel.accumulation
-            config = replace(config, parallel=replace(config.parallel, accumulation=kept))
-        if config in seen:
-            continue
-        seen.append(config)
-        found = rehearse_phases(config, request.ranks, names, request.busiest)
-        yield change.cost, config, list(found.values())
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import zaya_train
 from zaya_train.config.cluster import DIRECTIVE_KEYS
+from zaya_train.planning.checkpoint import checkpoint_bytes
 from zaya_train.tools.launch_environment import shell_lines
-from zaya_train.tools.plan import state_bytes
 
 if TYPE_CHECKING:
     from zaya_train.config.cluster import ContainerConfig, SubmitConfig
@@ -96,11 +96,13 @@ def directives(job: Job) -> list[str]:
 def settings(job: Job) -> list[str]:
     """Shell variables of the script."""
     submit = job.submit
+    # Those kept, the one being written, and the end of a phase.
+    checkpoints = job.config.checkpoint.keep_last + 2
     values = {
         "run_dir": job.config.run.dir,
         "config": str(job.frozen),
         "preflight": submit.preflight,
-        "free_gib": f"{checkpoint_gib(job) * (job.config.checkpoint.keep_last + 2):.1f}",
+        "free_gib": f"{checkpoints * checkpoint_bytes(job.config) / 2**30:.1f}",
         "exclude": submit.exclude,
         "crash_limit": str(submit.crash_limit),
         "requeue_limit": str(submit.requeue_limit),
@@ -115,14 +117,6 @@ def settings(job: Job) -> list[str]:
         f"export TASKS_PER_NODE={submit.tasks_per_node}",
         "",
     ]
-
-
-def checkpoint_gib(job: Job) -> float:
-    """Size of one checkpoint: what lives from step to step, of all ranks of an FSDP group."""
-    parts = state_bytes(job.config, job.ranks)
-    saved = ("fp32 master weights", "Muon momentum", "AdamW moments")
-    ranks = job.config.parallel.shard or job.ranks
-    return sum(parts[name] for name in saved) * ranks / 2**30
 
 
 def _start(submit: SubmitConfig) -> tuple[str, str]:

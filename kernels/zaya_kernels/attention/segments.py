@@ -65,7 +65,7 @@ class AttentionPlan:
     """The same work as the Triton kernels take it."""
 
 
-def _bucket(length: int) -> int:
+def padded_length(length: int) -> int:
     """Padded length: multiples of an eighth of the next power of two waste at most 12.5 percent."""
     step = max(8, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
@@ -96,7 +96,7 @@ def plan_attention(
     behind = [s for s in segments if s.query_count < s.key_count]
     for segment in segments:
         if segment.query_count == segment.key_count:
-            buckets[_bucket(segment.query_count)].append(segment)
+            buckets[padded_length(segment.query_count)].append(segment)
     # Places are kept per local token: where its output will be, and where its own key is.
     inverse = torch.full((num_queries,), -1, dtype=torch.int64)
     own_keys = torch.empty(num_queries, dtype=torch.int64)

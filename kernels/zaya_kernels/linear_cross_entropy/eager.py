@@ -22,11 +22,12 @@ _CACHED_BYTES = 32 * 2**20
 """Logits that a processor's last-level cache holds; more rows than this allows only slow down."""
 _CHUNK_ROWS = 128
 """Fewest rows within _CHUNK_BYTES: every chunk reads and writes the weight's whole gradient."""
-_VOCAB_BLOCK = 16_384
+VOCAB_BLOCK = 16_384
 """Rows of the weight or its gradient treated at once: 128 MiB at D = 2,048."""
 
 
-def _chunk_rows(vocab: int, itemsize: int) -> int:
+def chunk_rows(vocab: int, itemsize: int) -> int:
+    """Rows of logits made at once."""
     row = vocab * itemsize
     return max(1, min(_CHUNK_BYTES // row, max(_CHUNK_ROWS, _CACHED_BYTES // row)))
 
@@ -36,9 +37,9 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == hidden.dtype:
         return product(hidden, weight.t())
     out = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    for start in range(0, weight.shape[0], _VOCAB_BLOCK):
-        block = weight[start : start + _VOCAB_BLOCK].to(hidden.dtype)
-        part = out[:, start : start + _VOCAB_BLOCK]
+    for start in range(0, weight.shape[0], VOCAB_BLOCK):
+        block = weight[start : start + VOCAB_BLOCK].to(hidden.dtype)
+        part = out[:, start : start + VOCAB_BLOCK]
         if by_onednn(hidden, block.shape[0]):
             part.copy_(product(hidden, block.t()))
         else:
@@ -51,9 +52,9 @@ def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
     if weight.dtype == grad_logits.dtype:
         return product(grad_logits, weight)
     out = grad_logits.new_zeros(grad_logits.shape[0], weight.shape[1])
-    for start in range(0, weight.shape[0], _VOCAB_BLOCK):
-        block = weight[start : start + _VOCAB_BLOCK].to(grad_logits.dtype)
-        part = grad_logits[:, start : start + _VOCAB_BLOCK]
+    for start in range(0, weight.shape[0], VOCAB_BLOCK):
+        block = weight[start : start + VOCAB_BLOCK].to(grad_logits.dtype)
+        part = grad_logits[:, start : start + VOCAB_BLOCK]
         if by_onednn(part, block.shape[1]):
             out += product(part, block)
         else:
@@ -63,8 +64,8 @@ def _grad_hidden(grad_logits: Tensor, weight: Tensor) -> Tensor:
 
 def _add_grad_weight(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
     """grad_weight [V, D] += grad_logits [c, V].T @ hidden [c, D], without a second [V, D]."""
-    for start in range(0, grad_weight.shape[0], _VOCAB_BLOCK):
-        block = slice(start, start + _VOCAB_BLOCK)
+    for start in range(0, grad_weight.shape[0], VOCAB_BLOCK):
+        block = slice(start, start + VOCAB_BLOCK)
         grad_weight[block].add_(product(grad_logits[:, block].t(), hidden))
 
 
@@ -102,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if need_grad else None
         grad_weight = torch.zeros_like(weight, dtype=work) if need_grad else None
         loss = torch.zeros((), dtype=work, device=hidden.device)
-        step = _chunk_rows(weight.shape[0], rows.element_size())
+        step = chunk_rows(weight.shape[0], rows.element_size())
         for start in range(0, rows.shape[0], step):
             chunk, target = rows[start : start + step], targets[start : start + step, None]
             chunk_loss, chunk_grad = _one_chunk(chunk, target, weight, z_loss, grad_weight)

@@ -1,0 +1,239 @@
+"""Memory of rank 0 by component, from the configuration alone: `zaya plan --rehearse` without a
+rehearsal.
+
+A step's fullest moment is one of a few, each a sum of components:
+
+    loss               the forward pass has ended, the loss makes logits and both gradients
+    loss backward      the LM head's gradients meet all activations
+    layer backward     a layer's experts, counted for the last layers and for the first one
+    norm               every shard squared in fp64 for the global norm
+    Muon               updates on their way to all replicas
+
+tests/unit/test_forecast.py holds the peak against rehearsals.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from zaya_kernels.dtypes import DTYPES
+from zaya_kernels.linear_cross_entropy.eager import VOCAB_BLOCK, chunk_rows
+
+from zaya_train.model.shapes import parameter_shapes
+from zaya_train.planning.activations import entry_parts, kept_parts, layer_parts, total
+from zaya_train.planning.components import (
+    ACTIVATIONS,
+    AGAIN,
+    BACKWARD,
+    BUFFERS,
+    FULL_GRADIENTS,
+    GATHERED,
+    GRADIENTS,
+    LOSS,
+    STATE,
+    STEP,
+    WEIGHTS,
+)
+from zaya_train.planning.muon import round_bytes
+from zaya_train.planning.weights import Weights, weights_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zaya_train.config.schema import ModelConfig
+    from zaya_train.planning.activations import Part
+    from zaya_train.planning.case import Case
+
+_FP32, _FP64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One candidate for a step's peak."""
+
+    name: str
+    stage: str
+    """forward, backward or optimizer."""
+    components: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.components.values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a step of one phase takes on rank 0."""
+
+    case: Case
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.bytes)
+
+    def stage(self, name: str) -> int:
+        """Most bytes of a stage."""
+        return max(moment.bytes for moment in self.moments if moment.stage == name)
+
+
+def forecast(case: Case) -> Forecast:
+    """Memory of a step of `case`, whose configuration has passed `config.check`."""
+    kept = kept_parts(case, case.parallel.recompute)
+    step = _Step(case, weights_of(case.model, case.layout), kept)
+    layers = sorted({case.model.num_layers - 1, max(0, case.model.num_layers - 2), 0})
+    moments = [step.loss(), step.loss_backward(), *(step.layer_backward(i) for i in layers)]
+    if case.micro_batches > 1 and case.parallel.accumulation != "keep_unsharded":
+        moments += [step.layer_backward(i, last=False) for i in layers]
+    return Forecast(case, (*moments, step.norm(), step.muon()))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The moments of one step."""
+
+    case: Case
+    weights: Weights
+    kept: tuple[Part, ...]
+    """By a layer."""
+
+    @property
+    def _accumulates(self) -> bool:
+        return self.case.micro_batches > 1
+
+    @property
+    def _keeps_full(self) -> bool:
+        return self.case.parallel.accumulation == "keep_unsharded" and self._accumulates
+
+    def _standing(self) -> Counter[str]:
+        """What lives from step to step."""
+        case, weights = self.case, self.weights
+        momentum = DTYPES[case.config.optim.muon.momentum_dtype].itemsize
+        state = weights.muon * momentum + (weights.local - weights.muon) * 2 * _FP32
+        return Counter({WEIGHTS: _FP32 * weights.local, STATE: state})
+
+    def _before_backward(self) -> Counter[str]:
+        """Standing, gathered weights and the gradients of earlier micro-batches."""
+        case, weights = self.case, self.weights
+        parts = self._standing()
+        parts[GATHERED] = case.compute_bytes * (
+            weights.root.padded if case.parallel.reshard_after_forward else weights.padded
+        )
+        if self._keeps_full:
+            parts[FULL_GRADIENTS] = _FP32 * weights.whole
+        elif self._accumulates:
+            parts[GRADIENTS] = _FP32 * weights.local
+        return parts
+
+    def _activations(self, layers: int) -> int:
+        return total(entry_parts(self.case)) + layers * total(self.kept)
+
+    def loss(self) -> Moment:
+        """Logits and their log-softmax beside both gradients."""
+        case, weights = self.case, self.weights
+        m, t, c = case.model, case.tokens, case.compute_bytes
+        parts = self._before_backward()
+        # The last norm's output and its copy in fp32.
+        parts[ACTIVATIONS] = self._activations(m.num_layers) + c * m.hidden_size * t
+        logits = _FP32 * m.vocab_size * min(t, chunk_rows(m.vocab_size, _FP32))
+        block = _FP32 * m.hidden_size * min(m.vocab_size, VOCAB_BLOCK)
+        blocks = min(2, -(-m.vocab_size // VOCAB_BLOCK)) if c != _FP32 else 0
+        beside = max(logits, blocks * block)
+        parts[LOSS] = 2 * _FP32 * m.hidden_size * t + _FP32 * m.vocab_size * m.hidden_size
+        parts[LOSS] += logits + beside
+        if case.layout.fsdp > 1 and (case.parallel.reshard_after_forward or not self._accumulates):
+            parts[BUFFERS] = c * weights.layers[-1].padded
+        return Moment("loss", "forward", parts)
+
+    def loss_backward(self) -> Moment:
+        """The LM head's gradients, in fp32 and in the compute dtype."""
+        m, t, c = self.case.model, self.case.tokens, self.case.compute_bytes
+        parts = self._before_backward()
+        parts[ACTIVATIONS] = self._activations(m.num_layers)
+        vocabulary = m.vocab_size * m.hidden_size
+        parts[LOSS] = _FP32 * (2 * m.hidden_size * t + vocabulary)
+        if c != _FP32:
+            parts[LOSS] += c * (m.hidden_size * t + vocabulary)
+        return Moment("loss backward", "backward", parts)
+
+    def layer_backward(self, layer: int, last: bool = True) -> Moment:
+        """The experts of `layer`, while gradients of the layer above are being reduced; in the
+        step's last micro-batch or, where every one reduces, in one before it."""
+        case, weights = self.case, self.weights
+        m, t, c, rows = case.model, case.tokens, case.compute_bytes, case.received
+        parts = self._before_backward()
+        self._gathered(parts, layer, last)
+        self._reduced(parts, layer)
+        if not last and case.micro_batches == 2:
+            # The first has no gradients before it.
+            parts[GRADIENTS] -= _FP32 * sum(unit.local for unit in weights.units[: layer + 2])
+        again = sum(part.bytes for part in layer_parts(case) if not part.last)
+        if case.parallel.recompute == "full":
+            parts[ACTIVATIONS] = self._activations(layer)
+            parts[AGAIN] = again - _FP32 * m.hidden_size * t
+        else:
+            freed = sum(part.bytes for part in self.kept if part.last)
+            # The layer's own result has been used.
+            parts[ACTIVATIONS] = self._activations(layer + 1) - freed - _FP32 * m.hidden_size * t
+        big, width = m.hidden_size, m.expert_ffn_size
+        temporary = c * (2 * big + 6 * width) * rows + c * weights.layers[layer].experts
+        parts[BACKWARD] = temporary + (_FP32 + c) * big * t
+        parts[LOSS] = c * m.vocab_size * big
+        return Moment(f"layer {layer} backward", "backward", parts)
+
+    def _gathered(self, parts: Counter[str], layer: int, last: bool) -> None:
+        """Weights at hand: in the last micro-batch those of the layers above are freed."""
+        c, layers = self.case.compute_bytes, self.weights.layers
+        if not self.case.parallel.reshard_after_forward:
+            if last:
+                parts[GATHERED] -= c * sum(unit.padded for unit in layers[layer + 1 :])
+            return
+        parts[GATHERED] += c * layers[layer].padded
+        if layer:
+            # Gathered ahead.
+            kind = BUFFERS if self.case.layout.fsdp > 1 else GATHERED
+            parts[kind] += c * layers[layer - 1].padded
+
+    def _reduced(self, parts: Counter[str], layer: int) -> None:
+        """Gradients of the layers above `layer` in the step's last micro-batch."""
+        case, above = self.case, self.weights.layers[layer + 1 :]
+        if not above or case.layout.fsdp == 1:
+            return
+        done = _FP32 * sum(unit.local for unit in above)
+        sending = DTYPES[case.config.precision.reduce_dtype].itemsize * above[0].padded
+        if self._keeps_full:
+            parts[FULL_GRADIENTS] -= _FP32 * sum(unit.whole for unit in above)
+        if self._keeps_full or not self._accumulates:
+            parts[GRADIENTS] += done
+        elif case.parallel.accumulation == "reduce_each":
+            # Not yet added to those of earlier micro-batches.
+            parts[GRADIENTS] += _FP32 * above[0].local
+        parts[GRADIENTS] += sending
+
+    def norm(self) -> Moment:
+        """The largest shard in fp64, and its squares."""
+        parts = self._with_gradients()
+        parts[STEP] = 2 * _FP64 * max(unit.largest for unit in self.weights.units)
+        return Moment("norm", "optimizer", parts)
+
+    def muon(self) -> Moment:
+        """The fullest round."""
+        parts = self._with_gradients()
+        degrees, dtype = self.case.layout, self.case.config.optim.muon.newton_schulz_dtype
+        grid = (degrees.replicate, degrees.fsdp, degrees.expert)
+        parts[STEP] = _muon_bytes(self.case.model, grid, dtype)
+        return Moment("Muon", "optimizer", parts)
+
+    def _with_gradients(self) -> Counter[str]:
+        parts = self._standing()
+        parts[GRADIENTS] = _FP32 * self.weights.local
+        return parts
+
+
+@lru_cache(maxsize=64)
+def _muon_bytes(model: ModelConfig, grid: tuple[int, int, int], dtype: str) -> int:
+    """grid: replicas, shards, expert ranks."""
+    return round_bytes(parameter_shapes(model), grid, DTYPES[dtype].itemsize)
