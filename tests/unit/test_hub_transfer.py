@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-import torch.distributed as dist
 from rich.console import Console
-from torch._C._distributed_c10d import HashStore
 
 from zaya_train.config.errors import CheckpointError
 from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub import from_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
-from zaya_train.tools.transfer import ExportRequest, export_hf
-from zaya_train.train.checkpoint import CheckpointStore
+from zaya_train.tools.transfer import ExportRequest, Verification, export_hf
 
-from ..faults.states import record
 from ..helpers.models import TINY, random_model
+from ..helpers.saved_run import save_run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 MODEL = replace(TINY, num_layers=1, vocab_size=264)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with one checkpoint and its tokenizer."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        store = CheckpointStore(run / CHECKPOINTS, keep_last=2)
-        made = replace(record(1), model=asdict(MODEL))
-        state = random_model(MODEL).state_dict()
-        store.save({f"model.{name}": value for name, value in state.items()}, made)
-        store.close()
-    finally:
-        dist.destroy_process_group()
-    load_tokenizer("bytes").save(run / TOKENIZER)
-    yield run
+    return save_run(tmp_path_factory.mktemp("saved") / "run", random_model(MODEL))
 
 
 @pytest.fixture
@@ -56,7 +41,8 @@ def run(saved: Path, tmp_path: Path) -> Path:
 def export(source: Path, output: Path, tokenizer: Path | None = None) -> str:
     """Export and give back what was printed, as one line."""
     console = Console(file=io.StringIO(), record=True)
-    export_hf(ExportRequest(source, output, tokenizer=tokenizer), console)
+    small = Verification(tokens=32)
+    export_hf(ExportRequest(source, output, tokenizer=tokenizer, verify=small), console)
     return " ".join(console.export_text().split())
 
 

@@ -106,8 +106,8 @@ def _settings(folder: Path, receipt: Mapping[str, Any]) -> str:
     found, stated = config_from_hf(folder), build(ModelConfig, receipt["model"], "receipt.model")
     for key, value in to_dict(found).items():
         # Which output a skipped token gets is not in the format.
-        if key != "skip_output" and value != getattr(stated, key):
-            raise CheckpointError(f"{folder}/config.json: {key} {value}, receipt: {stated}")
+        if key != "skip_output" and value != (recorded := getattr(stated, key)):
+            raise CheckpointError(f"{folder}/config.json: {key} {value}, receipt: {recorded}")
     rope = {"base": found.rope_base, "fraction": found.rope_fraction}
     trained = {key: receipt["rope"]["trained"][key] for key in rope}
     _require_equal(f"{folder}/config.json: RoPE", rope, trained)
