@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from zaya_train.config.suggest import unknown_name
 
 from zaya_train.plan_arguments import add_plan
 
@@ -15,6 +18,18 @@ if TYPE_CHECKING:
 
 FIELDS = ("messages", "prompt", "response", "text")
 """Columns `zaya data prepare` can be told about; see data.fields.FieldOverrides."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what a misspelt command or choice may have meant; its subcommands' parsers too."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message and exit with 2."""
+        found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if found:
+            known = re.findall(r"[\w.-]+", found[2])
+            message = f"{message[: found.start()]}{found[1]!r}{unknown_name(found[1], known)}"
+        super().error(message)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -12,7 +12,6 @@ zaya bench step recipe=zaya1_8b_1gpu
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -32,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 import zaya_train
 from zaya_train.arguments import (
     Help,
+    Parser,
     add_bench,
     add_checkpoint,
     add_cluster,
@@ -54,6 +54,7 @@ from zaya_train.model_commands import MODEL_HANDLERS
 from zaya_train.runtime.files import named_failure
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
@@ -260,7 +261,7 @@ def _compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="zaya",
         description="Train ZAYA1-class language models.",
         allow_abbrev=False,

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
+from zaya_train.config.errors import CheckpointError
+
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -41,7 +44,16 @@ def _verify(options: argparse.Namespace) -> None:
     verify_export(VerifyRequest(options.folder, options.against, options.files_only), Console())
 
 
+def _require_model_folder(folder: Path) -> None:
+    """CheckpointError where nothing can be loaded: transformers is seconds away."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json, not a model folder; `zaya export-hf` makes one"
+        )
+
+
 def _generate(options: argparse.Namespace) -> None:
+    _require_model_folder(options.model)
     from zaya_train.tools.generate import GenerateArgs, GenerateRequest, run
 
     request = GenerateRequest(
@@ -55,6 +67,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    _require_model_folder(options.model)
     from zaya_train.tools import evaluate
 
     console = Console()

@@ -18,7 +18,7 @@ from zaya_train.data.corpus import Corpus
 from zaya_train.data.inspect import inspect_corpus
 from zaya_train.data.prepare import PrepareRequest, prepare
 from zaya_train.data.sections import Kind, Rejected, RejectReason, Role, Sample
-from zaya_train.data.tokenizer import Tokenizer, load_tokenizer
+from zaya_train.data.tokenizer import Tokenizer, _hub_backend, load_tokenizer
 from zaya_train.data.trim import Trimmed, trim
 
 from .builders import problem, problems
@@ -382,3 +382,43 @@ def test_prepare_stores_and_inspect_shows_it(tmp_path: Path, workers: int) -> No
     inspect_corpus(out / "train", 0, 120, console)
     shown = console.export_text()
     assert "<|im_start|>assistant" in shown and "</think>" in shown and "reasoning" in shown
+
+
+TOKENS = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+def test_a_template_may_name_every_token_that_transformers_gives_it(tmp_path: Path) -> None:
+    names = "".join(f"{{{{- {kind}_token }}}}" for kind in TOKENS)
+    make(tmp_path, names + CHATML)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    # Strings of ordinary text: a template only pastes them.
+    config |= {f"{kind}_token": f"<|{marker}|>" for kind, marker in zip(TOKENS, NAMED, strict=True)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(str(tmp_path))
+    sample = encode(tokenizer, problem("sum"))
+    assert isinstance(sample, Sample), sample
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    rendered = theirs.apply_chat_template(problem("sum"), tokenize=False)
+    assert rendered.startswith("".join(f"<|{marker}|>" for marker in NAMED))
+    assert tokenizer.decode(sample.tokens) == rendered
+    tokenizer.save(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert saved.apply_chat_template(problem("sum"), tokenize=False) == rendered
+
+
+NAMED = ("im_start", "im_end", "pad", "tool", "system", "user", "end")
+
+
+def test_of_several_named_templates_the_default_is_taken(tmp_path: Path) -> None:
+    """In a file they are a list; what transformers loads, from the hub too, has them by name."""
+    named = [
+        {"name": "tool_use", "template": "{{- 'tools' }}"},
+        {"name": "default", "template": CHATML},
+    ]
+    make(tmp_path, named)
+    assert isinstance(AutoTokenizer.from_pretrained(str(tmp_path)).chat_template, dict)
+    from_file, (_, loaded) = load_tokenizer(str(tmp_path)).own_template, _hub_backend(str(tmp_path))
+    assert from_file is not None and loaded is not None
+    assert from_file.text == loaded.text == CHATML
+    make(tmp_path / "none", named[:1])
+    assert _hub_backend(str(tmp_path / "none"))[1] is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -264,3 +266,60 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "data", "import-hf", "export-hf", "generate", "plan", "report"):
         # On one line with what it does.
         assert re.search(rf"^    {command} +\w", out, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["exprot-hf"], "COMMAND: 'exprot-hf'; did you mean export-hf? (known: train, data, "),
+        (["data", "prepar"], "COMMAND: 'prepar'; did you mean prepare? (known: prepare, trim, "),
+        (["checkpoint", "zzz"], "COMMAND: 'zzz' (known: ls, verify, diff)"),
+        (["export-hf", "x", "--output", "y", "--layout", "natve"], "'natve'; did you mean native?"),
+    ],
+)
+def test_an_unknown_command_is_told_from_what_there_is(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_a_folder_without_a_model_is_refused_before_transformers_is_loaded(
+    command: str, folder: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys; from zaya_train.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(10 * code + ('transformers' in sys.modules or 'torch' in sys.modules))"
+    )
+    rows = folder / "corpus" / "heldout.jsonl"
+    for place in (tmp_path / "none", folder / "corpus"):
+        words = [sys.executable, "-c", program, command, str(place), str(rows)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 30, done.stderr
+        assert f"{place}: no config.json, not a model folder" in done.stderr
+
+
+def test_a_legacy_folder_is_refused_by_what_transformers_would_misread(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    form = Form(layout="legacy", tokenizer=folder / "corpus" / "train" / "tokenizer")
+    to_hf(from_hf(folder / "model"), tmp_path / "legacy", form)
+    assert main(["generate", str(tmp_path / "legacy"), "2+2?"]) == 3
+    assert "in the legacy layout, which transformers does not read" in capsys.readouterr().err
+
+
+def test_import_reads_either_layout(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to_hf(from_hf(folder / "model"), tmp_path / "legacy", Form(layout="legacy"))
+    for place, layout, skip in (
+        (folder / "model", "native", "zero"),
+        (tmp_path / "legacy", "legacy", "identity"),
+    ):
+        yaml = tmp_path / f"{layout}.yaml"
+        assert main(["import-hf", str(place), "--model-yaml", str(yaml)]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"{layout} layout, all " in out and "tensors accounted for as " in out
+        assert f"skip_output: {skip}" in yaml.read_text()

@@ -42,13 +42,17 @@ CHAT_TEMPLATE = (
 )
 """The shipped format: one special token per role, one at the end, no newlines between."""
 
+_TEMPLATE_TOKENS = tuple(
+    f"{kind}_token" for kind in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+)
+"""What transformers hands to a template where the tokenizer has it."""
 _ACCEPTED = "'bytes', a tokenizer.json, a folder holding one, a hub name"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(?<!\.json)")
 
 
 @dataclass(frozen=True)
 class TemplateSource:
-    """A chat template as found, and the tokens it may name (bos_token, ...)."""
+    """A chat template as found, and the tokens it may name (_TEMPLATE_TOKENS)."""
 
     file: str
     """Where it stands, for messages."""
@@ -262,6 +266,8 @@ def read_template(folder: Path) -> TemplateSource | None:
 
 
 def _template_source(file: str, template: Any, config: Mapping[str, Any]) -> TemplateSource | None:
+    if isinstance(template, dict):  # named ones, as transformers hands them over
+        template = template.get("default")
     if isinstance(template, list):  # named ones: [{name, template}, ...]
         if not all(isinstance(entry, dict) for entry in template):
             raise DataError(f"{file}: chat_template: a text or a list of objects is expected")
@@ -269,7 +275,7 @@ def _template_source(file: str, template: Any, config: Mapping[str, Any]) -> Tem
     if not isinstance(template, str):
         return None
     variables = []
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in _TEMPLATE_TOKENS:
         value = config.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):

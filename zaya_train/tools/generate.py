@@ -23,7 +23,7 @@ from transformers import (
 
 from zaya_train.config.errors import CheckpointError, ConfigError, DataError, first_line
 from zaya_train.data.tokenizer import THINK_CLOSE
-from zaya_train.hub.convert import folder_layout
+from zaya_train.hub.config import config_layout, read_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,8 +113,7 @@ def check_request(request: GenerateRequest) -> None:
 
 def load_sampler(model_dir: Path, device: Literal["auto", "cpu", "cuda"] = "auto") -> Sampler:
     """Load an exported folder in fp32; errors as in `generate_answers`."""
-    if not (model_dir / "config.json").is_file():
-        raise CheckpointError(f"{model_dir}: no config.json, not an exported model folder")
+    _require_native(model_dir)
     tokenizer = _load_tokenizer(model_dir)
     model = load_model(model_dir).to(_device(device)).eval()
     configured = model.generation_config.eos_token_id
@@ -251,11 +250,7 @@ def load_model(
     Raises:
         CheckpointError: it cannot be loaded, or a tensor is missing, surplus or of another shape.
     """
-    if folder_layout(model_dir) != "native":
-        raise CheckpointError(
-            f"{model_dir}: in the legacy layout, which transformers does not read; export it with "
-            "--layout native"
-        )
+    _require_native(model_dir)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
@@ -279,6 +274,17 @@ def load_model(
 def _prompt_ids(sampler: Sampler, conversation: Conversation) -> list[int]:
     template: Any = sampler.tokenizer.apply_chat_template
     return template(conversation, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def _require_native(model_dir: Path) -> None:
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{model_dir}: no config.json, not an exported model folder")
+    if config_layout(path, read_config(model_dir)) != "native":
+        raise CheckpointError(
+            f"{model_dir}: in the legacy layout, which transformers does not read; export it with "
+            "--layout native"
+        )
 
 
 def _settings(sampler: Sampler, request: GenerateRequest, budget_tokens: int) -> GenerationConfig:

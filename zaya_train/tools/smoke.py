@@ -47,8 +47,7 @@ from zaya_train.tools.evaluate import (
     read_rows,
     write_report,
 )
-from zaya_train.tools.export_page import agreement_line
-from zaya_train.tools.export_receipt import read_receipt
+from zaya_train.tools.export_receipt import PAGE, read_receipt
 from zaya_train.tools.generate import GenerateArgs, GenerateRequest
 from zaya_train.tools.generate import run as print_samples
 from zaya_train.tools.launch import Launch, TrainingFailed, kill_tree, run_to_end, start, watch
@@ -346,7 +345,13 @@ def _summary(
     )
     table.add_row("report", str(page))
     table.add_row("model (Hugging Face)", str(out / "model"))
-    table.add_row("its receipt", agreement_line(read_receipt(out / "model")))
+    agreement = read_receipt(out / "model")["agreement"]["fp32"]
+    table.add_row(
+        "against transformers",
+        f"logits to {agreement['logits']['largest']:.1e} of their deviation, "
+        f"{agreement['equal_choices']:.2%} of choices",
+    )
+    table.add_row("its receipt", str(out / "model" / PAGE))
     table.add_row("run, metrics, logs", str(out / "run"))
     table.add_row("checkpoints", str(out / "run" / CHECKPOINTS))
     table.add_row("data", str(out / "data"))
