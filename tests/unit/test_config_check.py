@@ -101,6 +101,21 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         ["kernels.linear_cross_entropy=triton", "model.hidden_size 72", "multiple of 16"],
     ),
     (
+        {"kernels.attention": "flash_attn"},
+        2,
+        ["kernels.attention=flash_attn", "takes bf16", "precision.compute_dtype is fp32"],
+    ),
+    (
+        {
+            "kernels.attention": "aiter",
+            "precision.compute_dtype": "bf16",
+            "model.head_dim": 12,
+            "model.rope_fraction": 0.5,
+        },
+        2,
+        ["kernels.attention=aiter", "model.head_dim 12", "multiple of 8", "256"],
+    ),
+    (
         {
             "kernels.grouped_mlp": "grouped_mm",
             "precision.compute_dtype": "bf16",

@@ -51,7 +51,14 @@ ALLOWED["__main__"] = {"main", "config"}
 
 MAY_IMPORT_LATE = {"main", "commands", "model_commands"}
 ONLY_IN_MAIN = {"hydra", "omegaconf"}
-ONLY_IN_TRITON_FILES = {"triton", "transformer_engine"}
+_KERNELS = ("triton", "triton_kernels", "triton_backward")
+ONLY_IN_FILES = {
+    "triton": _KERNELS,
+    "transformer_engine": ("transformer_engine",),
+    "flash_attn": ("libraries",),
+    "aiter": ("libraries",),
+}
+"""Optional package -> names of the files that may import it."""
 
 
 def imports_of(tree: ast.Module, package: str) -> list[tuple[str, int, bool]]:
@@ -127,16 +134,16 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             found.append(f"{line}: {where} imports only the standard library, not {top}")
         elif top in ONLY_IN_MAIN and module != "zaya_train.main":
             found.append(f"{line}: {top} belongs in main.py")
-        elif top in ONLY_IN_TRITON_FILES and not _holds_kernels(module):
-            found.append(f"{line}: {top} belongs in files named triton.py")
+        elif top in ONLY_IN_FILES and not _may_import(module, top):
+            found.append(f"{line}: {top} belongs in files named {ONLY_IN_FILES[top][0]}.py")
     return found
 
 
-def _holds_kernels(module: str) -> bool:
-    """Files of Triton kernels, and the workshop that interprets and compiles them."""
+def _may_import(module: str, package: str) -> bool:
+    """Files of that package's own; Triton also the workshop, which interprets and compiles."""
     leaf = module.rsplit(".", 1)[-1]
-    files = ("triton", "triton_kernels", "triton_backward")
-    return leaf in files or module.startswith("zaya_kernels.workshop.")
+    workshop = package == "triton" and module.startswith("zaya_kernels.workshop.")
+    return leaf in ONLY_IN_FILES[package] or workshop
 
 
 def _is_triton(target: str) -> bool:
@@ -222,6 +229,9 @@ def test_every_file_is_parsed() -> None:
         ("zaya_train.config.schema", "from zaya_train.data import order"),
         ("zaya_kernels.cca.op", "import triton"),
         ("zaya_kernels.cca.op", "from transformer_engine import pytorch"),
+        ("zaya_kernels.grouped_mlp.triton", "from transformer_engine import pytorch"),
+        ("zaya_kernels.workshop.cases", "import flash_attn"),
+        ("zaya_kernels.attention.op", "from aiter import flash_attn_varlen_func"),
         ("zaya_train.extras.thing", "import os"),
     ],
 )

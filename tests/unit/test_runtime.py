@@ -229,6 +229,32 @@ def test_triton_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatc
         check_kernels(KernelsConfig(norm_residual="triton"), cpu)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "package", "how"),
+    [
+        (KernelsConfig(attention="flash_attn"), "flash_attn", "docker/pins.env"),
+        (KernelsConfig(attention="aiter"), "aiter", "github.com/ROCm/aiter"),
+        (
+            KernelsConfig(grouped_mlp="transformer_engine"),
+            "transformer_engine",
+            "zaya-train[te]",
+        ),
+    ],
+)
+def test_libraries_that_are_not_there_are_refused_with_how_to_get_them(
+    kernels: KernelsConfig, package: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zaya_train.runtime.device.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=f"={package}: {package} is not installed") as caught:
+        check_kernels(kernels, torch.device("cuda", 0))
+    assert how in str(caught.value)
+    monkeypatch.setattr("zaya_train.runtime.device.find_spec", lambda name: name == package or None)
+    check_kernels(kernels, torch.device("cuda", 0))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ConfigError, match=f"={package}: needs a GPU, this run is on cpu"):
+        check_kernels(kernels, torch.device("cpu"))
+
+
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

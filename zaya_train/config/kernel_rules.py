@@ -9,6 +9,17 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import KernelsConfig, ModelConfig, PrecisionConfig
 
+PACKAGES = {
+    "aiter": ("aiter", "install it from github.com/ROCm/aiter"),
+    "flash_attn": ("flash_attn", "pip install flash-attn (FLASH_ATTN_VERSION of docker/pins.env)"),
+    "transformer_engine": (
+        "transformer_engine",
+        "pip install 'zaya-train[te]', on ROCm as docker/rocm.Dockerfile does with EXTRAS=te",
+    ),
+    "triton": ("triton", "pip install 'zaya-train[triton]'"),
+}
+"""Back end that needs a GPU -> the package it imports, and how to get that."""
+
 
 def kernel_problems(
     kernels: KernelsConfig, model: ModelConfig, precision: PrecisionConfig
@@ -20,6 +31,8 @@ def kernel_problems(
         yield (
             f"kernels.attention=triton: model.head_dim {model.head_dim} must be 16, 32, 64 or 128"
         )
+    if kernels.attention in ("aiter", "flash_attn"):
+        yield from _library_attention(kernels.attention, model, precision)
     if kernels.router == "triton":
         yield from _triton_router(model)
     if kernels.moe_permute == "triton" and model.num_experts > 511:
@@ -44,13 +57,27 @@ def kernel_problems(
 def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
     """Back ends that `command` cannot run, since it computes on the host."""
     for key, name in vars(kernels).items():
-        if name == "triton":
+        if name in PACKAGES:
             yield (
-                f"kernels.{key}=triton: {command} computes on the host, Triton kernels need a GPU; "
+                f"kernels.{key}={name}: {command} computes on the host, this back end needs a GPU; "
                 f"add kernels.{key}=eager"
             )
     if kernels.grouped_mlp_recompute:
         yield f"kernels.grouped_mlp_recompute: of triton, see above; {command} needs it false"
+
+
+def _library_attention(name: str, model: ModelConfig, precision: PrecisionConfig) -> Iterator[str]:
+    """What both libraries' kernels take."""
+    if precision.compute_dtype != "bf16":
+        yield (
+            f"kernels.attention={name}: takes bf16, precision.compute_dtype is "
+            f"{precision.compute_dtype}"
+        )
+    if model.head_dim % 8 or model.head_dim > 256:
+        yield (
+            f"kernels.attention={name}: model.head_dim {model.head_dim} must be a multiple of 8 "
+            "and at most 256"
+        )
 
 
 def rehearsal_problems(kernels: KernelsConfig, precision: PrecisionConfig) -> Iterator[str]:

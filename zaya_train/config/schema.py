@@ -17,10 +17,12 @@ from zaya_train.config.faults import GuardConfig, SupervisorConfig
 KernelName = Literal["eager", "reference"]
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
-AttentionName = Literal["eager", "sdpa", "reference", "triton"]
-"""eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain."""
-GroupedMLPName = Literal["eager", "grouped_mm", "reference", "triton"]
-"""grouped_mm: torch's own product of all experts at once."""
+AttentionName = Literal["aiter", "eager", "flash_attn", "reference", "sdpa", "triton"]
+"""eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
+flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed."""
+GroupedMLPName = Literal["eager", "grouped_mm", "reference", "transformer_engine", "triton"]
+"""grouped_mm: torch's own product of all experts at once. transformer_engine: its GroupedLinear, on
+a GPU where it is installed."""
 NewtonSchulzName = Literal["eager", "gram", "reference", "triton"]
 """gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]

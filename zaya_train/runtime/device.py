@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from zaya_train.config.errors import ConfigError
+from zaya_train.config.kernel_rules import PACKAGES
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import KernelsConfig
@@ -67,12 +68,14 @@ def pick_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
 def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
     """ConfigError naming the first operation whose back end cannot run on `device`."""
     for item in fields(kernels):
-        if getattr(kernels, item.name) != "triton":
+        name = getattr(kernels, item.name)
+        if name not in PACKAGES:
             continue
-        key = f"kernels.{item.name}=triton"
-        if find_spec("triton") is None:
-            raise ConfigError(f"{key}: triton is not installed; pip install 'zaya-train[triton]'")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        key, (package, how) = f"kernels.{item.name}={name}", PACKAGES[name]
+        if find_spec(package) is None:
+            raise ConfigError(f"{key}: {package} is not installed; {how}")
+        interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type != "cuda" and not interpreted:
             raise ConfigError(f"{key}: needs a GPU, this run is on {device}; choose eager")
 
 

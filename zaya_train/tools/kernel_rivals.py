@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from zaya_train.config.kernel_rules import PACKAGES
 from zaya_train.tools.kernel_shapes import NORM, Timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
-    from zaya_kernels.attention.segments import AttentionPlan
     from zaya_kernels.newton_schulz.types import Polynomials
 
 
@@ -42,9 +42,9 @@ def contenders(timed: Timed, device: torch.device) -> list[Contender]:
 
 
 def _own(name: str, run: Callable[..., Any], device: torch.device) -> Contender:
-    if name == "triton" and find_spec("triton") is None:
-        return Contender(name, None, "triton is not installed")
-    if name == "triton" and device.type != "cuda":
+    if name in PACKAGES and find_spec(PACKAGES[name][0]) is None:
+        return Contender(name, None, f"{PACKAGES[name][0]} is not installed")
+    if name in PACKAGES and device.type != "cuda":
         return Contender(name, None, "needs a GPU")
     if name == "reference" and device.type == "cuda":
         return Contender(name, None, "written to be read; timed on a CPU only")
@@ -66,30 +66,6 @@ def _library(name: str, package: str, run: Callable[..., Any]) -> Contender:
     if find_spec(package) is None:
         return Contender(name, None, f"{package} is not installed")
     return Contender(name, run)
-
-
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return _by_documents(flash_attn_varlen_func, q, k, v, plan)
-
-
-def _aiter(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    from aiter import flash_attn_varlen_func
-
-    return _by_documents(flash_attn_varlen_func, q, k, v, plan)
-
-
-def _by_documents(
-    run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
-) -> Tensor:
-    """Whole documents without padding, as kernel_shapes has them."""
-    lengths = plan.segments[:, 1]
-    ends = functional.pad(lengths.cumsum(0), (1, 0)).to(q.device, torch.int32)
-    longest = int(lengths.max())
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    out: Tensor = run(*flat, ends, ends, longest, longest, causal=True)
-    return out.view_as(q)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -128,10 +104,6 @@ def _muon(matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype) -> Ten
 
 _LIBRARIES: dict[str, Sequence[tuple[str, str, Callable[..., Any]]]] = {
     # Name, package, the operation in it.
-    "attention": (
-        ("flash_attn", "flash_attn", _flash_attn),
-        ("aiter", "aiter", _aiter),
-    ),
     NORM: (("torch.rms_norm", "torch", _rms_norm),),
     "linear_cross_entropy": (
         ("torch.whole_logits", "torch", _whole_logits),

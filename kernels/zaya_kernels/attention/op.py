@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from zaya_kernels.attention.eager import attention_eager, attention_sdpa
+from zaya_kernels.attention.libraries import attention_aiter, attention_flash_attn
 from zaya_kernels.attention.reference import attention_reference
 from zaya_kernels.backends import pick
 
@@ -25,7 +26,9 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 BACKENDS = {
+    "aiter": attention_aiter,
     "eager": attention_eager,
+    "flash_attn": attention_flash_attn,
     "sdpa": attention_sdpa,
     "reference": attention_reference,
     "triton": _triton,

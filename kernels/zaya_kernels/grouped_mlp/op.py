@@ -11,6 +11,7 @@ from zaya_kernels.backends import pick
 from zaya_kernels.grouped_mlp.eager import grouped_mlp_eager
 from zaya_kernels.grouped_mlp.grouped_mm import grouped_mlp_grouped_mm
 from zaya_kernels.grouped_mlp.reference import grouped_mlp_reference
+from zaya_kernels.grouped_mlp.transformer_engine import grouped_mlp_transformer_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": grouped_mlp_eager,
     "grouped_mm": grouped_mlp_grouped_mm,
     "reference": grouped_mlp_reference,
+    "transformer_engine": grouped_mlp_transformer_engine,
     "triton": _grouped_mlp_triton,
 }
 COUNTS_STAY_ON_DEVICE = frozenset({"grouped_mm", "triton"})
