@@ -17,7 +17,7 @@ from zaya_train.config.faults import GuardConfig, SupervisorConfig
 KernelName = Literal["eager", "reference"]
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
-AttentionName = Literal["aiter", "eager", "flash_attn", "reference", "sdpa", "triton"]
+AttentionName = Literal["eager", "aiter", "flash_attn", "reference", "sdpa", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
 flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed."""
 GroupedMLPName = Literal["eager", "grouped_mm", "reference", "transformer_engine", "triton"]
