@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 READERS_OWN = {"model=mine": "model=zaya1_8b", "cluster=mysite": "cluster=mi300x_pollara"}
 """Configuration files that a reader makes on the way, and shipped ones that stand for them."""
+_TUTORIALS_RECIPE = "recipe=mine"
 OTHERS = frozenset(
     {"source", "git", "docker", "apptainer", "tensorboard", "wandb", "scancel", "squeue", "sbatch"}
     | {"cat", "head", "tail", "grep", "ls", "cp", "mkdir", "rm", "echo", "kill", "wait", "sleep"}
@@ -60,6 +61,9 @@ def _words(line: str) -> list[str]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words = list(lexer)
+    if words[:1] == ["for"]:
+        return []
+    words = [word for word in words if word not in ("do", "done", "until", "while", "!")]
     # What is redirected where is the shell's business.
     for i in reversed(range(len(words))):
         if words[i] in (">", ">>", "<", "&>", ">&"):
@@ -123,6 +127,11 @@ def _python(words: Sequence[str], is_torchrun: bool) -> None:
 def _zaya(words: Sequence[str], ranks: int = 1) -> None:
     """`ranks`: of the launch; the commands that have a flag for it are told otherwise."""
     words = [READERS_OWN.get(word, word) for word in words]
+    if _TUTORIALS_RECIPE in words:
+        # Composed where it exists: in the nightly walk through the tutorial.
+        if words[0] != "train":
+            parse(words)
+        return
     if words[:1] == ["train"]:
         if words[1:2] != ["--frozen"]:
             _compose(tuple(_overrides(words[1:])), ranks)

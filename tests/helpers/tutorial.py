@@ -1,0 +1,123 @@
+"""The tutorial, walked through: every block in order in a new checkout, outputs compared."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tests.helpers.pages import Block, blocks_of, name_of
+from tests.helpers.paths import REPOSITORY
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGES = sorted((REPOSITORY / "docs" / "tutorial").glob("0*.md"))
+_LONGEST_SECONDS = 1800
+_LINKED = ("zaya_train", "kernels", "launch", "tests", "docs", ".ci", "docker")
+_COPIED = ("configs", "Makefile", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A shell block, and the output shown below it, if any."""
+
+    block: Block
+    shown: str | None
+
+    @property
+    def mark(self) -> str:
+        """`takes`, `needs` or nothing."""
+        found = re.match(r"# (takes|needs): \S", self.block.text)
+        return found[1] if found else ""
+
+
+def steps_of(text: str, page: str) -> list[Step]:
+    """The shell blocks of a page; output is a block of `text` right behind one."""
+    blocks = blocks_of(text, page)
+    return [
+        Step(block, follower.text if follower and follower.language == "text" else None)
+        for block, follower in zip(blocks, [*blocks[1:], None], strict=True)
+        if block.language == "bash"
+    ]
+
+
+def pattern_of(shown: str) -> re.Pattern[str]:
+    """What an output must hold somewhere: the shown words in order, anything where `...` stands,
+    white space of any kind and number between words."""
+    parts = [r"\s+".join(map(re.escape, part.split())) for part in shown.split("...")]
+    return re.compile(r"\s*.*?\s*".join(parts), re.DOTALL)
+
+
+def missing(shown: str, output: str) -> str | None:
+    """The first words of `shown` that the output lacks; None where it has them all."""
+    if pattern_of(shown).search(output):
+        return None
+    pieces = shown.split("...")
+    for i in range(1, len(pieces) + 1):
+        if not pattern_of("...".join(pieces[:i])).search(output):
+            return " ".join(pieces[i - 1].split())
+    return shown
+
+
+def checkout(root: Path) -> Path:
+    """A working folder as `git clone` and `make setup` leave it: code by links, what a reader adds
+    files to as copies. The copies look older than the set-up, so make does not repeat it."""
+    root.mkdir(parents=True)
+    for name in _LINKED:
+        (root / name).symlink_to(REPOSITORY / name)
+    for name in _COPIED:
+        copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
+        copy(REPOSITORY / name, root / name)
+        os.utime(root / name, (0, 0))
+    (root / ".venv").symlink_to(sys.prefix)
+    return root
+
+
+@dataclass
+class Walk:
+    """A folder in which pages have been walked through, up to some page."""
+
+    root: Path
+    is_long: bool
+    done: dict[str, list[str]] = field(default_factory=dict)
+    """Page -> what went wrong."""
+
+    def up_to(self, page: Path) -> list[str]:
+        """Walk all pages not walked yet, up to this one; what went wrong on it."""
+        for other in PAGES[: PAGES.index(page) + 1]:
+            if name_of(other) not in self.done:
+                self.done[name_of(other)] = self._page(other)
+        return self.done[name_of(page)]
+
+    def _page(self, page: Path) -> list[str]:
+        faults = []
+        for step in steps_of(page.read_text(), name_of(page)):
+            if step.mark == "needs" or (step.mark == "takes" and not self.is_long):
+                continue
+            if fault := self.take(step):
+                faults.append(f"{step.block.place}: {fault}")
+        return faults
+
+    def take(self, step: Step) -> str | None:
+        """Run one block; what was wrong with it."""
+        done = subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", step.block.text],
+            cwd=self.root, env=self._environment(), timeout=_LONGEST_SECONDS, check=False,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if done.returncode != 0:
+            return f"exit code {done.returncode}:\n{done.stdout[-2000:]}"
+        if step.shown is not None and (lacks := missing(step.shown, done.stdout)):
+            return f"the output lacks {lacks!r}:\n{done.stdout[-4000:]}"
+        return None
+
+    def _environment(self) -> dict[str, str]:
+        paths = [str(self.root / ".venv" / "bin"), os.environ["PATH"]]
+        code = f"{self.root}{os.pathsep}{self.root / 'kernels'}"
+        own = {"PATH": os.pathsep.join(paths), "PYTHONPATH": code, "OMP_NUM_THREADS": "1"}
+        return {**os.environ, **own, "COLUMNS": "80", "WANDB_MODE": "offline"}
