@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,3 +23,14 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--rehearse", action="store_true", help="confirm memory and traffic by a step without ranks"
     )
     parser.add_argument("--phase", action="append", help="refuse and rehearse these phases only")
+    parser.add_argument("--device", help="forecast time on this: MI300X, MI355X, H100, H200, ...")
+    parser.add_argument("--node-ranks", type=int, default=8, help="devices of a node")
+    parser.add_argument("--inside-gb-per-second", type=float, help="of a rank's links in a node")
+    parser.add_argument("--between-gb-per-second", type=float, help="of a rank to another node")
+    parser.add_argument("--preflight", type=Path, help="preflight.json: measured rates instead")
+    parser.add_argument(
+        "--document-tokens", type=int, help="average length; without: documents fill the context"
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="time steps of this model on this machine's CPU"
+    )

@@ -17,6 +17,7 @@ import pytest
 from tests.helpers.paths import REPOSITORY
 from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose_submission
+from zaya_train.planning.exchange import bus_factor
 from zaya_train.tools import preflight_smi as smi
 from zaya_train.tools.preflight_findings import (
     Finding,
@@ -29,7 +30,7 @@ from zaya_train.tools.preflight_findings import (
     slow_pairs,
 )
 from zaya_train.tools.preflight_limits import MI300X, Limits, limits_of
-from zaya_train.tools.preflight_links import bus_factor, node_groups, pairings, rails
+from zaya_train.tools.preflight_links import node_groups, pairings, rails
 from zaya_train.tools.preflight_machine import (
     environment_that_matters,
     kernel_findings,

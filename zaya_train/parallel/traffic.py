@@ -40,6 +40,7 @@ class Flow:
     """Of the mesh, or world."""
     bytes: int
     """Operand bytes per rank and optimizer step."""
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -84,40 +85,37 @@ class Traffic:
         shapes = parameter_shapes(self.model)
         own = {n for n in shapes if self.layout.expert > 1 and ".experts." in n}
         dense = _shard_elements((shapes[n] for n in shapes.keys() - own), self.layout.fsdp)
-        yield from self._unit("weights", "fsdp", dense, self.layout.fsdp)
+        layers = self.model.num_layers
+        yield from self._unit("weights", "fsdp", dense, (self.layout.fsdp, layers + 1))
         divided = ((shapes[n][0] // self.layout.expert, *shapes[n][1:]) for n in own)
-        part = _shard_elements(divided, self.layout.expert_shard)
-        yield from self._unit("experts' weights", "expert_shard", part, self.layout.expert_shard)
+        ranks = self.layout.expert_shard
+        part = _shard_elements(divided, ranks)
+        yield from self._unit("experts' weights", "expert_shard", part, (ranks, layers))
 
-    def _unit(self, what: str, axis: str, elements: int, ranks: int) -> Iterable[Flow]:
-        """`elements` on this rank, sharded over `ranks`."""
+    def _unit(self, what: str, axis: str, elements: int, over: tuple[int, int]) -> Iterable[Flow]:
+        """`elements` on this rank; `over`: ranks they are sharded over, and FSDP's units."""
+        ranks, units = over
         micro, mode = self.work.micro_batches, self.parallel.accumulation
         reduce_bytes = DTYPES[self.precision.reduce_dtype].itemsize
         gathers = 2 * micro if self.parallel.reshard_after_forward else 1
+        gradients = f"{what}' gradients".replace("s''", "s'")
         if ranks > 1:
-            yield Flow(what, "all_gather", axis, elements * self._compute_bytes * gathers)
+            size = elements * self._compute_bytes * gathers
+            yield Flow(what, "all_gather", axis, size, units * gathers)
             times = 1 if mode == "keep_unsharded" else micro
-            yield Flow(
-                f"{what}' gradients".replace("s''", "s'"),
-                "reduce_scatter",
-                axis,
-                elements * ranks * reduce_bytes * times,
-            )
+            size = elements * ranks * reduce_bytes * times
+            yield Flow(gradients, "reduce_scatter", axis, size, units * times)
         if self.layout.replicate > 1:
             times = micro if mode == "reduce_each" else 1
-            yield Flow(
-                f"{what}' gradients".replace("s''", "s'"),
-                "all_reduce",
-                "replicate",
-                elements * reduce_bytes * times,
-            )
+            size = elements * reduce_bytes * times
+            yield Flow(gradients, "all_reduce", "replicate", size, units * times)
 
     def _context(self) -> Iterable[Flow]:
         ranks = self.layout.context
         if ranks == 1:
             return
         model, work = self.model, self.work
-        passes = model.num_layers * work.micro_batches * self._compute_bytes
+        calls = model.num_layers * work.micro_batches
         head_tail = self.parallel.context_chunks == "head_tail"
         chunks = Chunking(ranks, head_tail).per_rank
         halo_rows = model.conv_depthwise_taps + model.conv_grouped_taps - 2
@@ -130,32 +128,34 @@ class Traffic:
             ("halo of the convolutions", chunks * halo_rows * heads * model.head_dim),
             ("halo of the delayed values", chunks * delayed),
         ):
-            size = work.rows * elements * passes
-            yield Flow(what, "all_gather", "context", size * self._forwards)
+            size = work.rows * elements * calls * self._compute_bytes
+            again = self._forwards
+            yield Flow(what, "all_gather", "context", size * again, calls * again)
             # Added up in fp32 where they arrive; see `collectives.all_gather`.
-            yield Flow(f"{what}, gradients", "all_to_all", "context", size * ranks)
+            yield Flow(f"{what}, gradients", "all_to_all", "context", size * ranks, calls)
 
     def _experts(self) -> Iterable[Flow]:
         if self.layout.expert == 1:
             return
         model, work = self.model, self.work
-        counts = model.num_layers * work.micro_batches * model.num_experts * _INT64_BYTES
+        calls = model.num_layers * work.micro_batches
+        counts = calls * model.num_experts * _INT64_BYTES
         row = model.hidden_size * self._compute_bytes
         there, back = work.sent_tokens * row, work.received_tokens * row
-        yield Flow("token counts", "all_to_all", "expert", counts)
-        forward = (there + back) * self._forwards
-        yield Flow("tokens to experts and back", "all_to_all", "expert", forward)
-        yield Flow("tokens, gradients", "all_to_all", "expert", there + back)
+        yield Flow("token counts", "all_to_all", "expert", counts, calls)
+        forward, again = (there + back) * self._forwards, 2 * calls * self._forwards
+        yield Flow("tokens to experts and back", "all_to_all", "expert", forward, again)
+        yield Flow("tokens, gradients", "all_to_all", "expert", there + back, 2 * calls)
 
     def _scalars(self) -> Iterable[Flow]:
         classes = self.model.num_experts + int(self.model.skip_class)
         report = (1 + _SIGNALS + self.model.num_layers * classes) * _FP64_BYTES
         sums = "supervised tokens, fingerprint, attention pairs"
-        yield Flow(sums, "all_reduce", "world", 3 * _INT64_BYTES)
-        yield Flow("loss, signals, load", "all_reduce", "world", report)
+        yield Flow(sums, "all_reduce", "world", 3 * _INT64_BYTES, 1)
+        yield Flow("loss, signals, load", "all_reduce", "world", report, 1)
         # Every rank's sum of squares and sum of bits, which replicas are compared by.
         norm = self.layout.world * (_FP64_BYTES + _INT64_BYTES)
-        yield Flow("gradient norm", "all_reduce", "world", norm)
+        yield Flow("gradient norm", "all_reduce", "world", norm, 1)
 
 
 def _shard_elements(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from zaya_train.config.check import check_all
+from zaya_train.config.errors import ConfigError
+from zaya_train.planning.calibration import Calibration, keep, load
+from zaya_train.planning.case import cases_of
 from zaya_train.planning.fitting import Budget, refuse
+from zaya_train.planning.machine import Machine, machine_of, with_links, with_preflight
+from zaya_train.runtime.device import describe
 from zaya_train.tools.plan import PlanRequest, show_plan
+from zaya_train.tools.plan_calibrate import calibrate
 from zaya_train.tools.plan_phases import show_phases
+from zaya_train.tools.plan_time import Clock, time_table, total_line
 from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from rich.console import Console
 
     from zaya_train.config.schema import TrainConfig
+    from zaya_train.planning.case import Case
 
 
 def run_plan(
@@ -33,10 +44,51 @@ def run_plan(
         options.ranks,
         [f"plan.phases: no phase {name}" for name in phases if name not in known],
     )
-    request = PlanRequest(config, options.ranks, options.memory_gb)
+    clock = clock_of(options, config)
+    memory_gb = options.memory_gb
+    if memory_gb is None and clock is not None and isinstance(clock.source, Machine):
+        memory_gb = clock.source.memory_gb
+    request = PlanRequest(config, options.ranks, memory_gb)
     (show_phases if chain else show_plan)(request, console)
+    show_time(cases_of(config, options.ranks, phases), clock, console)
     if options.rehearse:
-        show_rehearsal(RehearsalRequest(config, options.ranks, phases, options.memory_gb), console)
-    elif options.memory_gb is not None:
-        budget = Budget(options.memory_gb, f"--memory-gb {options.memory_gb:g}")
-        refuse(config, options.ranks, budget, phases)
+        show_rehearsal(RehearsalRequest(config, options.ranks, phases, memory_gb), console)
+    elif memory_gb is not None:
+        source = f"--memory-gb {memory_gb:g}" if options.memory_gb else f"{options.device}"
+        refuse(config, options.ranks, Budget(memory_gb, source), phases)
+
+
+def clock_of(options: argparse.Namespace, config: TrainConfig) -> Clock | None:
+    """What gives steps their seconds: the named device, or this machine's calibration."""
+    tokens = options.document_tokens
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--document-tokens {tokens}: must be positive")
+    if options.calibrate:
+        keep(config, calibrate(config, options.ranks))
+    if options.device:
+        if options.node_ranks < 1:
+            raise ConfigError(f"--node-ranks {options.node_ranks}: must be positive")
+        machine = machine_of(options.device, config.precision, options.node_ranks)
+        if options.preflight:
+            machine = with_preflight(machine, options.preflight)
+        links = (options.inside_gb_per_second, options.between_gb_per_second)
+        return Clock(with_links(machine, *links), tokens)
+    found = load(config, describe(torch.device("cpu")).name, options.ranks)
+    return Clock(found, tokens) if found else None
+
+
+def show_time(cases: Sequence[Case], clock: Clock | None, console: Console) -> None:
+    """Seconds by part, or why there are none."""
+    if clock is None:
+        console.print(
+            "no forecast of time: name a --device, or --calibrate on this machine's CPU",
+            highlight=False,
+        )
+        return
+    console.print(time_table(cases, clock))
+    console.print(total_line(cases, clock), highlight=False, soft_wrap=True)
+    if isinstance(clock.source, Calibration):
+        console.print(
+            f"by a calibration, at most {clock.source.largest_error:.0%} off its own steps",
+            highlight=False,
+        )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from zaya_train.planning.exchange import bus_factor
 from zaya_train.tools.preflight_compute import best_seconds
 from zaya_train.tools.preflight_findings import Finding
 
@@ -32,12 +33,6 @@ class Curve:
     message_kib: int
     ranks: int
     gb_per_second: float
-
-
-def bus_factor(collective: str, ranks: int) -> float:
-    """Bus over algorithm bandwidth (nccl-tests, PERFORMANCE.md)."""
-    share = (ranks - 1) / ranks
-    return 2 * share if collective == "all_reduce" else share
 
 
 def node_groups(places: Sequence[Place]) -> list[list[int]]:

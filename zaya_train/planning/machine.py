@@ -1,0 +1,184 @@
+"""What a cluster can do: rates of its devices and links, each with where the figure comes from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from zaya_train.config.errors import ConfigError
+from zaya_train.config.suggest import unknown_name
+from zaya_train.planning.exchange import bus_factor, hops
+from zaya_train.runtime.peaks import TABLE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zaya_train.config.schema import PrecisionConfig
+
+GIGA = 1e9
+PRODUCT_SHARE, ATTENTION_SHARE = 0.45, 0.30
+"""Of the data sheet's peak that a step's products and attention reach: assumed, for large runs
+state an MFU of 0.35 to 0.45."""
+MEASURED_SHARE = 0.80
+"""Of a large plain product's measured rate, for the shapes of a step: assumed."""
+COPY_SHARE = 0.80
+"""Of the data sheet's memory bandwidth: assumed; Zyphra measured 4.3 of 5.3 TB/s (2511.17127)."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of something per second, and who says so."""
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bus bandwidth of one rank and the latency of one hop."""
+
+    bytes_per_second: float
+    hop_seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class DeviceLinks:
+    """What a data sheet says besides products; bytes are 10^9."""
+
+    memory_gb: float
+    memory_gb_per_second: float
+    inside_gb_per_second: float
+    """Of one device to all others of its node, one way."""
+    between_gb_per_second: float = 50.0
+    """One adapter of 400 Gbit/s per device."""
+
+
+LINKS = {
+    # 7 xGMI links of 48 GB/s usable (AMD, ROCm blogs); a network adapter each (2511.17127).
+    "MI300X": DeviceLinks(192, 5300, 336),
+    "MI325X": DeviceLinks(256, 6000, 336),
+    # 7 xGMI links of 76.8 GB/s, of which three quarters as measured on MI300X.
+    "MI350X": DeviceLinks(288, 8000, 403),
+    "MI355X": DeviceLinks(288, 8000, 403),
+    # NVLink 4: 450 GB/s one way, four fifths of it.
+    "H100 80GB HBM3": DeviceLinks(80, 3350, 360),
+    "H100 PCIe": DeviceLinks(80, 2000, 50),
+    "H200": DeviceLinks(141, 4800, 360),
+    "A100": DeviceLinks(80, 2000, 240, 25.0),
+}
+HOP_SECONDS = {"inside": 10e-6, "between": 20e-6}
+"""Assumed."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster of equal nodes."""
+
+    device: str
+    node_ranks: int
+    memory_gb: float
+    products: Rate
+    """FLOP/s of weight products."""
+    attention: Rate
+    """FLOP/s of scores and weighted values."""
+    copies: Rate
+    """Bytes per second of elementwise work."""
+    inside: Link
+    between: Link
+
+
+def machine_of(device: str, precision: PrecisionConfig, node_ranks: int = 8) -> Machine:
+    """By data sheets. ConfigError names the known ones for another device."""
+    links = LINKS.get(device)
+    row = next((row for row in TABLE if row.name.strip("$") == device), None)
+    if links is None or row is None:
+        known = ", ".join(LINKS)
+        raise ConfigError(
+            f"--device {device}: no such device{unknown_name(device, LINKS)}; known: {known}"
+        )
+    peak, sheet = row.peak(precision.compute_dtype), row.source
+    assumed = f"{peak / 1e12:,.1f} TFLOP/s of the {sheet} x"
+    return Machine(
+        device=device,
+        node_ranks=node_ranks,
+        memory_gb=links.memory_gb,
+        products=Rate(peak * PRODUCT_SHARE, f"{assumed} {PRODUCT_SHARE:g} assumed"),
+        attention=Rate(peak * ATTENTION_SHARE, f"{assumed} {ATTENTION_SHARE:g} assumed"),
+        copies=Rate(
+            links.memory_gb_per_second * GIGA * COPY_SHARE,
+            f"{links.memory_gb_per_second:,g} GB/s of the data sheet x {COPY_SHARE:g} assumed",
+        ),
+        inside=Link(links.inside_gb_per_second * GIGA, HOP_SECONDS["inside"], "data sheet"),
+        between=Link(links.between_gb_per_second * GIGA, HOP_SECONDS["between"], "data sheet"),
+    )
+
+
+def with_links(
+    machine: Machine, inside_gb: float | None = None, between_gb: float | None = None
+) -> Machine:
+    """Links of the user's own, GB/s of one rank."""
+    for name, rate in (("inside", inside_gb), ("between", between_gb)):
+        if rate is not None and not rate > 0:
+            raise ConfigError(f"--{name}-gb-per-second {rate:g}: must be positive")
+    return replace(
+        machine,
+        inside=_given(machine.inside, inside_gb),
+        between=_given(machine.between, between_gb),
+    )
+
+
+def _given(link: Link, rate_gb: float | None) -> Link:
+    if rate_gb is None:
+        return link
+    return replace(link, bytes_per_second=rate_gb * GIGA, source="given")
+
+
+def with_preflight(machine: Machine, path: Path) -> Machine:
+    """Rates that `zaya preflight` measured in place of data sheets, where the file has them.
+
+    Products: the median over ranks. Links: a line through the seconds of every size of message.
+    ConfigError where the file cannot be read.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        curves, measured = report["curves"], report["measured"]
+        products = [m["value"] for m in measured if m["check"] == "matrix product"]
+        fits = {scope: _line(curves, scope) for scope in ("node", "between nodes")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--preflight {path}: no report of zaya preflight ({error!r})") from error
+    said = f"measured, {path.name}"
+    if products:
+        rate, ratio = statistics.median(products) * 1e12, ATTENTION_SHARE / PRODUCT_SHARE
+        words = f"{rate / 1e12:,.1f} TFLOP/s {said}, x {MEASURED_SHARE:g} assumed"
+        value = rate * MEASURED_SHARE
+        machine = replace(
+            machine, products=Rate(value, words), attention=Rate(value * ratio, words)
+        )
+    if fit := fits["node"]:
+        machine = replace(machine, inside=Link(*fit, said))
+    if fit := fits["between nodes"]:
+        machine = replace(machine, between=Link(*fit, said))
+    return machine
+
+
+def _line(curves: list[dict[str, Any]], scope: str) -> tuple[float, float] | None:
+    """Bytes per second and seconds of a hop, from all-reduces of one scope, or None."""
+    by_size: dict[float, list[float]] = defaultdict(list)
+    hop_count = 1
+    for curve in curves:
+        if curve["scope"] == scope and curve["collective"] == "all_reduce":
+            size = curve["message_kib"] * 1024 * bus_factor("all_reduce", curve["ranks"])
+            by_size[size].append(size / (curve["gb_per_second"] * GIGA))
+            hop_count = hops(curve["ranks"])
+    if len(by_size) < 2:
+        return None
+    sizes = sorted(by_size)
+    seconds = [statistics.median(by_size[size]) for size in sizes]
+    slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
+    if slope <= 0:
+        return None
+    return 1 / slope, max(0.0, seconds[0] - slope * sizes[0]) / hop_count
