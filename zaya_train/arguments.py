@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zaya_train.config.suggest import unknown_name
-
 from zaya_train.plan_arguments import add_plan
 
 if TYPE_CHECKING:

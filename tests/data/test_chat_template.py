@@ -399,6 +399,7 @@ def test_a_template_may_name_every_token_that_transformers_gives_it(tmp_path: Pa
     assert isinstance(sample, Sample), sample
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     rendered = theirs.apply_chat_template(problem("sum"), tokenize=False)
+    assert isinstance(rendered, str)
     assert rendered.startswith("".join(f"<|{marker}|>" for marker in NAMED))
     assert tokenizer.decode(sample.tokens) == rendered
     tokenizer.save(tmp_path / "saved")
