@@ -20,11 +20,11 @@ from zaya_train.hub.convert import RECEIPT
 from zaya_train.run import CHECKPOINTS, TOKENIZER
 from zaya_train.runtime.files import file_sha256
 from zaya_train.tools.export_agreement import Comparison, problems
-from zaya_train.tools.export_passes import Pass
+from zaya_train.tools.export_passes import Pass, _reader, _require_loaded, twin_of
 from zaya_train.tools.export_receipt import PAGE, read_receipt, rope_section
 from zaya_train.tools.export_tokenizer import tokenizer_section
 from zaya_train.tools.transfer import ExportRequest, Verification, export_hf
-from zaya_train.train.manifest import read
+from zaya_train.train.manifest import read as read_manifest
 
 from ..helpers.models import TINY, random_model
 from ..helpers.saved_run import made_record, save_run
@@ -88,7 +88,7 @@ def test_a_receipt_says_what_was_exported(layout: Layout, run: Path, tmp_path: P
         "tokens": 640,
         "supervised_tokens": 600,
         "math_hash": "0123abcd",
-        "config_hash": read(manifest.parent).record.config_hash,
+        "config_hash": read_manifest(manifest.parent).record.config_hash,
         "corpora": {"problems": "c0ffee"},
         "trained_with": {"torch": "2.x"},
     }
@@ -401,3 +401,16 @@ def test_an_export_is_no_tokenizer_s_receipt(run: Path, tmp_path: Path) -> None:
     assert set(read_receipt(tmp_path / "second")) == {"format", "layout", "keys"}
     stored = load_file(tmp_path / "second" / "model.safetensors")
     assert len(stored) == read_receipt(tmp_path / "second")["keys"]["totals"]["theirs"]
+
+
+def test_what_transformers_holds_is_compared_with_the_file(tmp_path: Path) -> None:
+    to_hf(random_model(MODEL), tmp_path / "model")
+    twin = twin_of(tmp_path / "model", "native", torch.float32)
+    stored, read = _reader(tmp_path / "model", "native")
+    _require_loaded(tmp_path, twin, stored, read)
+    with pytest.raises(CheckpointError, match=r"differ in tensor model\.more"):
+        _require_loaded(tmp_path, twin, {*stored, "model.more"}, read)
+    with torch.no_grad():
+        twin.model.norm.weight[0] += 2**-20
+    with pytest.raises(CheckpointError, match=r"holds other values in model\.norm\.weight"):
+        _require_loaded(tmp_path, twin, stored, read)

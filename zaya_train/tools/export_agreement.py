@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOGIT_TOLERANCE = 1e-4
 """Largest difference of a logit, in standard deviations of the logits. Right conversions of 4 to 40
-layers stayed below 1e-5; the smallest mistake that showed, a norm's epsilon, made 2e-3
+layers stayed below 2e-5; the smallest mistake that showed, a norm's epsilon, made 2e-3
 (docs/lab-log.md)."""
 MARGIN_TOLERANCE = 1e-4
 """Largest difference of the two biased probabilities where the choices differ: they come from

@@ -114,43 +114,49 @@ def twin_of(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
         CheckpointError: a tensor is missing, surplus, of another shape, or not what the file holds
             (but for the skip class's balancing biases).
     """
+    names, read = _reader(folder, layout)
     if layout == "native":
         model = load_model(folder, dtype or "auto", experts="eager")
-        expected = _stored(folder)
     else:
-        expected = dict(_native_state(folder))
         load: Any = transformers.ZayaForCausalLM.from_pretrained
         model = load(
             None,
             config=transformers.ZayaConfig(**config_to_hf(config_from_hf(folder))),
-            state_dict=dict(expected),
+            state_dict={name: read(name) for name in names},
             dtype=dtype or getattr(torch, read_config(folder)["dtype"]),
             experts_implementation="eager",
         )
     if dtype == torch.float32:
-        _require_loaded(folder, model, expected)
+        _require_loaded(folder, model, names, read)
     return model.eval()
 
 
 def restore_skip_biases(model: Any, folder: Path, layout: Layout) -> list[int]:
     """Put the skip class's stored biases back into transformers' model; the layers in which
     loading had changed them."""
-    expected = _stored(folder) if layout == "native" else dict(_native_state(folder))
+    _, read = _reader(folder, layout)
     changed = []
     for number, layer in enumerate(model.model.layers):
-        stored = expected[f"model.layers.{number}.{_BIAS}"].to(layer.mlp.gate.balancing_biases)
+        stored = read(f"model.layers.{number}.{_BIAS}").to(layer.mlp.gate.balancing_biases)
         if not torch.equal(stored, layer.mlp.gate.balancing_biases):
             changed.append(number)
             layer.mlp.gate.balancing_biases.copy_(stored)
     return changed
 
 
-def _stored(folder: Path) -> dict[str, Tensor]:
-    tensors = {}
-    for name, file in tensor_files(folder).items():
-        with safe_open(file, framework="pt") as handle:
-            tensors[name] = handle.get_tensor(name)
-    return tensors
+def _reader(folder: Path, layout: Layout) -> tuple[set[str], Callable[[str], Tensor]]:
+    """Native names of a folder's tensors, and what reads one; all of a legacy one are held."""
+    if layout == "legacy":
+        state = dict(_native_state(folder))
+        return set(state), state.__getitem__
+    files = tensor_files(folder)
+
+    def read(name: str) -> Tensor:
+        with safe_open(files[name], framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+        return tensor
+
+    return set(files), read
 
 
 def _native_state(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -161,16 +167,16 @@ def _native_state(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield name.theirs[0], state[name.ours].reshape(name.their_shape)
 
 
-def _require_loaded(folder: Path, model: Any, expected: Mapping[str, Tensor]) -> None:
+def _require_loaded(
+    folder: Path, model: Any, stored: set[str], read: Callable[[str], Tensor]
+) -> None:
     """Every value as transformers holds it against the file's, bitwise."""
-    state = model.state_dict()
-    names = set(state) - {"lm_head.weight"}
-    if names != set(expected) - {"lm_head.weight"}:
-        odd = sorted(names ^ (set(expected) - {"lm_head.weight"}))
+    state, tied = model.state_dict(), {"lm_head.weight"}
+    if odd := sorted((set(state) - tied) ^ (stored - tied)):
         raise CheckpointError(f"{folder}: transformers and the file differ in tensor {odd[0]}")
-    for name in sorted(names):
-        found, stored = state[name], expected[name].to(state[name].dtype)
+    for name in sorted(stored - tied):
+        found, expected = state[name], read(name).to(state[name].dtype)
         if name.endswith(_BIAS):
-            found, stored = found[:-1], stored[:-1]
-        if not torch.equal(found, stored):
+            found, expected = found[:-1], expected[:-1]
+        if not torch.equal(found, expected):
             raise CheckpointError(f"{folder}: transformers holds other values in {name}")
