@@ -44,6 +44,17 @@ TINY = ModelConfig(
     max_context_tokens=256,
     skip_output="zero",
 )
+ZAYA1_8B = ModelConfig(
+    vocab_size=262_272,
+    num_layers=40,
+    hidden_size=2048,
+    num_query_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    num_experts=16,
+    expert_ffn_size=2048,
+    router_size=256,
+)
 
 # What the parity tests run over: odd vocabularies and widths, 1 to 4 KV heads, 1 to 4 taps of
 # either convolution, one layer (no depth averaging) to four, full and quarter rotation.

@@ -23,7 +23,15 @@ from zaya_train.model.flops import (
     train_flops_per_token,
 )
 
-from ..helpers.models import TINY, VARIANTS, blocks, packed, random_model, random_tokens
+from ..helpers.models import (
+    TINY,
+    VARIANTS,
+    ZAYA1_8B,
+    blocks,
+    packed,
+    random_model,
+    random_tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,17 +39,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 torch.set_num_threads(1)
-ZAYA1_8B = ModelConfig(
-    vocab_size=262_272,
-    num_layers=40,
-    hidden_size=2048,
-    num_query_heads=8,
-    num_kv_heads=2,
-    head_dim=128,
-    num_experts=16,
-    expert_ffn_size=2048,
-    router_size=256,
-)
 
 
 def random_configs() -> Iterator[ModelConfig]:

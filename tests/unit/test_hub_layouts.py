@@ -20,7 +20,7 @@ from zaya_train.hub.convert import RECEIPT, folder_layout, meta_model
 from zaya_train.hub.names import LAYOUTS, layout_of_name, tensor_names
 
 from ..helpers.legacy import legacy_logits
-from ..helpers.models import TINY, VARIANTS, random_model, random_tokens
+from ..helpers.models import TINY, VARIANTS, ZAYA1_8B, random_model, random_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,17 +31,6 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 MODEL = replace(TINY, num_layers=2)
-ZAYA1_8B = ModelConfig(
-    vocab_size=262_272,
-    num_layers=40,
-    hidden_size=2048,
-    num_query_heads=8,
-    num_kv_heads=2,
-    head_dim=128,
-    num_experts=16,
-    expert_ffn_size=2048,
-    router_size=256,
-)
 
 PUBLISHED: dict[str, Any] = {
     # Zyphra/ZAYA1-8B's config.json in the legacy layout (docs/decisions/0014).
