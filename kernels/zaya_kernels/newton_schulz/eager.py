@@ -8,6 +8,7 @@ import torch
 
 from zaya_kernels.newton_schulz.gram import SMALLEST, gram_form
 from zaya_kernels.products import batched_product, batched_sum
+from zaya_kernels.threads import over_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +27,14 @@ def newton_schulz_eager(matrices: Tensor, polynomials: Polynomials, dtype: torch
 
 
 def newton_schulz_gram(matrices: Tensor, polynomials: Polynomials, dtype: torch.dtype) -> Tensor:
-    """See `zaya_kernels.newton_schulz.op.newton_schulz`; on the Gram matrix, one matrix after the
-    other, which pays from `gram.SMALLEST` rows on: smaller ones take the plain form."""
+    """See `zaya_kernels.newton_schulz.op.newton_schulz`; on the Gram matrix, each matrix by
+    itself and on a CPU as many at once as there are threads. It pays from `gram.SMALLEST` rows on:
+    smaller ones take the plain form."""
     if min(matrices.shape[1:]) < SMALLEST:
         return newton_schulz_eager(matrices, polynomials, dtype)
     x, tall = _scaled(matrices, dtype)
-    return _returned(torch.stack([gram_form(matrix, polynomials) for matrix in x]), tall)
+    done = over_matrices(lambda matrix: gram_form(matrix, polynomials), x)
+    return _returned(torch.stack(done), tall)
 
 
 def _scaled(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
