@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,10 @@ from rich.console import Console
 from zaya_train.config.build import to_dict
 from zaya_train.config.derive import Layout, config_hash, layout, layout_notes, phase_sequences
 from zaya_train.config.errors import EXIT_OK, EXIT_REQUEUE, NumericsError
+from zaya_train.context import Context
 from zaya_train.data.check import check_corpora, keep_tokenizer
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
+from zaya_train.data.lengths import document_tokens
 from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
 from zaya_train.data.survey import survey
 from zaya_train.hub.config import config_from_hf, require_same_model
@@ -33,12 +35,15 @@ from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.chain import only_phase_is_done
 from zaya_train.phases.gates import WITHOUT_STEP
 from zaya_train.phases.lineage import lineage
+from zaya_train.planning.case import Case
+from zaya_train.planning.components import GB
+from zaya_train.planning.expected import check_memory, expectation
 from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
-from zaya_train.runtime.dist import Ranks, fail_fast, shorten_timeouts, start, stop
-from zaya_train.runtime.heartbeat import Heartbeat, start_heartbeat
+from zaya_train.runtime.dist import fail_fast, shorten_timeouts, start, stop
+from zaya_train.runtime.heartbeat import start_heartbeat
 from zaya_train.runtime.log import logging_to
 from zaya_train.runtime.lost import naming_lost_ranks
-from zaya_train.runtime.peaks import Peaks, peaks_of
+from zaya_train.runtime.peaks import peaks_of
 from zaya_train.runtime.replays import Replays
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.runtime.signals import StopFlag
@@ -73,30 +78,6 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 
 
-@dataclass(frozen=True)
-class Context:
-    """What lives as long as the process."""
-
-    config: TrainConfig
-    ranks: Ranks
-    run_dir: Path
-    console: Console
-    store: CheckpointStore
-    saver: Saver
-    metrics: MetricsWriter
-    flag: StopFlag
-    corpora: dict[str, str]
-    """Content hash of each source by name."""
-    meshes: dict[Layout, Mesh]
-    """Made so far: every new mesh makes process groups, which live as long as the process."""
-    ledger: LedgerWriter
-    heartbeat: Heartbeat
-    incidents: Incidents
-    attempt: Attempt
-    replays: Replays
-    peaks: Peaks
-
-
 def train(config: TrainConfig) -> int:
     """Run the plan to its end or to a stop signal; returns the exit code (0 or 75).
 
@@ -114,6 +95,9 @@ def train(config: TrainConfig) -> int:
         flag.arm()
         stack.callback(stop)
         check_kernels(config.kernels, ranks.device)
+        facts = describe(ranks.device)
+        own_gb = facts.memory_bytes / GB if ranks.device.type == "cuda" else None
+        check_memory(config, ranks.world_size, own_gb, facts.name)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))
@@ -230,7 +214,9 @@ def _run_phase(
         built = _built(context, (name, phase), degrees, found)
         if context.ranks.rank == 0:
             keep_tokenizer(config, context.run_dir / TOKENIZER)
-        context.metrics.write("phase", name=name, event="begin", step=state.step)
+        context.metrics.write(
+            "phase", name=name, event="begin", step=state.step, **_expected(context, name)
+        )
         state, stopped, measured = _steps(context, built, stream, state)
         if stopped:
             return True
@@ -240,6 +226,16 @@ def _run_phase(
         log.info("phase %s drew rows %s", name, ", ".join(f"{s} {n:,}" for s, n in drawn.items()))
         _save(context, built, state.next_phase(measured), required=True, keep=True)
         return _asked_to_stop(context, state)
+
+
+def _expected(context: Context, name: str) -> dict[str, Any]:
+    """What the planner forecasts of the phase, to stand beside what is measured."""
+    config, ranks = context.config, context.ranks
+    if ranks.rank:
+        return {}
+    tokens = document_tokens(config.data, config.plan.phases[name])
+    case = Case(config, name, ranks.world_size)
+    return expectation(case, describe(ranks.device).name, ranks.local_world_size, tokens)
 
 
 def _asked_to_stop(context: Context, state: TrainState) -> bool:

@@ -67,6 +67,7 @@ def test_bad_value_exits_2_with_one_line_and_writes_nothing(tmp_path: Path) -> N
         (["model.vocab_size=200"], "model.vocab_size: 200 is smaller than the 264 ids"),
         (["data.sources.problems.path=nowhere"], "nowhere: not a corpus"),
         (["data.validation.problems.path=nowhere"], "nowhere: not a corpus"),
+        (["runtime.memory_gb=0.000001"], "90% of runtime.memory_gb=1e-06"),
     ],
 )
 def test_refusals_are_one_line_and_leave_no_run_directory(
@@ -163,4 +164,7 @@ def test_torchrun_trains_as_one_process_does(corpora: Path, tmp_path: Path) -> N
         for name in ("alone", "torchrun")
     ]
     assert len(curves[0]) == 3
+    begun = [r for r in read_metrics(tmp_path / "torchrun") if r.get("event") == "begin"]
+    assert len(begun) == 2
+    assert all(r["expected_peak_bytes"] > 1e5 and r["expected_by"] for r in begun)
     assert curves[1] == pytest.approx(curves[0], rel=1e-5)

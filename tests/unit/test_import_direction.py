@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["planning"] = {
     "config", "zaya_kernels", "model", "parallel", "optim", "phases", "runtime.peaks", LEAF,
 }  # fmt: skip
+ALLOWED["context"] = {*ALLOWED} - {"zaya_train"}
 ALLOWED["run"] = {*ALLOWED} - {"zaya_train"}
 ALLOWED["tools"] = {*ALLOWED, "zaya_train"}
 ALLOWED["plan_arguments"] = {"config"}

@@ -193,6 +193,8 @@ def _settings(config: TrainConfig) -> Iterator[str]:
     yield from _not_negative("data.prefetch_batches", config.data.prefetch_batches)
     runtime = config.runtime
     yield from _positive("runtime", runtime, ("init_timeout_seconds", "step_timeout_seconds"))
+    if runtime.memory_gb is not None:
+        yield from _positive("runtime", runtime, ("memory_gb",))
     yield from _guard(config.guard)
     yield from _supervisor(config.supervisor)
     yield from _allowed(config)

@@ -75,7 +75,10 @@ TAGS: dict[str, dict[Kind, str]] = {
         "io": "every_steps eval_every_steps wandb wandb_project tensorboard progress trace_steps "
         "trace_first_step trace_tokens",
     },
-    "runtime": {"speed": "device threads", "io": "init_timeout_seconds step_timeout_seconds"},
+    "runtime": {
+        "speed": "device threads",
+        "io": "init_timeout_seconds step_timeout_seconds memory_gb memory_check",
+    },
 }
 """Section -> tag -> its keys; `*` stands for a name of the user's (a phase, a source)."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from zaya_train.config.errors import ConfigError, DataError
+from zaya_train.tools.plan_against import cells, forecasts
 from zaya_train.tools.router import (
     LEFT_OUT,
     LEGEND,
@@ -77,6 +78,7 @@ def run_html(run: RunData, base: Path, several: bool) -> str:
     """Everything of one run that is no curve; links are relative to `base`."""
     sections: list[tuple[str, str, str]] = [
         ("phases", "Phases", _phase_table(run)),
+        ("forecast", "Forecast and measured", _forecast_table(run)),
         ("mixture-table", "Data mixture", _mixture_table(run)),
         ("time", "Where the wall time went", _time_table(run)),
         ("router", "Routers", _router_html(run)),
@@ -120,6 +122,16 @@ def _phase_table(run: RunData) -> str:
             ]
         )
     return _table(head, rows)
+
+
+def _forecast_table(run: RunData) -> str:
+    """What the planner said of each phase, and what came (docs/planner.md)."""
+    found = forecasts([*run.phase_rows, *run.steps])
+    if not found:
+        return "<p>This run was made before runs had forecasts.</p>"
+    head = ["phase", "step, forecast", "measured", "", "peak memory, forecast", "measured", "by"]
+    rows = [[one.phase, *cells(one), one.source] for one in found]
+    return _table(head, [[escape(cell) for cell in row] for row in rows])
 
 
 def _evaluation_table(run: RunData) -> str:

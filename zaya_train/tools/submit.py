@@ -16,6 +16,7 @@ from zaya_train.config.derive import config_hash
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.frozen import frozen
 from zaya_train.data.check import check_corpora
+from zaya_train.planning.expected import check_memory
 from zaya_train.runtime.files import write_json, write_text
 from zaya_train.tools.submit_script import Job, render
 from zaya_train.train.metrics import METRICS_FILE, iter_rows
@@ -93,6 +94,8 @@ def _check(jobs: list[Job]) -> None:
             )
     if broken:
         raise ConfigError("; ".join(dict.fromkeys(broken)))
+    for job in jobs:
+        check_memory(job.config, job.ranks, None, "")
 
 
 def lead_from(run_dir: Path) -> int:

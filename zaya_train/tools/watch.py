@@ -21,6 +21,7 @@ from rich.text import Text
 
 from zaya_train.config.errors import DataError
 from zaya_train.runtime.supervisor import STATUS_FILE
+from zaya_train.tools.plan_against import against_forecast
 from zaya_train.tools.report_data import read_incidents
 from zaya_train.tools.report_tables import count, duration, unreadable_words
 from zaya_train.tools.tail import Tail
@@ -195,6 +196,9 @@ def _curves(
         table.add_row(label, sparkline(values, width, blocks), value)
     table.add_row("held out", held_out, "")
     table.add_row("memory", f"peak {memory / 2**30:.2f} GiB, the fullest rank", "")
+    words = against_forecast(rows, last["phase"])
+    if words:
+        table.add_row("forecast", words, "")
     saves = [row for row in rows if row["kind"] == "checkpoint"]
     if saves:
         table.add_row("checkpoint", f"step {saves[-1]['step']:,}, {count(saves[-1]['bytes'])}B", "")

@@ -1,0 +1,90 @@
+"""What a run expects of its phases, written beside what it measures, and whether it may start."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+from zaya_train.config.errors import ConfigError
+from zaya_train.planning.calibration import calibrated_time, load
+from zaya_train.planning.components import GB
+from zaya_train.planning.fitting import Budget, refuse
+from zaya_train.planning.machine import LINKS, machine_of
+from zaya_train.planning.memory import forecast
+from zaya_train.planning.time import step_time
+
+if TYPE_CHECKING:
+    from zaya_train.config.schema import TrainConfig
+    from zaya_train.planning.case import Case
+    from zaya_train.planning.time import StepTime
+
+log = logging.getLogger(__name__)
+
+
+def known_device(name: str) -> str | None:
+    """The device table's name for what torch calls a device."""
+    return next((known for known in LINKS if re.search(rf"\b{known}\b", name)), None)
+
+
+def expected_time(
+    case: Case, device: str, node_ranks: int, document_tokens: float | None
+) -> tuple[StepTime | None, str]:
+    """A step on `device`, as torch names it, and by what; None where neither a data sheet nor a
+    calibration is known. Documents of unknown length fill the context."""
+    tokens = document_tokens or case.phase.context_tokens
+    known = known_device(device)
+    if known is not None:
+        machine = machine_of(known, case.config.precision, node_ranks)
+        return step_time(case, machine, tokens), f"data sheet of {known}, shares assumed"
+    try:
+        found = load(case.config, device, case.ranks)
+    except ConfigError as error:
+        # No reason to stop a run.
+        return None, str(error)
+    if found is not None:
+        return calibrated_time(case, found, tokens), "calibration of this machine"
+    return None, f"no data sheet and no calibration of {device}"
+
+
+def expectation(
+    case: Case, device: str, node_ranks: int, document_tokens: float | None
+) -> dict[str, Any]:
+    """Fields of a phase's first row in the metrics: `expected_peak_bytes` of rank 0,
+    `expected_step_seconds` of a full batch or null, `expected_by`; also said in the log."""
+    peak = forecast(case).peak
+    time, source = expected_time(case, device, node_ranks, document_tokens)
+    said = f"{time.seconds:.4g} s a step" if time else "no time"
+    log.info(
+        "%s: expected %.3f GB at most (%s) and %s (%s)",
+        case.name, peak.bytes / GB, peak.name, said, source,
+    )  # fmt: skip
+    return {
+        "expected_peak_bytes": peak.bytes,
+        "expected_step_seconds": time.seconds if time else None,
+        "expected_by": source,
+    }
+
+
+def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, device: str) -> None:
+    """Refuse a launch whose phases do not fit; ConfigError with the cheapest change that would.
+
+    device_gb: of an accelerator; runtime.memory_gb is taken before it. Neither: nothing is judged.
+    With Triton kernels, which keep less than the forecast counts, and with runtime.memory_check
+    =warn it is said and not refused.
+    """
+    limit = config.runtime.memory_gb or device_gb
+    if limit is None:
+        return
+    own = config.runtime.memory_gb is None
+    source = f"the {limit:.1f} GB of {device}" if own else f"runtime.memory_gb={limit:g}"
+    only = config.run.only_phase
+    try:
+        refuse(config, ranks, Budget(limit, source), (only,) if only else ())
+    except ConfigError as error:
+        if config.runtime.memory_check == "warn":
+            log.warning("launched although %s", error)
+        elif "triton" in vars(config.kernels).values():
+            log.warning("with eager kernels, which keep more than Triton's: %s", error)
+        else:
+            raise ConfigError(f"{error}; runtime.memory_check=warn launches anyway") from error
