@@ -26,10 +26,11 @@ from torch.profiler import ProfilerActivity, profile
 from zaya_kernels.dtypes import DTYPES
 
 from zaya_train.config.labels import IGNORE_LABEL
-from zaya_train.config.schema import ModelConfig
+from zaya_train.config.schema import KernelsConfig, ModelConfig
 from zaya_train.hub.convert import from_hf, to_hf
 from zaya_train.model import SequenceLayout, ZayaModel, initialise
 from zaya_train.model.flops import train_flops_per_token
+from zaya_train.model.interfaces import Surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,9 @@ CONFIG = ModelConfig(
     skip_output="zero",
 )
 BATCH, SEQUENCE = 2, 1024
+NATIVE = KernelsConfig(
+    cca="native", attention="native", grouped_mlp="native", linear_cross_entropy="native"
+)
 
 
 AGREE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 1e-1)}
@@ -57,7 +61,9 @@ AGREE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 1e-1)}
 bf16 has 8 bits, and the two round at different places."""
 
 
-def models(folder: Path, dtype: torch.dtype) -> tuple[ZayaModel, transformers.ZayaForCausalLM]:
+def models(
+    folder: Path, dtype: torch.dtype, kernels: KernelsConfig
+) -> tuple[ZayaModel, transformers.ZayaForCausalLM]:
     """Both models with one set of weights, both through the interchange format, all parameters in
     the compute type, as FSDP hands them to a step."""
     source = ZayaModel(CONFIG)
@@ -65,7 +71,8 @@ def models(folder: Path, dtype: torch.dtype) -> tuple[ZayaModel, transformers.Za
     to_hf(source, folder)
     # Without a padding id transformers' embedding drops no token's gradient.
     theirs = transformers.ZayaForCausalLM.from_pretrained(folder, dtype=dtype, pad_token_id=None)
-    return from_hf(folder).to(dtype), theirs.train()
+    ours = from_hf(folder, around=Surroundings(kernels=kernels))
+    return ours.to(dtype), theirs.train()
 
 
 def passes(
@@ -162,12 +169,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed pairs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=sorted(AGREE), default="fp32", help="compute type")
+    parser.add_argument("--kernels", choices=("native", "eager"), default="native")
     parser.add_argument("--profile", action="store_true", help="also print our time by operator")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = models(Path(folder) / "model", DTYPES[arguments.dtype])
+        kernels = KernelsConfig() if arguments.kernels == "eager" else NATIVE
+        ours, theirs = models(Path(folder) / "model", DTYPES[arguments.dtype], kernels)
     run_ours, run_theirs = passes(ours, theirs)
     losses = run_ours(), run_theirs()
     difference = agreement(losses, ours, theirs, AGREE[arguments.dtype])

@@ -31,6 +31,9 @@ REFERENCE = KernelsConfig(
     linear_cross_entropy="reference",
     newton_schulz="reference",
 )
+NATIVE = KernelsConfig(
+    cca="native", attention="native", grouped_mlp="native", linear_cross_entropy="native"
+)
 TINY = ModelConfig(
     vocab_size=101,
     num_layers=3,

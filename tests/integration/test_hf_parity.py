@@ -15,6 +15,7 @@ from zaya_train.hub import from_hf, to_hf
 from zaya_train.hub.names import tensor_names
 
 from ..helpers.models import (
+    NATIVE,
     REFERENCE,
     TINY,
     VARIANTS,
@@ -146,6 +147,13 @@ def test_products_in_onednn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ours = random_model(TINY)
     to_hf(ours, tmp_path / "model")
     assert_same_model(ours, theirs_of(tmp_path / "model"), random_tokens(TINY, BATCH, SEQUENCE))
+
+
+def test_kernels_in_c(tmp_path: Path) -> None:
+    ours = random_model(TINY)
+    to_hf(ours, tmp_path / "model")
+    tokens = random_tokens(TINY, BATCH, SEQUENCE)
+    assert_same_model(with_kernels(ours, NATIVE), theirs_of(tmp_path / "model"), tokens)
 
 
 def test_a_short_row(tmp_path: Path) -> None:

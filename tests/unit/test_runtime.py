@@ -225,6 +225,9 @@ def test_triton_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatc
             check_kernels(KernelsConfig(cca="triton"), cpu)
         return
     check_kernels(KernelsConfig(cca="triton"), torch.device("cuda", 0))
+    check_kernels(KernelsConfig(cca="native"), cpu)
+    with pytest.raises(ConfigError, match=r"kernels\.cca=native: computes on a CPU"):
+        check_kernels(KernelsConfig(cca="native"), torch.device("cuda", 0))
     with pytest.raises(ConfigError, match=r"kernels\.norm_residual=triton: needs a GPU, .* cpu"):
         check_kernels(KernelsConfig(norm_residual="triton"), cpu)
 

@@ -17,12 +17,16 @@ from zaya_train.config.faults import GuardConfig, SupervisorConfig
 KernelName = Literal["eager", "reference"]
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
-AttentionName = Literal["eager", "aiter", "flash_attn", "reference", "sdpa", "triton"]
+NativeKernelName = Literal["eager", "native", "reference", "triton"]
+"""native: in C for the CPU at hand, compiled at first use (docs/kernels.md)."""
+AttentionName = Literal["eager", "aiter", "flash_attn", "native", "reference", "sdpa", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
-flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed."""
-GroupedMLPName = Literal["eager", "grouped_mm", "reference", "transformer_engine", "triton"]
+flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed. native: in C."""
+GroupedMLPName = Literal[
+    "eager", "grouped_mm", "native", "reference", "transformer_engine", "triton"
+]
 """grouped_mm: torch's own product of all experts at once. transformer_engine: its GroupedLinear, on
-a GPU where it is installed."""
+a GPU where it is installed. native: in C for a CPU."""
 NewtonSchulzName = Literal["eager", "gram", "reference", "triton"]
 """gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
@@ -290,7 +294,7 @@ class PrecisionConfig:
 class KernelsConfig:
     """Back end per operation, by name; a name that cannot run here is an error."""
 
-    cca: TritonKernelName = "eager"
+    cca: NativeKernelName = "eager"
     attention: AttentionName = "eager"
     norm_residual: TritonKernelName = "eager"
     router: TritonKernelName = "eager"
@@ -300,7 +304,7 @@ class KernelsConfig:
     grouped_mlp_recompute: bool = False
     """Make the experts' pre-activation, 2 x expert_ffn_size numbers a token, again in the backward
     pass instead of keeping it: two ninths of the experts' products more. triton only."""
-    linear_cross_entropy: TritonKernelName = "eager"
+    linear_cross_entropy: NativeKernelName = "eager"
     newton_schulz: NewtonSchulzName = "eager"
 
 

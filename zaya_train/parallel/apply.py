@@ -8,6 +8,7 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 from zaya_kernels.attention.flash import REFUSAL
 from zaya_kernels.dtypes import DTYPES
+from zaya_kernels.native import library
 
 from zaya_train.config.errors import ConfigError
 from zaya_train.model.init import initialise
@@ -38,9 +39,12 @@ def parallelize(
 ) -> ZayaModel:
     """Build on the meta device, shard, allocate the local part, initialise from run.seed.
 
-    ConfigError before any of it where attention cannot run on `device` as configured.
+    ConfigError before any of it where attention cannot run on `device` as configured, or the back
+    end in C cannot be compiled.
     """
     _check_attention(config, device)
+    if "native" in vars(config.kernels).values():
+        library.ready()
     model = sharded_on_meta(config, model_config, mesh, device)
     model.to_empty(device=device)
     initialise(model, config.run.seed, write_full)

@@ -69,6 +69,9 @@ def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
     """ConfigError naming the first operation whose back end cannot run on `device`."""
     for item in fields(kernels):
         name = getattr(kernels, item.name)
+        if name == "native" and device.type != "cpu":
+            key = f"kernels.{item.name}=native"
+            raise ConfigError(f"{key}: computes on a CPU, this run is on {device}; choose eager")
         if name not in PACKAGES:
             continue
         key, (package, how) = f"kernels.{item.name}={name}", PACKAGES[name]

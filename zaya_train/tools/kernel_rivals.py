@@ -46,6 +46,8 @@ def _own(name: str, run: Callable[..., Any], device: torch.device) -> Contender:
         return Contender(name, None, f"{PACKAGES[name][0]} is not installed")
     if name in PACKAGES and device.type != "cuda":
         return Contender(name, None, "needs a GPU")
+    if name == "native" and device.type != "cpu":
+        return Contender(name, None, "computes on a CPU")
     if name == "reference" and device.type == "cuda":
         return Contender(name, None, "written to be read; timed on a CPU only")
     return Contender(name, run)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from zaya_kernels.attention.eager import attention_eager, attention_sdpa
 from zaya_kernels.attention.libraries import attention_aiter, attention_flash_attn
+from zaya_kernels.attention.native import attention_native
 from zaya_kernels.attention.reference import attention_reference
 from zaya_kernels.backends import pick
 
@@ -29,6 +30,7 @@ BACKENDS = {
     "aiter": attention_aiter,
     "eager": attention_eager,
     "flash_attn": attention_flash_attn,
+    "native": attention_native,
     "sdpa": attention_sdpa,
     "reference": attention_reference,
     "triton": _triton,

@@ -100,7 +100,7 @@ def _unfold(inner: Tensor, bias: Tensor, plan: _Plan) -> Tensor:
     return rows[0] if taps == 1 else torch.cat(rows, dim=-1)
 
 
-def _per_tap(grouped: Tensor, taps: int) -> Tensor:
+def per_tap(grouped: Tensor, taps: int) -> Tensor:
     """[A, d_out, d_in taps] -> [A, taps d_in, d_out], newest tap first."""
     heads, size, _ = grouped.shape
     newest_first = grouped.view(heads, size, size, taps).flip(3)
@@ -134,7 +134,7 @@ class _QueriesKeys(torch.autograd.Function):
         inner = _depthwise(x, depthwise, depthwise_bias, plan)
         unfolded = _unfold(inner, depthwise_bias, plan)
         size = grouped.shape[1]
-        mixed = batched_product(unfolded.transpose(0, 1), _per_tap(grouped, plan.taps[1]))
+        mixed = batched_product(unfolded.transpose(0, 1), per_tap(grouped, plan.taps[1]))
         mixed = mixed.transpose(0, 1) + grouped_bias.view(-1, size)
         _add_means(mixed, x, plan)
         norm = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True)
@@ -157,7 +157,7 @@ class _QueriesKeys(torch.autograd.Function):
         unfolded = _unfold(inner, bias, plan)
         per_head = grad.transpose(0, 1)
         grad_tap = batched_product(unfolded.permute(1, 2, 0), per_head)
-        grad_unfolded = batched_product(per_head, _per_tap(grouped, plan.taps[1]).mT)
+        grad_unfolded = batched_product(per_head, per_tap(grouped, plan.taps[1]).mT)
         del unfolded
         grad_inner, grad_bias = _unfold_backward(grad_unfolded, inner.shape, plan)
         grad_x, grad_depthwise = _depthwise_backward(grad_inner, x, depthwise, plan)
@@ -285,12 +285,12 @@ def cca_eager(
     )
     padded = _chunks(qk, context.halo_qk, rows).to(work)
     q, k = _QueriesKeys.apply(padded, *(t.to(work) for t in tensors), plan)
-    v = _shift_values(v_now, v_delayed, context)
+    v = shift_values(v_now, v_delayed, context)
     shape = (batch, sequence, -1, head_dim)
     return q.view(shape).to(qk.dtype), k.view(shape).to(qk.dtype), v.view(shape)
 
 
-def _shift_values(v_now: Tensor, v_delayed: Tensor, context: CCAContext) -> Tensor:
+def shift_values(v_now: Tensor, v_delayed: Tensor, context: CCAContext) -> Tensor:
     """[v_now_t ; v_delayed_(t-1)], zeros before a document's first token."""
     before = _chunks(v_delayed, context.halo_v, 1)[:, :, :-1].reshape(v_delayed.shape)
     before = before * (context.positions > 0).unsqueeze(-1)

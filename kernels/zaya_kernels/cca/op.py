@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import pick
 from zaya_kernels.cca.eager import cca_eager
+from zaya_kernels.cca.native import cca_native
 from zaya_kernels.cca.reference import cca_reference
 from zaya_kernels.cca.types import CCAContext, CCAWeights
 
@@ -30,7 +31,12 @@ def _cca_triton(
     return cca_triton(qk, v_now, v_delayed, weights, context)
 
 
-BACKENDS = {"eager": cca_eager, "reference": cca_reference, "triton": _cca_triton}
+BACKENDS = {
+    "eager": cca_eager,
+    "native": cca_native,
+    "reference": cca_reference,
+    "triton": _cca_triton,
+}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from zaya_kernels.backends import pick
 from zaya_kernels.grouped_mlp.eager import grouped_mlp_eager
 from zaya_kernels.grouped_mlp.grouped_mm import grouped_mlp_grouped_mm
+from zaya_kernels.grouped_mlp.native import grouped_mlp_native
 from zaya_kernels.grouped_mlp.reference import grouped_mlp_reference
 from zaya_kernels.grouped_mlp.transformer_engine import grouped_mlp_transformer_engine
 
@@ -38,6 +39,7 @@ def _grouped_mlp_triton(
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": grouped_mlp_eager,
     "grouped_mm": grouped_mlp_grouped_mm,
+    "native": grouped_mlp_native,
     "reference": grouped_mlp_reference,
     "transformer_engine": grouped_mlp_transformer_engine,
     "triton": _grouped_mlp_triton,

@@ -27,7 +27,7 @@ VOCAB_BLOCK = 16_384
 
 
 def chunk_rows(vocab: int, itemsize: int) -> int:
-    """Rows of logits made at once."""
+    """Rows of logits of `itemsize` bytes to hold at once."""
     row = vocab * itemsize
     return max(1, min(_CHUNK_BYTES // row, max(_CHUNK_ROWS, _CACHED_BYTES // row)))
 

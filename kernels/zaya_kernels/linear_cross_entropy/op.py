@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import pick
 from zaya_kernels.linear_cross_entropy.eager import linear_cross_entropy_eager
+from zaya_kernels.linear_cross_entropy.native import linear_cross_entropy_native
 from zaya_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from zaya_train.config.labels import IGNORE_LABEL
 
@@ -26,6 +27,7 @@ def _triton(hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss:
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": linear_cross_entropy_eager,
+    "native": linear_cross_entropy_native,
     "reference": linear_cross_entropy_reference,
     "triton": _triton,
 }

@@ -1,0 +1,86 @@
+"""Loss in C: by chunks of supervised tokens, gradients taken while a chunk's logits are at hand.
+
+As `eager`, with softmax and its gradient in two passes over a chunk's logits (native/loss.c). The
+logits, their sums and all accumulation are fp32, also of bf16 operands; of those the gradient of
+the logits is rounded to bf16 for the two products that follow (as in `triton`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zaya_kernels.linear_cross_entropy.eager import chunk_rows
+from zaya_kernels.native.library import TYPES, call, check
+from zaya_kernels.native.product import multiply
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _gradient(logits: Tensor, rows: Tensor) -> Tensor:
+    """Where the gradient of `logits` goes."""
+    return logits if rows.dtype == logits.dtype else torch.empty_like(logits, dtype=rows.dtype)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, how: tuple[int, float, bool]
+    ) -> Tensor:
+        ignore, z_loss, recorded = how
+        kept = (labels != ignore).nonzero().squeeze(1)
+        rows, targets = hidden.index_select(0, kept), labels[kept]
+        weight = weight.contiguous()
+        need = recorded and any(ctx.needs_input_grad[:2])
+        grad_rows = torch.empty(rows.shape, dtype=torch.float32) if need else None
+        # The first chunk writes, the others add.
+        fresh = torch.empty if len(rows) else torch.zeros
+        grad_weight = fresh(weight.shape, dtype=torch.float32) if need else None
+        losses = torch.empty(len(rows), dtype=torch.float32)
+        classes, threads = weight.shape[0], torch.get_num_threads()
+        step = chunk_rows(classes, 4)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            chunk = rows[part]
+            logits = multiply(
+                chunk, weight.t(), torch.empty(len(chunk), classes, dtype=torch.float32)
+            )
+            gradient = _gradient(logits, rows) if need else None
+            sizes = len(chunk), classes
+            call(
+                "zaya_loss", *sizes, logits, targets[part], float(z_loss), losses[part],
+                gradient, TYPES[rows.dtype], threads,
+            )  # fmt: skip
+            if grad_rows is not None and grad_weight is not None and gradient is not None:
+                multiply(gradient.t(), chunk, grad_weight, add=start > 0)
+                multiply(gradient, weight, grad_rows[part])
+        if need:
+            ctx.save_for_backward(kept)
+            ctx.gradients = (grad_rows, grad_weight)
+            ctx.like = (hidden.shape, hidden.dtype)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy: backward ran twice; its gradients were used up"
+            )
+        grad_rows, grad_weight = (g.mul_(grad) for g in ctx.gradients)
+        ctx.gradients = None
+        (kept,) = ctx.saved_tensors
+        shape, dtype = ctx.like
+        grad_hidden = grad_rows.new_zeros(shape, dtype=dtype)
+        grad_hidden.index_copy_(0, kept, grad_rows.to(dtype))
+        return grad_hidden, grad_weight.to(dtype), None, None
+
+
+def linear_cross_entropy_native(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
+) -> Tensor:
+    """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`; one type for both."""
+    check("linear_cross_entropy", hidden, weight)
+    how = (ignore, z_loss, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, labels, how)

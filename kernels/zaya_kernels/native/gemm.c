@@ -1,0 +1,241 @@
+/* A tile of c is ROWS x 2 vectors of fp32 sums in registers. b is packed in panels of 2 vectors'
+ * columns over the whole of k; a is read in place where its rows are contiguous, else packed by
+ * panels of ROWS. bf16 is multiplied in pairs along k (vdpbf16ps) where the machine does that, and
+ * widened while packing elsewhere. */
+#include "gemm.h"
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 12
+#else
+#define ROWS 4
+#endif
+#define COLUMNS (2 * LANES)
+/* Block sizes: a panel of b for the first-level cache (32 KB), a block of b (512 KB) and one of a
+ * for the second. */
+#define STEPS 256
+#define PANELS 16
+#define TILES 8
+
+#if defined(__AVX512BF16__)
+#define PAIRED 1
+#else
+#define PAIRED 0
+#endif
+
+void *scratch(enum Scratch slot, size_t bytes) {
+    static __thread void *held[SCRATCHES];
+    static __thread size_t sizes[SCRATCHES];
+    if (sizes[slot] < bytes) {
+        free(held[slot]);
+        sizes[slot] = (bytes + 4095) / 4096 * 4096;
+        held[slot] = aligned_alloc(64, sizes[slot]);
+        if (!held[slot]) abort();
+    }
+    return held[slot];
+}
+
+static inline vec pair_sum(vec sum, vec a, vec b) {
+#if PAIRED
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return sum + a * b;
+#endif
+}
+
+/* out[rows][2] of `steps` steps; a: 4-byte elements, strides in bytes. */
+#define TILE(name, rows, multiply)                                                             \
+    static void name(long steps, const char *a, long row, long step, const float *b, vec *out) { \
+        vec sum[rows][2];                                                                      \
+        for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = all(0);                         \
+        for (long s = 0; s < steps; s++, a += step, b += COLUMNS) {                            \
+            vec left = *(const vec *)b, right = *(const vec *)(b + LANES);                     \
+            _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {                          \
+                vec x = all(*(const float *)(a + i * row));                                    \
+                sum[i][0] = multiply(sum[i][0], x, left);                                      \
+                sum[i][1] = multiply(sum[i][1], x, right);                                     \
+            }                                                                                  \
+        }                                                                                      \
+        for (int i = 0; i < rows; i++) out[2 * i] = sum[i][0], out[2 * i + 1] = sum[i][1];     \
+    }
+#define FMA(sum, x, y) ((sum) + (x) * (y))
+TILE(tile_4, 4, FMA)
+TILE(pairs_4, 4, pair_sum)
+#if ROWS == 12
+TILE(tile_8, 8, FMA)
+TILE(pairs_8, 8, pair_sum)
+TILE(tile_12, 12, FMA)
+TILE(pairs_12, 12, pair_sum)
+#endif
+
+typedef void (*Tile)(long, const char *, long, long, const float *, vec *);
+
+static Tile tile_of(long rows, int paired) {
+#if ROWS == 12
+    if (rows > 8) return paired ? pairs_12 : tile_12;
+    if (rows > 4) return paired ? pairs_8 : tile_8;
+#endif
+    return paired ? pairs_4 : tile_4;
+}
+
+/* Rows of 4-byte elements to columns: to[s * width + i] = from[i * row + s]. */
+static void transpose_block(const char *from, long row, float *to, long width) {
+    vec x[LANES], y[LANES];
+    for (int i = 0; i < LANES; i++) x[i] = *(const vec *)(from + i * row);
+    for (int round = 1; round < LANES; round *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], LOW_LANES);
+            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], HIGH_LANES);
+        }
+        memcpy(x, y, sizeof x);
+    }
+    for (int i = 0; i < LANES; i++) *(vec *)(to + i * width) = x[i];
+}
+
+static inline uint32_t pair(const bf16 *x, long column, long s, long k) {
+    uint32_t low = x[2 * s * column];
+    return 2 * s + 1 < k ? low | (uint32_t)x[(2 * s + 1) * column] << 16 : low;
+}
+
+/* One element of the packed form. */
+static inline float element(Operand x, int type, long i, long s, long k) {
+    float out;
+    if (type == FP32) return ((const float *)x.data)[i * x.row + s * x.column];
+    const bf16 *at = (const bf16 *)x.data + i * x.row;
+    if (!PAIRED) return widen(at[s * x.column]);
+    uint32_t bits = pair(at, x.column, s, k);
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
+/* Panel of `count` <= width rows of x [., steps], starting at row `first` and step `begin`:
+ * to[steps][width], zeros in missing rows. For b, x is its transpose. */
+static inline __attribute__((always_inline)) void pack(
+    Operand x, int type, long first, long count, long begin, long steps, long k, float *to,
+    const long width) {
+    long s = 0, unit = type == BF16 ? 2 : 4, group = PAIRED && type == BF16 ? 2 : 1;
+    x.data = (const char *)x.data + (first * x.row + begin * group * x.column) * unit;
+    k -= begin * group;
+    long whole = count < width ? 0 : k / group < steps ? k / group : steps;
+    if (x.column == 1 && (type == FP32 || PAIRED) && width % LANES == 0) {
+        for (; s + LANES <= whole; s += LANES)
+            for (long i = 0; i < width; i += LANES)
+                transpose_block(
+                    (const char *)x.data + i * x.row * unit + s * 4, x.row * unit,
+                    to + s * width + i, width);
+    } else if (x.row == 1 && type == FP32) {
+        for (; s < whole; s++)
+            memcpy(to + s * width, (const float *)x.data + s * x.column, width * 4);
+    } else if (x.row == 1 && PAIRED) {
+        for (; s < whole; s++) {
+            const bf16 *even = (const bf16 *)x.data + 2 * s * x.column, *odd = even + x.column;
+            uint32_t out[width];
+            for (long i = 0; i < width; i++) out[i] = even[i] | (uint32_t)odd[i] << 16;
+            memcpy(to + s * width, out, width * 4);
+        }
+    }
+    for (; s < steps; s++)
+        for (long i = 0; i < width; i++)
+            to[s * width + i] = i < count ? element(x, type, i, s, k) : 0.0f;
+}
+
+static void store_row(const vec *sum, Result c, long i, long j, long columns) {
+    if (c.type == BF16) {
+        bf16 row[COLUMNS];
+        store_bf16(row, sum[0]), store_bf16(row + LANES, sum[1]);
+        bf16 *to = (bf16 *)c.data + i * c.row + j;
+        if (columns == COLUMNS) memcpy(to, row, sizeof row);
+        else memcpy(to, row, columns * sizeof *row);
+        return;
+    }
+    float *to = (float *)c.data + i * c.row + j;
+    if (columns == COLUMNS) {
+        vec *at = (vec *)to, *next = (vec *)(to + LANES);
+        if (c.accumulate) *at += sum[0], *next += sum[1];
+        else *at = sum[0], *next = sum[1];
+        return;
+    }
+    for (long l = 0; l < columns; l++)
+        to[l] = (c.accumulate ? to[l] : 0.0f) + sum[l / LANES][l % LANES];
+}
+
+typedef struct {
+    long m, n, k, steps; /* steps along k */
+    Operand a, b;
+    int type;
+} Product;
+
+/* Steps [begin, end) of columns [start, stop) of c. */
+static void block_of(Product p, long start, long stop, long begin, long end, Result c) {
+    long steps = end - begin, unit = p.type == BF16 ? 2 : 4, size = steps * COLUMNS;
+    int paired = PAIRED && p.type == BF16;
+    int in_place = p.a.column == 1 && (p.type == FP32 || (PAIRED && p.k % 2 == 0));
+    long panels = (stop - start + COLUMNS - 1) / COLUMNS;
+    float *right = scratch(SCRATCH_RIGHT, panels * size * 4);
+    float *left = scratch(SCRATCH_LEFT, TILES * ROWS * steps * 4);
+    Operand turned = {p.b.data, p.b.column, p.b.row};
+    for (long j = 0; j < panels; j++) {
+        long first = start + j * COLUMNS, count = stop - first < COLUMNS ? stop - first : COLUMNS;
+        pack(turned, p.type, first, count, begin, steps, p.k, right + j * size, COLUMNS);
+    }
+    for (long top = 0; top < p.m; top += TILES * ROWS) {
+        long bottom = p.m - top < TILES * ROWS ? p.m : top + TILES * ROWS;
+        for (long i = top; i < bottom; i += ROWS) {
+            long rows = bottom - i < ROWS ? bottom - i : ROWS;
+            if (!in_place || rows % 4)
+                pack(p.a, p.type, i, rows, begin, steps, p.k, left + (i - top) * steps, ROWS);
+        }
+        for (long j = 0; j < panels; j++) {
+            long first = start + j * COLUMNS;
+            long width = stop - first < COLUMNS ? stop - first : COLUMNS;
+            for (long i = top; i < bottom; i += ROWS) {
+                long rows = bottom - i < ROWS ? bottom - i : ROWS, row = 4, step = ROWS * 4;
+                const char *from = (const char *)(left + (i - top) * steps);
+                if (in_place && rows % 4 == 0) {
+                    row = p.a.row * unit, step = 4;
+                    from = (const char *)p.a.data + i * row + begin * 4;
+                }
+                vec sum[2 * ROWS];
+                tile_of(rows, paired)(steps, from, row, step, right + j * size, sum);
+                for (long l = 0; l < rows; l++) store_row(sum + 2 * l, c, i + l, first, width);
+            }
+        }
+    }
+}
+
+/* Columns [start, stop) of c, by blocks of k that the caches hold. */
+static void columns_of(Product p, long start, long stop, Result c) {
+    Result sums = c;
+    int apart = c.type == BF16 && p.steps > STEPS;
+    if (apart) {
+        sums.row = stop - start, sums.type = FP32;
+        sums.data = (float *)scratch(SCRATCH_SUMS, p.m * sums.row * 4) - start;
+    }
+    for (long begin = 0; begin == 0 || begin < p.steps; begin += STEPS) {
+        long end = p.steps - begin < STEPS ? p.steps : begin + STEPS;
+        block_of(p, start, stop, begin, end, sums);
+        sums.accumulate = 1;
+    }
+    for (long i = 0; apart && i < p.m; i++)
+        for (long j = start; j < stop; j++)
+            ((bf16 *)c.data)[i * c.row + j] = narrow(((float *)sums.data)[i * sums.row + j]);
+}
+
+void gemm(long m, long n, long k, Operand a, Operand b, int type, Result c, int threads) {
+    Product p = {m, n, k, PAIRED && type == BF16 ? (k + 1) / 2 : k, a, b, type};
+    long panels = (n + COLUMNS - 1) / COLUMNS, share = (panels + threads - 1) / threads;
+    long block = share < PANELS ? share : PANELS;
+    long blocks = (panels + block - 1) / block;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && blocks > 1)
+    for (long j = 0; j < blocks; j++) {
+        long start = j * block * COLUMNS, stop = start + block * COLUMNS;
+        columns_of(p, start, stop < n ? stop : n, c);
+    }
+}
+
+void zaya_gemm(
+    long m, long n, long k, const void *a, long a_row, long a_column, const void *b, long b_row,
+    long b_column, long type, void *c, long c_row, long c_type, long accumulate, long threads) {
+    Operand left = {a, a_row, a_column}, right = {b, b_row, b_column};
+    Result out = {c, c_row, c_type, accumulate};
+    gemm(m, n, k, left, right, type, out, threads);
+}

@@ -1,0 +1,27 @@
+"""Matrix products in C (native/gemm.c)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from zaya_kernels.native.library import TYPES, call
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """out [m, n] = a [m, k] @ b [k, n], or added to it, outside autograd; returns `out`.
+
+    a and b are of one type, fp32 or bf16, with any strides. Rows of `out` are contiguous; it is
+    fp32, or bf16 like the operands and not added to. Sums are fp32.
+    """
+    sizes = a.shape[0], b.shape[1], a.shape[1]
+    left, right = (*a.stride(), TYPES[a.dtype]), b.stride()
+    call(
+        "zaya_gemm", *sizes, a, *left[:2], b, *right, left[2],
+        out, out.stride(0), TYPES[out.dtype], int(add), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
