@@ -34,3 +34,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate", action="store_true", help="time steps of this model on this machine's CPU"
     )
+    parser.add_argument(
+        "--search", action="store_true", help="the fastest layouts that fit; needs --device"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="where every figure of memory and time comes from"
+    )

@@ -11,6 +11,7 @@ E experts, n chunks per rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -82,14 +83,10 @@ class Traffic:
         return 2 if self.parallel.recompute == "full" else 1
 
     def _weights(self) -> Iterable[Flow]:
-        shapes = parameter_shapes(self.model)
-        own = {n for n in shapes if self.layout.expert > 1 and ".experts." in n}
-        dense = _shard_elements((shapes[n] for n in shapes.keys() - own), self.layout.fsdp)
+        dense, part = _elements(self.model, self.layout.fsdp, self.layout.expert)
         layers = self.model.num_layers
         yield from self._unit("weights", "fsdp", dense, (self.layout.fsdp, layers + 1))
-        divided = ((shapes[n][0] // self.layout.expert, *shapes[n][1:]) for n in own)
         ranks = self.layout.expert_shard
-        part = _shard_elements(divided, ranks)
         yield from self._unit("experts' weights", "expert_shard", part, (ranks, layers))
 
     def _unit(self, what: str, axis: str, elements: int, over: tuple[int, int]) -> Iterable[Flow]:
@@ -156,6 +153,16 @@ class Traffic:
         # Every rank's sum of squares and sum of bits, which replicas are compared by.
         norm = self.layout.world * (_FP64_BYTES + _INT64_BYTES)
         yield Flow("gradient norm", "all_reduce", "world", norm, 1)
+
+
+@lru_cache(maxsize=256)
+def _elements(model: ModelConfig, fsdp: int, expert: int) -> tuple[int, int]:
+    """Of rank 0's shards: weights gathered over fsdp, and experts' over expert_shard."""
+    shapes = parameter_shapes(model)
+    own = {n for n in shapes if expert > 1 and ".experts." in n}
+    dense = _shard_elements((shapes[n] for n in shapes.keys() - own), fsdp)
+    divided = ((shapes[n][0] // expert, *shapes[n][1:]) for n in own)
+    return dense, _shard_elements(divided, fsdp // expert)
 
 
 def _shard_elements(shapes: Iterable[tuple[int, ...]], ranks: int) -> int:

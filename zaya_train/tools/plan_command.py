@@ -12,9 +12,11 @@ from zaya_train.planning.calibration import Calibration, keep, load
 from zaya_train.planning.case import cases_of
 from zaya_train.planning.fitting import Budget, refuse
 from zaya_train.planning.machine import Machine, machine_of, with_links, with_preflight
+from zaya_train.planning.search import search
 from zaya_train.runtime.device import describe
 from zaya_train.tools.plan import PlanRequest, show_plan
 from zaya_train.tools.plan_calibrate import calibrate
+from zaya_train.tools.plan_explain import explain, search_table
 from zaya_train.tools.plan_phases import show_phases
 from zaya_train.tools.plan_time import Clock, time_table, total_line
 from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
@@ -50,7 +52,13 @@ def run_plan(
         memory_gb = clock.source.memory_gb
     request = PlanRequest(config, options.ranks, memory_gb)
     (show_phases if chain else show_plan)(request, console)
-    show_time(cases_of(config, options.ranks, phases), clock, console)
+    cases = cases_of(config, options.ranks, phases)
+    show_time(cases, clock, console)
+    if options.explain:
+        for case in cases:
+            explain(case, clock, console)
+    if options.search:
+        show_search(config, options.ranks, clock, memory_gb, console)
     if options.rehearse:
         show_rehearsal(RehearsalRequest(config, options.ranks, phases, memory_gb), console)
     elif memory_gb is not None:
@@ -75,6 +83,28 @@ def clock_of(options: argparse.Namespace, config: TrainConfig) -> Clock | None:
         return Clock(with_links(machine, *links), tokens)
     found = load(config, describe(torch.device("cpu")).name, options.ranks)
     return Clock(found, tokens) if found else None
+
+
+def show_search(
+    config: TrainConfig,
+    ranks: int,
+    clock: Clock | None,
+    memory_gb: float | None,
+    console: Console,
+) -> None:
+    """The fastest layouts in words for the command line. ConfigError without a device to judge
+    them by."""
+    if clock is None or not isinstance(clock.source, Machine) or memory_gb is None:
+        raise ConfigError("--search: needs a --device, by whose rates layouts are judged")
+    budget = Budget(memory_gb, f"{memory_gb:g} GB")
+    found = search(
+        config, (ranks, clock.source.node_ranks), budget, lambda case: clock.of(case).seconds
+    )
+    console.print(search_table(config, found))
+    for why, count in found.refused.items():
+        console.print(f"{count} of {found.tried} settings are out: {why}", highlight=False)
+    if not found.best:
+        raise ConfigError(f"--search: none of {found.tried} settings fits {memory_gb:g} GB")
 
 
 def show_time(cases: Sequence[Case], clock: Clock | None, console: Console) -> None:
