@@ -78,14 +78,22 @@ def test_a_named_key_launches_anyway(caplog: pytest.LogCaptureFixture) -> None:
     assert "launched although phase" in caplog.text
 
 
-def test_triton_kernels_are_not_refused_by_what_eager_ones_keep(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("name", ["triton", "reference", "of_another_version"])
+def test_other_kernels_are_not_refused_by_what_eager_ones_keep(
+    name: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = limited(1e-6)
-    fused = replace(config, kernels=replace(config.kernels, cca="triton"))
+    fused = replace(config, kernels=replace(config.kernels, cca=name))
     with caplog.at_level(logging.WARNING):
         check_memory(fused, 2, None, "")
-    assert "with eager kernels, which keep more" in caplog.text
+    assert f"not refused because of kernels.cca={name}: phase" in caplog.text
+
+
+def test_kernels_that_are_counted_are_refused() -> None:
+    config = limited(1e-6)
+    kernels = replace(config.kernels, attention="sdpa", newton_schulz="gram")
+    with pytest.raises(ConfigError, match="exceeds"):
+        check_memory(replace(config, kernels=kernels), 2, None, "")
 
 
 def test_only_the_phase_of_this_job_is_judged() -> None:

@@ -15,11 +15,14 @@ from zaya_train.planning.memory import forecast
 from zaya_train.planning.time import step_time
 
 if TYPE_CHECKING:
-    from zaya_train.config.schema import TrainConfig
+    from zaya_train.config.schema import KernelsConfig, TrainConfig
     from zaya_train.planning.case import Case
     from zaya_train.planning.time import StepTime
 
 log = logging.getLogger(__name__)
+
+COUNTED = ("eager", "gram", "sdpa")
+"""Back ends whose kept tensors the forecast counts (planning.activations)."""
 
 
 def known_device(name: str) -> str | None:
@@ -70,8 +73,8 @@ def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, devic
     """Refuse a launch whose phases do not fit; ConfigError with the cheapest change that would.
 
     device_gb: of an accelerator; runtime.memory_gb is taken before it. Neither: nothing is judged.
-    With Triton kernels, which keep less than the forecast counts, and with runtime.memory_check
-    =warn it is said and not refused.
+    With kernels that keep other tensors than those counted, and with runtime.memory_check=warn,
+    it is said and not refused.
     """
     limit = config.runtime.memory_gb or device_gb
     if limit is None:
@@ -84,7 +87,16 @@ def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, devic
     except ConfigError as error:
         if config.runtime.memory_check == "warn":
             log.warning("launched although %s", error)
-        elif "triton" in vars(config.kernels).values():
-            log.warning("with eager kernels, which keep more than Triton's: %s", error)
+        elif others := _not_counted(config.kernels):
+            log.warning("by eager kernels, not refused because of %s: %s", ", ".join(others), error)
         else:
             raise ConfigError(f"{error}; runtime.memory_check=warn launches anyway") from error
+
+
+def _not_counted(kernels: KernelsConfig) -> list[str]:
+    """Keys of back ends that the forecast knows nothing of."""
+    return [
+        f"kernels.{key}={name}"
+        for key, name in vars(kernels).items()
+        if isinstance(name, str) and name not in COUNTED
+    ]
