@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from rich.console import Console
+from zaya_kernels.attention import op as attention_op
+from zaya_kernels.grouped_mlp import op as grouped_mlp_op
 from zaya_kernels.norm_residual import op as norm_op
 
 from tests.helpers.tiny import tiny
@@ -93,6 +95,24 @@ def test_a_failed_check_gives_exit_code_1_and_a_name(
     monkeypatch.setattr("zaya_train.tools.doctor_layouts.certify", lambda *_: [])
     assert doctor(DoctorRequest(tiny(), ranks=2), Console(width=200)) == 1
     assert "FAILED kernels attention=eager: " in capsys.readouterr().out
+
+
+def test_libraries_that_are_there_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's place is taken by the reference, and by one with a wrong result."""
+    monkeypatch.setattr(doctor_kernels, "GPU", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        doctor_kernels, "find_spec", lambda name: name in ("flash_attn", "transformer_engine")
+    )
+    usual, experts = attention_op.BACKENDS["reference"], grouped_mlp_op.BACKENDS["reference"]
+    monkeypatch.setitem(attention_op.BACKENDS, "flash_attn", usual)
+    monkeypatch.setitem(grouped_mlp_op.BACKENDS, "transformer_engine", lambda *x: 1.1 * experts(*x))
+    found = {(k.op, k.backend): k for k in compare_kernels(tiny())}
+    assert found["attention", "flash_attn"].ok and ("attention", "aiter") not in found
+    assert found["attention", "flash_attn"].limit >= doctor_kernels.FLOOR["bf16"]
+    assert not found["grouped_mlp", "transformer_engine"].ok
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert doctor_kernels.libraries_here() == []
 
 
 def test_a_dispatcher_that_drops_a_row(

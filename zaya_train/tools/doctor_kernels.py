@@ -7,6 +7,7 @@ up in other orders, they do not compute something else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ from zaya_kernels.workshop.cases import (
     random,
 )
 
+from zaya_train.config.kernel_rules import PACKAGES
 from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.newton_schulz import polynomials
 from zaya_train.model.layout import SequenceLayout
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import ModelConfig, MuonConfig, TrainConfig
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TOKENS = 96
 DOCUMENTS = (40, 1, 23, 30)
 """Of the TOKENS; two are padding."""
@@ -78,18 +80,30 @@ class Agreement:
 
 
 def compare_kernels(config: TrainConfig) -> list[Agreement]:
-    """Every operation of a step in the configuration's compute precision."""
+    """Every operation of a step in the configuration's compute precision; besides, in bf16 on the
+    GPU, every library that is installed there and has an operation."""
     precision = config.precision.compute_dtype
-    return [_agreement(check, precision) for check in _checks(config)]
+    libraries = [_LIBRARIES[name](config.model, name) for name in libraries_here()]
+    return [_agreement(check, precision, CPU) for check in _checks(config)] + [
+        _agreement(check, "bf16", GPU) for check in libraries
+    ]
 
 
-def _agreement(check: Check, precision: str) -> Agreement:
+def libraries_here() -> list[str]:
+    """Back ends by libraries whose packages are installed, where there is a GPU to run them."""
+    there = torch.cuda.is_available()
+    return [name for name in _LIBRARIES if there and find_spec(PACKAGES[name][0])]
+
+
+def _agreement(check: Check, precision: str, device: torch.device) -> Agreement:
     case, dtype = check.case, DTYPES[precision]
     rounded = {name: value.to(dtype) for name, value in case.inputs.items()}
     exact = passed(case, "reference", {n: v.double() for n, v in rounded.items()})
+    places = {"reference": rounded}
+    places[check.backend] = {name: value.to(device) for name, value in rounded.items()}
     errors = {
-        name: {key: error(x, exact[key]) for key, x in passed(case, name, rounded).items()}
-        for name in ("reference", check.backend)
+        name: {key: error(x.cpu(), exact[key]) for key, x in passed(case, name, where).items()}
+        for name, where in places.items()
     }
     own, reference = errors[check.backend], max(errors["reference"].values())
     worst = max(own, key=lambda key: own[key] if own[key] == own[key] else float("inf"))
@@ -258,3 +272,7 @@ def _newton_schulz(model: ModelConfig, muon: MuonConfig, backend: str) -> Check:
 
     shape = f"{rows} x {columns}"
     return Check(Case("newton_schulz", run, inputs, differentiable=False), backend, shape)
+
+
+_LIBRARIES = {"flash_attn": _attention, "aiter": _attention, "transformer_engine": _experts}
+"""Back end -> the check of its operation."""
