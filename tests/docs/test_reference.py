@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.helpers import config_reference
+from tests.helpers import config_reference, rooms_diagram
 from tests.helpers.config_reference import PAGE, Key, field_docs, page, sections, shown, values_of
 from tests.helpers.paths import REPOSITORY
+from tests.unit.test_import_direction import ALLOWED
 from zaya_train.config.cluster import SubmitConfig
 from zaya_train.config.kinds import patterns
 from zaya_train.config.schema import TrainConfig
@@ -124,3 +125,23 @@ def test_every_key_of_shape_and_length_is_in_the_table() -> None:
 def test_a_planted_choice_is_found(old: str, new: str) -> None:
     text = PUBLISHED.read_text()
     assert old in text and len(wrong(text.replace(old, new))) == 1
+
+
+def test_the_picture_of_rooms_is_the_import_tests_table() -> None:
+    assert rooms_diagram.PICTURE.read_text() == rooms_diagram.drawing(), (
+        "run: python -m tests.helpers.rooms_diagram"
+    )
+
+
+def test_a_new_arrow_or_room_changes_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rooms_diagram.drawing()
+    monkeypatch.setitem(ALLOWED, "attic", {"config"})
+    assert "attic" in rooms_diagram.drawing()
+    monkeypatch.delitem(ALLOWED, "attic")
+    monkeypatch.setitem(ALLOWED, "phases", {"config", "data"})
+    assert ("phases", "data") in rooms_diagram.arrows() and rooms_diagram.drawing() != before
+
+
+def test_every_room_is_on_the_page_of_the_architecture() -> None:
+    table = (REPOSITORY / "docs" / "architecture.md").read_text()
+    assert [room for room in rooms_diagram.rooms() if f"`{room}`" not in table] == []
