@@ -39,7 +39,9 @@ def visit_math(translator: Any, node: nodes.math) -> None:
 def visit_math_block(translator: Any, node: nodes.math_block) -> None:
     """A displayed formula; wider ones scroll inside the page."""
     formula = convert(node.astext(), display="block")
-    translator.body.append(f'<div class="math-block" style="overflow-x: auto">{formula}</div>')
+    translator.body.append(
+        f'<div class="math-block" style="overflow: auto hidden; padding: 0.4em 0">{formula}</div>'
+    )
     raise nodes.SkipNode
 
 

@@ -114,6 +114,12 @@ def test_formulas_become_mathml(tmp_path: Path) -> None:
     )
 
 
+def test_no_command_of_a_formula_is_left_as_it_was(site: Path) -> None:
+    """latex2mathml passes on what it does not know."""
+    odd = {p.name for p in site.rglob("*.html") if re.search(r"<m\w+>\\", p.read_text("utf-8"))}
+    assert odd == set()
+
+
 def missing_links(page: Path, text: str) -> list[str]:
     """Links of a page outside the site that lead to no file."""
     return [
