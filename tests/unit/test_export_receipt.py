@@ -362,11 +362,16 @@ def test_tokens_behind_a_tie_are_not_judged() -> None:
     moved[2:] += torch.randn(2, 5)
     ours = passes(logits, [[0, 0, 1, 0], [0, 0, 1, 0]])
     theirs = passes(moved, [[0, 0, 0, 0], [0, 0, 0, 1]])
+    # Behind the first, a tie in layer 0, margins say nothing: neither in a later layer of the same
+    # token nor of a later one.
+    theirs.scores[1] = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.9, 0.1], [0.1, 0.9]])
     result = compared(ours, theirs)
     assert problems(result) == []
     assert result["logits"]["judged_tokens"] == 2 and result["logits"]["largest"] == 0
     assert result["logits"]["largest_behind_a_differing_choice"] > 0.1
     assert [layer["differing"] for layer in result["layers"]] == [1, 2]
+    assert [layer["largest_first_margin"] for layer in result["layers"]] == [0, 0]
+    assert result["layers"][1]["largest_margin"] == pytest.approx(0.8)
     assert result["equal_choices"] == 5 / 8
 
 
