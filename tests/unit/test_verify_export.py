@@ -164,6 +164,13 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no receipt": (lambda f: (f / RECEIPT).unlink(), f"no {RECEIPT}; `zaya export-hf` leaves one"),
     "half a receipt": (lambda f: (f / RECEIPT).write_text("{"), "not a receipt"),
+    "a section less": (receipt(lambda r: r.pop("rope")), "section rope is missing or unknown"),
+    "a section more": (receipt(lambda r: r.update(x=1)), "section x is missing or unknown"),
+    "files unsaid": (receipt(lambda r: r.pop("files")), "section files is missing or unknown"),
+    "a receipt below": (
+        lambda f: ((f / "below").mkdir(), (f / "below" / RECEIPT).touch()),
+        f"file below/{RECEIPT}: 0 bytes",
+    ),
     "a later format": (receipt(lambda r: r.update(format=2)), "format 2, this version reads 1"),
 }
 

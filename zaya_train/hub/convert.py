@@ -183,8 +183,7 @@ def write_hf(
     """
     target, form = Path(path), form or Form()
     remove_leftovers(target)
-    if target.is_file() or (target.is_dir() and not _may_replace(target)):
-        raise CheckpointError(f"{target}: exists and is not an export of ours; not replaced")
+    require_replaceable(target)
     shapes = {k: tuple(v.shape) for k, v in tensors.items()}
     names = list(tensor_names(shapes, config, form.layout).values())
     check_shapes(_shapes(meta_model(config)), shapes)
@@ -222,6 +221,12 @@ def _in_their_form(
         parts = value.reshape(len(name.theirs), *name.their_shape).contiguous().unbind()
         out |= dict(zip(name.theirs, parts, strict=True))
     return out
+
+
+def require_replaceable(target: Path) -> None:
+    """CheckpointError where something stands at `target` that is no export of ours."""
+    if target.is_file() or (target.is_dir() and not _may_replace(target)):
+        raise CheckpointError(f"{target}: exists and is not an export of ours; not replaced")
 
 
 def _may_replace(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 from zaya_train.config.errors import CheckpointError
@@ -175,14 +176,15 @@ def layout_of_name(theirs: str) -> Layout | None:
     return found[0] if len(found) == 1 else None
 
 
-def _name_shapes(layout: Layout) -> set[str]:
+@cache
+def _name_shapes(layout: Layout) -> frozenset[str]:
     """Every name of a layout with # for its numbers, the last layer's among them."""
     places = [_places(1, 1), _places(1, 3)]
-    return {
+    return frozenset(
         _without_numbers(pattern.format(**place, expert=0))
         for pattern in _TABLES[layout].values()
         for place in places
-    }
+    )
 
 
 def _without_numbers(name: str) -> str:

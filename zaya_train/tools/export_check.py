@@ -70,13 +70,13 @@ def check(subject: Subject, tokens: CheckTokens) -> dict[str, Any]:
     documents = [torch.tensor(document) for document in tokens.documents]
     # What merged transformers computes for a skipped token, whatever was trained.
     ours = model_of(subject.stored, subject.config, "zero")
-    twin = twin_of(subject.folder, subject.layout, torch.float32)
-    reset = restore_skip_biases(twin, subject.folder, subject.layout)
-    comparison = Comparison(subject.config.num_experts)
+    twin, read = twin_of(subject.folder, subject.layout, torch.float32)
+    reset = restore_skip_biases(twin, read)
+    comparison = Comparison()
     mine, other = [], []
     for ids in documents:
         mine.append(our_pass(ours, ids))
-        other.append(their_pass(twin, ids))
+        other.append(their_pass(twin, ids, mine[-1].choices))
         comparison.add(ids, mine[-1], other[-1])
         _slim(mine[-1], other[-1])
     agreement = _agreement(comparison.result())
@@ -86,8 +86,10 @@ def check(subject: Subject, tokens: CheckTokens) -> dict[str, Any]:
             + "; ".join(found)
         )
     skip = _skip(subject, documents, (mine, other))
-    skip["biases_reset_by_transformers"] = _reset(twin, documents, other, reset)
-    del twin
+    if subject.layout == "native":
+        skip["loading"] = "lost" if reset else "kept"
+        skip["biases_reset_by_transformers"] = _reset(twin, documents, reset)
+    del twin, read
     if any(value.dtype == torch.bfloat16 for value in subject.stored.values()):
         agreement["stored_dtype"] = _in_stored_dtype(subject, ours, documents)
     if subject.trained is not None:
@@ -156,7 +158,7 @@ def _difference(
     subject: Subject, documents: Sequence[Tensor], touched: Sequence[int]
 ) -> dict[str, Any]:
     """What the other output of skipped tokens changes in the documents that have any."""
-    comparison = Comparison(subject.config.num_experts)
+    comparison = Comparison()
     one = model_of(subject.stored, subject.config, "identity")
     two = model_of(subject.stored, subject.config, "zero")
     for number in touched:
@@ -170,24 +172,23 @@ def _difference(
     }
 
 
-def _reset(
-    twin: Any, documents: Sequence[Tensor], restored: Sequence[Pass], layers: Sequence[int]
-) -> dict[str, Any]:
+def _reset(twin: Any, documents: Sequence[Tensor], layers: Sequence[int]) -> dict[str, Any]:
     """Layers whose trained skip bias transformers loses when it loads the folder, and how many
     choices that changes."""
     changed = 0
+    restored = [their_pass(twin, ids).choices for ids in documents] if layers else []
     for number in layers:
         twin.model.layers[number].mlp.gate.balancing_biases[-1] = SKIP_BIAS
-    for ids, before in zip(documents, restored, strict=True) if layers else ():
-        pairs = zip(their_pass(twin, ids).choices, before.choices, strict=True)
+    for ids, before in zip(documents, restored, strict=False):
+        pairs = zip(their_pass(twin, ids).choices, before, strict=True)
         changed += sum(int((one != two).sum()) for one, two in pairs)
     return {"layers": list(layers), "to": SKIP_BIAS, "choices_changed": changed}
 
 
 def _in_stored_dtype(subject: Subject, ours: Any, documents: Sequence[Tensor]) -> dict[str, Any]:
     """transformers as it computes by itself, in the stored type, against fp32; no tolerance."""
-    twin = twin_of(subject.folder, subject.layout, None)
-    comparison = Comparison(subject.config.num_experts)
+    twin, _ = twin_of(subject.folder, subject.layout, None)
+    comparison = Comparison()
     for ids in documents:
         comparison.add(ids, our_pass(ours, ids), their_pass(twin, ids))
     return {"dtype": str(twin.dtype).removeprefix("torch."), **comparison.result()}
@@ -197,7 +198,7 @@ def _cast(subject: Subject, ours: Any, documents: Sequence[Tensor]) -> dict[str,
     """What rounding the weights costs our own model; no tolerance."""
     assert subject.trained is not None
     before = model_of(subject.trained, subject.config, "zero")
-    comparison = Comparison(subject.config.num_experts)
+    comparison = Comparison()
     for ids in documents:
         comparison.add_unscored(ids, our_pass(before, ids), our_pass(ours, ids))
     return comparison.summary()

@@ -16,10 +16,10 @@ def page(receipt: Mapping[str, Any]) -> str:
     run, totals = receipt["run"], receipt["keys"]["totals"]
     parts = [
         "# Export receipt",
-        f"Run {run['run']}, checkpoint {run['checkpoint']}: step {run['step']} in phase "
-        f"{run['phase']}, {_count(run['tokens'])} tokens seen. {_sentence(receipt['layout'])} "
-        f"layout: {totals['parameters']:,} parameters and {totals['buffers']:,} balancing biases "
-        f"in {totals['theirs']:,} tensors, {totals['bytes']:,} bytes. `export_receipt.json` has "
+        f"Run {run['run'] or _UNKNOWN}, checkpoint {run['checkpoint']}: step {run['step']} in "
+        f"phase {run['phase']}, {_count(run['tokens'])} tokens seen. "
+        f"{_sentence(receipt['layout'])} layout: {totals['parameters']:,} parameters and "
+        f"{totals['buffers']:,} balancing biases in {totals['theirs']:,} tensors, {totals['bytes']:,} bytes. `export_receipt.json` has "
         "every tensor with its hash; `zaya verify-export` repeats all checks.",
         *_agreement(receipt),
         *_skip(receipt),
@@ -42,6 +42,24 @@ def agreement_line(receipt: Mapping[str, Any]) -> str:
         f"agrees with transformers on {result['tokens']:,} tokens ({receipt['check']['source']}): "
         f"logits to {result['logits']['largest']:.1e} of their standard deviation, "
         f"{result['equal_choices']:.3%} of expert choices equal"
+        + (", once the skip class's biases are put back" if lost(receipt) else "")
+    )
+
+
+def lost(receipt: Mapping[str, Any]) -> bool:
+    """Whether transformers loses trained skip biases when it loads the folder."""
+    return receipt["skip"].get("loading") == "lost"
+
+
+def loss_line(receipt: Mapping[str, Any]) -> str:
+    """What transformers makes of a folder whose trained skip biases it loses."""
+    reset = receipt["skip"]["biases_reset_by_transformers"]
+    layers = len(receipt["skip"]["skipped_by_layer"])
+    return (
+        f"LOST ON LOAD: transformers {receipt['versions']['transformers']} sets the skip class's "
+        f"balancing bias to {reset['to']:g} whenever it loads a model; layers "
+        f"{_listed(reset['layers'])} were trained to another value, which changes "
+        f"{reset['choices_changed']:,} of {receipt['skip']['tokens'] * layers:,} expert choices"
     )
 
 
@@ -64,7 +82,7 @@ def skip_line(receipt: Mapping[str, Any]) -> str:
     taken = sum(skip["skipped_by_layer"])
     return (
         f"skip class: {ways}: {taken:,} of {skip['tokens'] * len(skip['skipped_by_layer']):,} "
-        f"choices are skips, {skip['touched_tokens']:,} tokens computed otherwise"
+        f"choices are skips, up to {skip['touched_tokens']:,} tokens computed otherwise"
     )
 
 
@@ -74,14 +92,14 @@ def _agreement(receipt: Mapping[str, Any]) -> list[str]:
     if not agreement["verified"]:
         return head
     result = agreement["fp32"]
-    logits = result["logits"]
     parts = [
         *head,
         f"{_sentence(receipt['compared'])}; both compute in fp32. Tolerances: "
         f"{agreement['logit_tolerance']:g} of the logits' standard deviation "
-        f"({result['logit_std']:.3g}), {agreement['margin_tolerance']:g} of probability where an "
-        "expert choice differs. Tokens are judged up to the first differing choice of their "
-        "document: what rounding tips there is another computation behind it.",
+        f"({result['logit_std']:.3g}); where an expert choice differs, "
+        f"{agreement['margin_tolerance']:g} of the standard deviation of a token's biased "
+        "probabilities. In fp32 transformers' tokens go to the experts of our choice, so that all "
+        f"are judged; longest document: {max(map(len, receipt['check']['documents']))} tokens.",
         _table(
             ("over", "logits, largest", "p99", "p50", "loss ours", "loss theirs", "equal choices"),
             [
@@ -89,8 +107,6 @@ def _agreement(receipt: Mapping[str, Any]) -> list[str]:
                 *([_row("bf16, as stored", agreement["stored_dtype"])] if _low(agreement) else []),
             ],
         ),
-        f"{logits['judged_tokens']:,} of {result['tokens']:,} tokens judged; behind a differing "
-        f"choice logits differ by up to {logits['largest_behind_a_differing_choice']:.2g}.",
         _table(
             ("layer", "equal choices", "differing", "largest margin", "stream difference"),
             [
@@ -144,14 +160,8 @@ def _skip(receipt: Mapping[str, Any]) -> list[str]:
             f"{difference['loss_identity']:.5f} with identity, {difference['loss_zero']:.5f} with "
             "zero."
         )
-    reset = skip["biases_reset_by_transformers"]
-    if reset["layers"]:
-        parts.append(
-            f"transformers {receipt['versions']['transformers']} sets the skip class's balancing "
-            f"bias to {reset['to']:g} when it loads a model. In layers {_listed(reset['layers'])} "
-            f"another value is stored; that changes {reset['choices_changed']:,} expert choices of "
-            "the check. The comparison above has the stored values put back."
-        )
+    if lost(receipt):
+        parts.append(f"{loss_line(receipt)}. The comparison above has the stored values put back.")
     return parts
 
 

@@ -19,7 +19,7 @@ from zaya_train.hub.names import tensor_names
 from zaya_train.tools.generate import load_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -65,16 +65,27 @@ def our_pass(model: ZayaModel, ids: Tensor) -> Pass:
     return found
 
 
-def their_pass(model: Any, ids: Tensor) -> Pass:
-    """ids [S] of one document through transformers' model."""
+def their_pass(model: Any, ids: Tensor, forced: Sequence[Tensor] | None = None) -> Pass:
+    """ids [S] of one document through transformers' model.
+
+    forced: L of [S], the experts that tokens go to whatever its own choices are. Behind a choice
+    that is a tie to rounding everything else would be another computation.
+    """
     found = Pass(torch.empty(0))
 
-    def routed(module: Any, given: Any, result: Any) -> None:
+    def routed(module: Any, given: Any, result: Any) -> Any:
         # As ZayaRouter: softmax in its own precision, the bias in fp32. Its own index says 0 for
         # a skipped token.
-        scores = result[0].softmax(-1).float() + module.balancing_biases
+        shares = result[0].softmax(-1)
+        scores = shares.float() + module.balancing_biases
         found.scores.append(scores)
         found.choices.append(scores.topk(1, dim=-1).indices.squeeze(-1))
+        if forced is None:
+            return result
+        choice = forced[len(found.choices) - 1].unsqueeze(1)
+        skips = choice == module.num_experts
+        taken = shares.gather(1, choice).masked_fill(skips, 0)
+        return (result[0], taken, choice.masked_fill(skips, 0), *result[3:])
 
     def stream(module: nn.Module, given: Any, result: Any) -> None:
         found.streams.append(result[0][0].float())
@@ -104,8 +115,11 @@ def model_of(
     return model.requires_grad_(False)
 
 
-def twin_of(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
-    """transformers' model of an exported folder; dtype None: the one that is stored.
+def twin_of(
+    folder: Path, layout: Layout, dtype: torch.dtype | None
+) -> tuple[Any, Callable[[str], Tensor]]:
+    """transformers' model of an exported folder, and what reads a stored tensor by its native name;
+    dtype None: the one that is stored.
 
     transformers reads the native layout. A legacy folder is read by this project and handed over
     under the native names: what its file holds is tried, its names are not.
@@ -122,19 +136,19 @@ def twin_of(folder: Path, layout: Layout, dtype: torch.dtype | None) -> Any:
         model = load(
             None,
             config=transformers.ZayaConfig(**config_to_hf(config_from_hf(folder))),
-            state_dict={name: read(name) for name in names},
+            # Loading writes into the biases that it is handed.
+            state_dict={n: read(n).clone() if n.endswith(_BIAS) else read(n) for n in names},
             dtype=dtype or getattr(torch, read_config(folder)["dtype"]),
             experts_implementation="eager",
         )
     if dtype == torch.float32:
         _require_loaded(folder, model, names, read)
-    return model.eval()
+    return model.eval(), read
 
 
-def restore_skip_biases(model: Any, folder: Path, layout: Layout) -> list[int]:
+def restore_skip_biases(model: Any, read: Callable[[str], Tensor]) -> list[int]:
     """Put the skip class's stored biases back into transformers' model; the layers in which
     loading had changed them."""
-    _, read = _reader(folder, layout)
     changed = []
     for number, layer in enumerate(model.model.layers):
         stored = read(f"model.layers.{number}.{_BIAS}").to(layer.mlp.gate.balancing_biases)

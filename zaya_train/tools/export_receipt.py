@@ -21,6 +21,7 @@ from zaya_train.config.build import to_dict
 from zaya_train.config.errors import CheckpointError
 from zaya_train.hub.config import config_from_hf
 from zaya_train.hub.convert import RECEIPT, RECEIPT_FORMAT, from_hf
+from zaya_train.run import CHECKPOINTS
 from zaya_train.runtime.files import file_sha256, write_json, write_text
 from zaya_train.runtime.versions import code_hash
 from zaya_train.tools.export_check import HOW, Subject, check, not_verified
@@ -40,8 +41,12 @@ if TYPE_CHECKING:
     from zaya_train.train.manifest import CheckpointRecord
 
 PAGE = "EXPORT.md"
-_UNLISTED = frozenset({RECEIPT})
-"""A receipt cannot hold its own hash."""
+_BARE = {"format", "layout", "keys"}
+"""Sections of a folder that was written without a run."""
+_WHOLE = _BARE | {
+    "compared", "run", "versions", "model", "rope", "tokenizer", "agreement", "skip", "check",
+    "files",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +100,14 @@ def read_receipt(folder: Path) -> dict[str, Any]:
         receipt = json.loads(path.read_text(encoding="utf-8"))
         version = receipt["format"]
         known = bool(receipt["keys"]["tensors"]) and receipt["layout"] in HOW
+        sections = set(receipt)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a receipt ({error!r})") from error
     if version != RECEIPT_FORMAT or not known:
         raise CheckpointError(f"{path}: format {version!r}, this version reads {RECEIPT_FORMAT}")
+    if sections not in (_BARE, _WHOLE):
+        odd = sorted(sections ^ (_WHOLE if "run" in sections else _BARE))
+        raise CheckpointError(f"{path}: section {odd[0]} is missing or unknown")
     return dict(receipt)
 
 
@@ -111,7 +120,8 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
             "sha256": file_sha256(path),
         }
         for path in files
-        if path.name not in _UNLISTED
+        # A receipt cannot hold its own hash.
+        if path != folder / RECEIPT
     }
 
 
@@ -172,7 +182,7 @@ def _run(origin: Origin) -> dict[str, Any]:
     """Which training state this is; names without the paths of the machine it was exported on."""
     record, place = origin.record, origin.checkpoint.resolve()
     return {
-        "run": place.parent.parent.name,
+        "run": place.parent.parent.name if place.parent.name == CHECKPOINTS else None,
         "checkpoint": place.name,
         "manifest_sha256": file_sha256(place / manifests.MANIFEST_NAME),
         "step": record.step,

@@ -49,12 +49,21 @@ def import_hf(request: ImportRequest, console: Console) -> ModelConfig:
     lines += [f"{key}: {_yaml(value)}" for key, value in to_dict(config).items()]
     write_text(request.model_yaml, "\n".join(lines) + "\n")
     stored = len(tensor_files(request.folder))
-    console.print(
-        f"{request.folder}: {folder_layout(request.folder)} layout, all {stored} tensors accounted "
-        f"for as {count} of ours, {values:,} values"
+    layout = folder_layout(request.folder)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(
+        f"{request.folder}: {layout} layout, all {stored} tensors accounted for as {count} of "
+        f"ours, {values:,} values"
     )
-    console.print(f"model configuration: {request.model_yaml}")
-    console.print(f"train it with checkpoint.initial_weights={request.folder}")
+    say(f"model configuration: {request.model_yaml}")
+    say(
+        f"skip_output: {config.skip_output}, as the {layout} layout's code computes it; the format "
+        "does not say what was trained"
+    )
+    say(f"train it with checkpoint.initial_weights={request.folder}")
     return config
 
 

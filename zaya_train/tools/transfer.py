@@ -12,9 +12,9 @@ from zaya_train.config.build import build
 from zaya_train.config.errors import CheckpointError, ConfigError
 from zaya_train.config.schema import ModelConfig
 from zaya_train.data.tokenizer import load_tokenizer
-from zaya_train.hub.convert import RECEIPT, Form, write_hf
+from zaya_train.hub.convert import RECEIPT, Form, require_replaceable, write_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
-from zaya_train.tools.export_page import agreement_line, skip_line
+from zaya_train.tools.export_page import agreement_line, loss_line, lost, skip_line
 from zaya_train.tools.export_receipt import PAGE, Origin, complete, read_receipt
 from zaya_train.tools.export_tokens import CheckTokens, named_tokens, random_tokens
 from zaya_train.train.manifest import read
@@ -77,13 +77,16 @@ def export_hf(request: ExportRequest, console: Console) -> Path:
     config = build(ModelConfig, record.model, "checkpoint.model")
     if tokenizer:
         _require_fit(tokenizer, config)
+    # What can be refused is, before tens of gigabytes are read.
+    require_replaceable(request.output)
+    tokens = _check_tokens(request.verify, config, tokenizer)
     origin = Origin(
         checkpoint=checkpoint,
         record=record,
         config=config,
         tensors=trained_tensors(checkpoint),
         form=Form(layout=request.layout, dtype=DTYPES[request.dtype], tokenizer=tokenizer),
-        tokens=_check_tokens(request.verify, config, tokenizer),
+        tokens=tokens,
     )
     write_hf(origin.tensors, config, request.output, origin.form, partial(complete, origin=origin))
     _report(request, console)
@@ -115,6 +118,8 @@ def _report(request: ExportRequest, console: Console) -> None:
     )
     say(agreement_line(receipt))
     say(skip_line(receipt))
+    if lost(receipt):
+        say(f"warning: {loss_line(receipt)}")
     if receipt["tokenizer"] is None:
         say(
             f"note: no tokenizer exported, {request.source} keeps none; `zaya generate` and "
