@@ -14,7 +14,6 @@ from typing import Literal
 
 from zaya_train.config.faults import GuardConfig, SupervisorConfig
 
-KernelName = Literal["eager", "reference"]
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
 NativeKernelName = Literal["eager", "native", "reference", "triton"]
@@ -22,11 +21,8 @@ NativeKernelName = Literal["eager", "native", "reference", "triton"]
 AttentionName = Literal["eager", "aiter", "flash_attn", "native", "reference", "sdpa", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
 flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed. native: in C."""
-GroupedMLPName = Literal[
-    "eager", "grouped_mm", "native", "reference", "transformer_engine", "triton"
-]
-"""grouped_mm: torch's own product of all experts at once. transformer_engine: its GroupedLinear, on
-a GPU where it is installed. native: in C for a CPU."""
+GroupedMLPName = Literal[NativeKernelName, "grouped_mm", "transformer_engine"]
+"""grouped_mm: torch's product of all experts at once. transformer_engine: GroupedLinear, GPU."""
 NewtonSchulzName = Literal["eager", "gram", "reference", "triton"]
 """gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]
