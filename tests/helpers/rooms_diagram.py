@@ -16,15 +16,23 @@ _HIDDEN = {"zaya_train", "__main__"}
 """The empty package and its entry, which import nothing worth a box."""
 
 
+def box_of(room: str) -> str:
+    """The box that stands for a room: `model_commands` is a file split off `commands`."""
+    whole = room.rpartition("_")[2]
+    return whole if whole in ("arguments", "commands") else room
+
+
 def imports(room: str) -> set[str]:
-    """Rooms that a room may import, leaves of them counted as the room."""
-    named = {entry.split(".")[0] for entry in ALLOWED[room]}
+    """Boxes that a box may import, leaves of rooms counted as the room."""
+    files = [name for name in ALLOWED if box_of(name) == room]
+    named = {box_of(entry.split(".")[0]) for name in files for entry in ALLOWED[name]}
     return {other for other in named if other != room and other not in _HIDDEN}
 
 
 def rooms() -> list[str]:
-    """Every room, from those that import nothing on."""
-    return sorted((room for room in ALLOWED if room not in _HIDDEN), key=lambda r: (level(r), r))
+    """Every box, from those that import nothing on."""
+    boxes = {box_of(room) for room in ALLOWED if room not in _HIDDEN}
+    return sorted(boxes, key=lambda room: (level(room), room))
 
 
 def level(room: str) -> int:
