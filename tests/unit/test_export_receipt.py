@@ -21,9 +21,10 @@ from zaya_train.run import CHECKPOINTS, TOKENIZER
 from zaya_train.runtime.files import file_sha256
 from zaya_train.tools.export_agreement import Comparison, problems
 from zaya_train.tools.export_passes import Pass, _reader, _require_loaded, twin_of
-from zaya_train.tools.export_receipt import PAGE, read_receipt, rope_section
+from zaya_train.tools.export_receipt import PAGE, Origin, complete, read_receipt, rope_section
 from zaya_train.tools.export_tokenizer import tokenizer_section
-from zaya_train.tools.transfer import ExportRequest, Verification, export_hf
+from zaya_train.tools.export_tokens import random_tokens
+from zaya_train.tools.transfer import ExportRequest, Verification, export_hf, trained_tensors
 from zaya_train.train.manifest import read as read_manifest
 
 from ..helpers.models import TINY, random_model
@@ -332,6 +333,32 @@ def test_a_tokenizer_that_says_something_else_is_refused(run: Path, tmp_path: Pa
     (out / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     with pytest.raises(CheckpointError, match="transformers encodes 'The quick brown fox"):
         tokenizer_section(out, source, "native")
+
+
+def test_a_tokenizer_that_decodes_otherwise_is_refused(run: Path, tmp_path: Path) -> None:
+    out = model_folder(tmp_path / "out", run / TOKENIZER)
+    edit(out / "tokenizer.json", decoder={"type": "Fuse"})
+    with pytest.raises(CheckpointError, match="transformers decodes 'The quick brown fox"):
+        tokenizer_section(out, run / TOKENIZER, "native")
+
+
+def test_a_folder_that_holds_other_values_than_were_trained_is_refused(
+    run: Path, tmp_path: Path
+) -> None:
+    folder = model_folder(tmp_path / "out", run / TOKENIZER)
+    checkpoint = run / CHECKPOINTS / "step-00000001"
+    tensors = trained_tensors(checkpoint) | {"norm.weight": torch.zeros(MODEL.hidden_size)}
+    record = read_manifest(checkpoint).record
+    origin = Origin(
+        checkpoint=checkpoint,
+        record=record,
+        config=MODEL,
+        tensors=tensors,
+        form=Form(tokenizer=run / TOKENIZER),
+        tokens=random_tokens(16, MODEL.vocab_size, 256),
+    )
+    with pytest.raises(CheckpointError, match="is not read back as it was trained"):
+        complete(folder, origin)
 
 
 def test_a_template_of_the_tokenizer_s_own_is_rendered_on_both_sides(tmp_path: Path) -> None:

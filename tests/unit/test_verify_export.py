@@ -93,6 +93,11 @@ def flip(folder: Path) -> None:
     tamper(folder, lambda t: t[EXPERTS].view(torch.int16)[3, 2, 1].bitwise_xor_(1))
 
 
+def below(folder: Path) -> None:
+    (folder / "below").mkdir()
+    (folder / "below" / RECEIPT).write_text("{}")
+
+
 def first_entry(receipt: dict[str, Any]) -> dict[str, Any]:
     entry: dict[str, Any] = receipt["keys"]["tensors"][0]
     return entry
@@ -168,8 +173,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a section more": (receipt(lambda r: r.update(x=1)), "section x is missing or unknown"),
     "files unsaid": (receipt(lambda r: r.pop("files")), "section files is missing or unknown"),
     "a receipt below": (
-        lambda f: ((f / "below").mkdir(), (f / "below" / RECEIPT).touch()),
-        f"file below/{RECEIPT}: 0 bytes",
+        below,
+        f"file below/{RECEIPT}: 2 bytes",
     ),
     "a later format": (receipt(lambda r: r.update(format=2)), "format 2, this version reads 1"),
 }

@@ -19,8 +19,9 @@ def page(receipt: Mapping[str, Any]) -> str:
         f"Run {run['run'] or _UNKNOWN}, checkpoint {run['checkpoint']}: step {run['step']} in "
         f"phase {run['phase']}, {_count(run['tokens'])} tokens seen. "
         f"{_sentence(receipt['layout'])} layout: {totals['parameters']:,} parameters and "
-        f"{totals['buffers']:,} balancing biases in {totals['theirs']:,} tensors, {totals['bytes']:,} bytes. `export_receipt.json` has "
-        "every tensor with its hash; `zaya verify-export` repeats all checks.",
+        f"{totals['buffers']:,} balancing biases in {totals['theirs']:,} tensors, "
+        f"{totals['bytes']:,} bytes. `export_receipt.json` has every tensor with its hash; "
+        "`zaya verify-export` repeats all checks.",
         *_agreement(receipt),
         *_skip(receipt),
         *_rope(receipt["rope"]),
