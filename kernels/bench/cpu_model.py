@@ -6,6 +6,9 @@ The figure to read is the median of the pairwise ratios. Losses and embedding gr
 are compared before anything is timed.
 
     python kernels/bench/cpu_model.py [--rounds 7] [--threads 2] [--dtype bf16] [--profile]
+        [--kernels eager]
+
+The kernels in C (`native`, docs/kernels.md) are timed unless `--kernels eager` is given.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from cpu_profile import by_part
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 from zaya_kernels.dtypes import DTYPES
 
 from zaya_train.config.labels import IGNORE_LABEL
@@ -163,6 +166,19 @@ def report(ours: list[Cost], theirs: list[Cost], dtype: str, console: Console) -
     console.print(f"plain matrix product: {matmul_rate(DTYPES[dtype]) / 1e9:.0f} GFLOP/s")
 
 
+def profiled(
+    shares: tuple[dict[str, float], dict[str, float]], spent: tuple[float, float], console: Console
+) -> None:
+    """Print the parts of both models in CPU seconds: shares of a profiled pass times `spent`."""
+    table = Table(title="CPU seconds by part")
+    for column in ("part", "zaya-train", "transformers"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part in sorted({*shares[0], *shares[1]}, key=lambda p: -shares[0].get(p, 0.0)):
+        values = (share.get(part, 0.0) * total for share, total in zip(shares, spent, strict=True))
+        table.add_row(part, *(f"{value:.3f}" for value in values))
+    console.print(table)
+
+
 def main() -> None:
     """Run the comparison and print its table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,7 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=sorted(AGREE), default="fp32", help="compute type")
     parser.add_argument("--kernels", choices=("native", "eager"), default="native")
-    parser.add_argument("--profile", action="store_true", help="also print our time by operator")
+    parser.add_argument("--profile", action="store_true", help="also print time by part")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console()
@@ -188,10 +204,9 @@ def main() -> None:
         costs[1].append(cost(run_theirs, theirs))
     report(*costs, arguments.dtype, console)
     if arguments.profile:
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-            cost(run_ours, ours)
-        averages = recorded.key_averages(group_by_input_shape=True)
-        console.print(averages.table(sort_by="self_cpu_time_total", row_limit=40))
+        spent = [statistics.median(c.cpu_seconds for c in models) for models in costs]
+        shares = by_part(run_ours, ours), by_part(run_theirs, theirs)
+        profiled(shares, (spent[0], spent[1]), console)
 
 
 if __name__ == "__main__":

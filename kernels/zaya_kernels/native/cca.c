@@ -272,7 +272,6 @@ static void depth_backward(const Task *t, Slopes *g, long first, long start, lon
     for (long i = start; i < count; i++) {
         const float *grad = g->inner + (i + reach) * width;
         long place = position(t, first + i);
-        if (place < 0) continue;
         add_scaled(g->bias, grad, 1, width);
         for (long back = 0; back < t->s->depth_taps && back <= place; back++) {
             long row = (i - back + t->s->halo) * width;
