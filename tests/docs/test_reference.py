@@ -89,6 +89,13 @@ def published(text: str) -> dict[str, str]:
     return {row["key"]: row["value"] for row in _ROW.finditer(text)}
 
 
+def test_every_row_of_the_tables_of_keys_is_read() -> None:
+    tables = PUBLISHED.read_text().partition("## Keys")[2].partition("## Code")[0]
+    lines = [line for line in tables.splitlines() if line.startswith("|")]
+    rows = [line for line in lines if not line.startswith(("| source", "|---"))]
+    assert len(rows) > 60 and [row for row in rows if not _ROW.fullmatch(row)] == []
+
+
 def wrong(text: str) -> list[str]:
     """Keys of a page that the recipe does not have, or has another value for."""
     values = {key: shown(value) for key, value in values_of("zaya1_8b").items()}

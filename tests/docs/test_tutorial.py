@@ -59,6 +59,8 @@ def test_shown_output_is_compared() -> None:
     assert missing("| loss | 3.2 |\nend", output) is None
     assert missing("| loss | 3.3 |", output) == "| loss | 3.3 |"
     assert missing("end ... loss", output) == "loss"
+    assert missing("loss | 3", output) == "loss | 3" and missing("loss | 3...", output) is None
+    assert missing(".5 s", output) == ".5 s" and missing("a ....5 s", output) is None
     assert missing("a ... s ... start", output) == "start"
 
 
