@@ -20,7 +20,7 @@ from zaya_train.hub.convert import RECEIPT
 from zaya_train.run import CHECKPOINTS, TOKENIZER
 from zaya_train.runtime.files import file_sha256
 from zaya_train.tools.export_agreement import Comparison, problems
-from zaya_train.tools.export_passes import Pass, _reader, _require_loaded, twin_of
+from zaya_train.tools.export_passes import Pass, _reader, _require_loaded, their_pass, twin_of
 from zaya_train.tools.export_receipt import PAGE, Origin, complete, read_receipt, rope_section
 from zaya_train.tools.export_tokenizer import tokenizer_section
 from zaya_train.tools.export_tokens import random_tokens
@@ -473,3 +473,13 @@ def test_what_transformers_holds_is_compared_with_the_file(tmp_path: Path) -> No
         twin.model.norm.weight[0] += 2**-20
     with pytest.raises(CheckpointError, match=r"holds other values in model\.norm\.weight"):
         _require_loaded(tmp_path, twin, stored, read)
+
+
+def test_tokens_go_to_the_experts_that_are_given(tmp_path: Path) -> None:
+    to_hf(random_model(MODEL), tmp_path / "model")
+    twin, _ = twin_of(tmp_path / "model", "native", torch.float32)
+    ids = torch.arange(9)
+    free = their_pass(twin, ids)
+    assert torch.equal(their_pass(twin, ids, free.choices).logits, free.logits)
+    others = [(choice + 1) % MODEL.num_experts for choice in free.choices]
+    assert not torch.allclose(their_pass(twin, ids, others).logits, free.logits, atol=1e-4)
