@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from zaya_train.config.errors import CheckpointError, StorageError
 from zaya_train.hub import Form, convert, from_hf, to_hf, write_hf
 from zaya_train.hub.config import config_from_hf, config_to_hf
+from zaya_train.hub.convert import RECEIPT
+from zaya_train.runtime.files import write_json
 
 from ..helpers.models import TINY, VARIANTS, random_model
 
@@ -287,6 +290,20 @@ def test_what_is_no_export_is_left_alone(tmp_path: Path, kind: str) -> None:
     with pytest.raises(CheckpointError, match="exists and is not an export of ours"):
         to_hf(random_model(MODEL), target)
     assert keepsake.read_text(encoding="utf-8") == "mine"
+
+
+def test_an_export_with_files_added_by_hand_is_left_alone(folder: Path) -> None:
+    receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
+    written = [path.name for path in folder.iterdir() if path.name != RECEIPT]
+    write_json(folder / RECEIPT, receipt | {"files": {key: {} for key in written}})
+    (folder / "mine").mkdir()
+    (folder / "mine" / "card.md").write_text("mine", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"holds mine/card\.md, .* \(1 such files\)"):
+        to_hf(random_model(MODEL, seed=1), folder)
+    assert torch.equal(from_hf(folder).embedding, random_model(MODEL).embedding)
+    shutil.rmtree(folder / "mine")
+    to_hf(random_model(MODEL, seed=1), folder)
+    assert torch.equal(from_hf(folder).embedding, random_model(MODEL, seed=1).embedding)
 
 
 def test_a_failing_export_leaves_the_earlier_one(folder: Path) -> None:

@@ -176,6 +176,7 @@ def test_legacy_configurations_come_back(name: str, tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is .*, none is supported"),
         ({"swa_layers": [0, 4096]}, "swa_layers: sliding windows"),
         ({"num_query_groups": 4}, "num_query_groups is 4, num_key_value_heads 2"),
+        ({"kv_channels": 64}, "kv_channels is 64, head_dim 128"),
         ({"zaya_use_mod": False}, "zaya_use_mod is False, only True"),
         ({"zaya_use_eda": False}, "zaya_use_eda is False, only True"),
         ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm'"),

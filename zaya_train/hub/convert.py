@@ -224,9 +224,30 @@ def _in_their_form(
 
 
 def require_replaceable(target: Path) -> None:
-    """CheckpointError where something stands at `target` that is no export of ours."""
+    """CheckpointError where something stands at `target` that is no export of ours, or an export
+    that has got files of somebody else's, which replacing it would delete."""
     if target.is_file() or (target.is_dir() and not _may_replace(target)):
         raise CheckpointError(f"{target}: exists and is not an export of ours; not replaced")
+    if added := _added_files(target):
+        raise CheckpointError(
+            f"{target}: holds {added[0]}, which the export there did not write ({len(added)} such "
+            "files); not replaced: move them away, or export to another place"
+        )
+
+
+def _added_files(folder: Path) -> list[str]:
+    """Files beside those that the receipt lists; none where it lists no files."""
+    receipt = folder / RECEIPT
+    if not receipt.is_file():
+        return []
+    try:
+        listed = json.loads(receipt.read_text(encoding="utf-8")).get("files")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{receipt}: not a receipt ({error!r}); not replaced") from error
+    if listed is None:
+        return []
+    present = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted({path.as_posix() for path in present} - {*listed, RECEIPT})
 
 
 def _may_replace(folder: Path) -> bool:

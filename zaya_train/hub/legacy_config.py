@@ -102,12 +102,12 @@ def _read(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: rope_scaling is {raw['rope_scaling']!r}, none is supported")
     if any(raw.get("swa_layers") or ()):
         raise CheckpointError(f"{path}: swa_layers: sliding windows are not supported")
-    groups = raw.get("num_query_groups")
-    if groups is not None and groups != raw.get("num_key_value_heads", groups):
-        raise CheckpointError(
-            f"{path}: num_query_groups is {groups!r}, num_key_value_heads "
-            f"{raw['num_key_value_heads']!r}; they must be equal"
-        )
+    for older, newer in (("num_query_groups", "num_key_value_heads"), ("kv_channels", "head_dim")):
+        value = raw.get(older)
+        if value is not None and value != raw.get(newer, value):
+            raise CheckpointError(
+                f"{path}: {older} is {value!r}, {newer} {raw[newer]!r}; they must be equal"
+            )
     values = {
         "num_layers": _half(path, raw, "num_hidden_layers", 80),
         "expert_ffn_size": _half(path, raw, "ffn_hidden_size", 4096),
