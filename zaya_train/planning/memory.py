@@ -179,7 +179,9 @@ class _Step:
             # The layer's own result has been used.
             parts[ACTIVATIONS] = self._activations(layer + 1) - freed - _FP32 * m.hidden_size * t
         big, width = m.hidden_size, m.expert_ffn_size
-        temporary = c * (2 * big + 6 * width) * rows + c * weights.layers[layer].experts
+        # In SwiGLU's gradient, or with the weights' gradients behind it.
+        weight_gradients = c * (2 * big + 4 * width) * rows + c * weights.layers[layer].experts
+        temporary = max(c * (big + 7 * width) * rows, weight_gradients)
         parts[BACKWARD] = temporary + (_FP32 + c) * big * t
         parts[LOSS] = c * m.vocab_size * big
         return Moment(f"layer {layer} backward", "backward", parts)
