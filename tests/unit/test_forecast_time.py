@@ -144,6 +144,51 @@ def test_reductions_are_waited_for_only_beyond_the_computing() -> None:
     assert waited[1] < 0.001
 
 
+def waited_for(name: str, *overrides: str, device: str = "MI300X", **links: float) -> float:
+    """Seconds of the term `name` of pretrain_1 on 1,024 devices."""
+    case = published("pretrain_1", 1024, *overrides)
+    machine = with_links(machine_of(device, case.config.precision), **links)
+    return sum(t.seconds for t in step_time(case, machine, 4096).terms if t.name == name)
+
+
+def test_reductions_are_hidden_where_they_run() -> None:
+    """Between replicas: once at the end, or after every micro-batch."""
+    slow = {"between_gb": 5.0}
+    kept, last, each = (
+        waited_for("gradients between replicas", f"parallel.accumulation={mode}", **slow)
+        for mode in ("keep_unsharded", "all_reduce_last", "reduce_each")
+    )
+    # One all-reduce beside the last micro-batch's backward pass, whatever is scattered before it.
+    assert kept == pytest.approx(last)
+    # Four, beside four of them.
+    assert each == pytest.approx(4 * last) and last > 1.0
+    reduced = [
+        waited_for("gradients reduced", f"parallel.accumulation={mode}", inside_gb=5.0)
+        for mode in ("keep_unsharded", "all_reduce_last", "reduce_each")
+    ]
+    assert reduced[1] == pytest.approx(4 * reduced[0])
+    assert reduced[2] == pytest.approx(reduced[1])
+
+
+def test_a_part_of_a_node_has_a_part_of_its_pairwise_links() -> None:
+    pairwise = machine_of("MI300X", PUBLISHED.precision)
+    switched = machine_of("H200", PUBLISHED.precision)
+    moved = 10**9
+    for ranks, share in ((2, 1 / 7), (4, 3 / 7), (8, 1.0)):
+        spread = Flow("", "all_to_all", "context", moved, 0)
+        degrees = Layout(replicate=1, shard=8, context=ranks)
+        carried = moved * (ranks - 1) / ranks
+        assert seconds_of(spread, degrees, pairwise) == pytest.approx(carried / (336e9 * share))
+        assert seconds_of(spread, degrees, switched) == pytest.approx(carried / 360e9)
+    # Two ranks of each node: a ring through two adapters and one link inside.
+    ring = Flow("", "reduce_scatter", "replicate", moved, 0)
+    degrees = Layout(replicate=4, shard=4, context=1)
+    assert seconds_of(ring, degrees, pairwise) == pytest.approx(moved * 3 / 4 / 48e9)
+    # One of each: its own adapter, and nothing inside.
+    degrees = Layout(replicate=4, shard=8, context=1)
+    assert seconds_of(ring, degrees, pairwise) == pytest.approx(moved * 3 / 4 / 50e9)
+
+
 def test_days_are_tokens_over_speed() -> None:
     clock = Clock(machine_of("MI300X", PUBLISHED.precision))
     time = clock.of(published("sft"))

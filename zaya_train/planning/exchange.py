@@ -4,7 +4,8 @@
 
 factor: what each rank's link carries of the whole buffer, (n - 1) / n, twice that for an all-reduce
 (nccl-tests, PERFORMANCE.md). A group over several nodes has as many adapters as it has ranks in a
-node, for rings; in an all-to-all everything goes through each rank's own.
+node, for rings; in an all-to-all everything goes through each rank's own. Where devices are joined
+pairwise (xGMI), n of a node use n - 1 links of each; through a switch (NVLink), all.
 """
 
 from __future__ import annotations
@@ -48,13 +49,27 @@ def group_of(axis: str, degrees: Layout, node_ranks: int) -> Group:
     return Group(size, max(1, min(size, node_ranks // stride)))
 
 
+def spans_nodes(group: Group) -> bool:
+    """Whether adapters carry what it exchanges."""
+    return group.in_node < group.ranks
+
+
+def _inside_rate(machine: Machine, ranks: int) -> float:
+    """Of one device to the others of `ranks` on its node; one alone has none to send to there."""
+    link = machine.inside
+    if ranks == 1:
+        return math.inf
+    share = 1.0 if link.peers is None else min(1.0, (ranks - 1) / link.peers)
+    return link.bytes_per_second * share
+
+
 def seconds_of(flow: Flow, degrees: Layout, machine: Machine) -> float:
     """Of all calls of a step."""
     group = group_of(flow.axis, degrees, machine.node_ranks)
     if group.ranks == 1:
         return 0.0
-    rate, hop = machine.inside.bytes_per_second, machine.inside.hop_seconds
-    if group.in_node < group.ranks:
+    rate, hop = _inside_rate(machine, group.in_node), machine.inside.hop_seconds
+    if spans_nodes(group):
         adapters = 1 if flow.kind == "all_to_all" else group.in_node
         rate = min(rate, adapters * machine.between.bytes_per_second)
         hop = machine.between.hop_seconds

@@ -43,6 +43,8 @@ class Link:
     bytes_per_second: float
     hop_seconds: float
     source: str
+    peers: int | None = None
+    """Devices it takes to reach that, each on a link of its own; None behind a switch."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,17 @@ class DeviceLinks:
     """Of one device to all others of its node, one way."""
     between_gb_per_second: float = 50.0
     """One adapter of 400 Gbit/s per device."""
+    peer_links: int | None = None
+    """Links that make up `inside_gb_per_second`, one to each other device; None: a switch."""
 
 
 LINKS = {
     # 7 xGMI links of 48 GB/s usable (AMD, ROCm blogs); a network adapter each (2511.17127).
-    "MI300X": DeviceLinks(192, 5300, 336),
-    "MI325X": DeviceLinks(256, 6000, 336),
+    "MI300X": DeviceLinks(192, 5300, 336, peer_links=7),
+    "MI325X": DeviceLinks(256, 6000, 336, peer_links=7),
     # 7 xGMI links of 76.8 GB/s, of which three quarters as measured on MI300X.
-    "MI350X": DeviceLinks(288, 8000, 403),
-    "MI355X": DeviceLinks(288, 8000, 403),
+    "MI350X": DeviceLinks(288, 8000, 403, peer_links=7),
+    "MI355X": DeviceLinks(288, 8000, 403, peer_links=7),
     # NVLink 4: 450 GB/s one way, four fifths of it.
     "H100 80GB HBM3": DeviceLinks(80, 3350, 360),
     "H100 PCIe": DeviceLinks(80, 2000, 50),
@@ -112,7 +116,12 @@ def machine_of(device: str, precision: PrecisionConfig, node_ranks: int = 8) -> 
             links.memory_gb_per_second * GIGA * COPY_SHARE,
             f"{links.memory_gb_per_second:,g} GB/s of the data sheet x {COPY_SHARE:g} assumed",
         ),
-        inside=Link(links.inside_gb_per_second * GIGA, HOP_SECONDS["inside"], "data sheet"),
+        inside=Link(
+            links.inside_gb_per_second * GIGA,
+            HOP_SECONDS["inside"],
+            "data sheet",
+            links.peer_links,
+        ),
         between=Link(links.between_gb_per_second * GIGA, HOP_SECONDS["between"], "data sheet"),
     )
 
@@ -159,7 +168,9 @@ def with_preflight(machine: Machine, path: Path) -> Machine:
             machine, products=Rate(value, words), attention=Rate(value * ratio, words)
         )
     if fit := fits["node"]:
-        machine = replace(machine, inside=Link(*fit, said))
+        # Pairwise links: as many of them as the measured group has other ranks.
+        peers = _ranks_of(curves, "node") - 1 if machine.inside.peers else None
+        machine = replace(machine, inside=Link(*fit, said, peers))
     if fit := fits["between nodes"]:
         machine = replace(machine, between=Link(*fit, said))
     return machine
@@ -182,3 +193,7 @@ def _line(curves: list[dict[str, Any]], scope: str) -> tuple[float, float] | Non
     if slope <= 0:
         return None
     return 1 / slope, max(0.0, seconds[0] - slope * sizes[0]) / hop_count
+
+
+def _ranks_of(curves: list[dict[str, Any]], scope: str) -> int:
+    return max(int(curve["ranks"]) for curve in curves if curve["scope"] == scope)

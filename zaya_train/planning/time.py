@@ -128,13 +128,13 @@ def _weights(case: Case, machine: Machine, computing: float) -> list[Term]:
         return []
     micro = case.micro_batches
     gathered = case.parallel.reshard_after_forward
-    reduced = case.parallel.accumulation != "keep_unsharded"
+    mode = case.parallel.accumulation
     # Forward passes are a third of the computing.
     beside = {
         "all_gather": computing if gathered else computing / micro / 3,
-        "reduce_scatter": computing * 2 / 3 / (1 if reduced else micro),
+        "reduce_scatter": computing * 2 / 3 / (micro if mode == "keep_unsharded" else 1),
+        "all_reduce": computing * 2 / 3 / (1 if mode == "reduce_each" else micro),
     }
-    beside["all_reduce"] = beside["reduce_scatter"]
     terms = []
     for kind, name in (
         ("all_gather", "weights gathered"),
