@@ -24,7 +24,7 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--phase", action="append", help="refuse and rehearse these phases only")
     parser.add_argument("--device", help="forecast time on this: MI300X, MI355X, H100, H200, ...")
-    parser.add_argument("--node-ranks", type=int, default=8, help="devices of a node")
+    parser.add_argument("--node-ranks", type=int, help="devices of a node; without: 8")
     parser.add_argument("--inside-gb-per-second", type=float, help="of a rank's links in a node")
     parser.add_argument("--between-gb-per-second", type=float, help="of a rank to another node")
     parser.add_argument("--preflight", type=Path, help="preflight.json: measured rates instead")

@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> int:
         check_kernels(config.kernels, ranks.device)
         facts = describe(ranks.device)
         own_gb = facts.memory_bytes / GB if ranks.device.type == "cuda" else None
-        check_memory(config, ranks.world_size, own_gb, facts.name)
+        tight = check_memory(config, ranks.world_size, own_gb, facts.name)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))
@@ -140,15 +140,17 @@ def train(config: TrainConfig) -> int:
             replays=replays,
             peaks=peaks_of(ranks.device, config.precision.compute_dtype),
         )
-        _describe(context)
+        _describe(context, tight)
         return _run_plan(context)
 
 
-def _describe(context: Context) -> None:
+def _describe(context: Context, tight: str) -> None:
     name, world = context.config.run.name, context.ranks.world_size
     device = describe(context.ranks.device)
     log.info("run %s in %s: ranks %d, %s", name, context.run_dir, world, device)
     log.info("%s", context.peaks)
+    if tight and context.ranks.rank == 0:
+        log.warning("%s", tight)
     for note in layout_notes(context.config, world):
         log.info("%s", note)
 

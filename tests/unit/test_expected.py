@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from zaya_train.planning.calibration import file_of, keep
 from zaya_train.planning.case import Case
 from zaya_train.planning.components import GB
 from zaya_train.planning.expected import check_memory, expectation, known_device
-from zaya_train.planning.memory import forecast
+from zaya_train.planning.memory import forecast, least_bytes
 from zaya_train.tools.plan_against import against_forecast, cells, forecasts
 from zaya_train.tools.plan_calibrate import PROBES, case_of, fit
 
@@ -72,21 +71,53 @@ def test_a_launch_that_cannot_fit_is_refused_with_what_would() -> None:
     check_memory(limited(PEAK_GB / 0.89), 2, 1e-6, "a card")
 
 
-def test_a_named_key_launches_anyway(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        check_memory(limited(1e-6, memory_check="warn"), 2, None, "")
-    assert "launched although phase" in caplog.text
+def test_a_named_key_launches_anyway() -> None:
+    said = check_memory(limited(1e-6, memory_check="warn"), 2, None, "")
+    assert said.startswith("launched although phase")
+    assert check_memory(limited(PEAK_GB / 0.89, memory_check="warn"), 2, None, "") == ""
 
 
 @pytest.mark.parametrize("name", ["triton", "reference", "of_another_version"])
-def test_other_kernels_are_not_refused_by_what_eager_ones_keep(
-    name: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = limited(1e-6)
-    fused = replace(config, kernels=replace(config.kernels, cca=name))
-    with caplog.at_level(logging.WARNING):
-        check_memory(fused, 2, None, "")
-    assert f"not refused because of kernels.cca={name}: phase" in caplog.text
+def test_other_kernels_are_not_refused_by_what_eager_ones_keep(name: Any) -> None:
+    least = max(least_bytes(Case(tiny(), phase, 2)) for phase in tiny().plan.phases) / GB
+    assert 0.1 * PEAK_GB < least < 0.9 * PEAK_GB
+    for memory_gb in (least / 0.89, least / 0.91):
+        config = limited(memory_gb)
+        fused = replace(config, kernels=replace(config.kernels, cca=name))
+        if memory_gb * 0.9 > least:
+            said = check_memory(fused, 2, None, "")
+            assert f"not refused because of kernels.cca={name}: phase" in said
+        else:
+            # What no kernel changes is too much by itself.
+            with pytest.raises(ConfigError, match=rf"kernels.cca={name} keeps, .* GB at least"):
+                check_memory(fused, 2, None, "")
+
+
+def test_kernels_that_keep_nothing_excuse_nothing() -> None:
+    config = limited(PEAK_GB / 0.91)
+    muon = replace(config, kernels=replace(config.kernels, newton_schulz="triton"))
+    with pytest.raises(ConfigError, match="exceeds"):
+        check_memory(muon, 2, None, "")
+
+
+def test_plan_judges_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--ranks", "2", "recipe=smoke_cpu", "runtime.memory_gb=0.01"]
+    assert main(words) == 2
+    assert "90% of runtime.memory_gb=0.01" in capsys.readouterr().err
+    assert main([*words[:1], "--device", "H200", *words[1:]]) == 2
+    assert "90% of runtime.memory_gb=0.01" in capsys.readouterr().err
+    assert main([*words, "runtime.memory_check=warn"]) == 0
+    assert "warning: launched although phase" in capsys.readouterr().out
+    assert main([*words[:1], "--memory-gb", "100", *words[1:]]) == 0
+
+
+def test_options_of_a_device_need_one(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "recipe=smoke_cpu", "--ranks", "2"]
+    for option in ("--preflight", "--inside-gb-per-second", "--between-gb-per-second"):
+        assert main([*words, option, "8"]) == 2
+        assert f"{option}: needs a --device" in capsys.readouterr().err
+    assert main([*words, "--node-ranks", "8"]) == 2
+    assert main([*words, "--node-ranks", "8", "--device", "H200"]) == 0
 
 
 def test_kernels_that_are_counted_are_refused() -> None:

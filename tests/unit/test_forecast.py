@@ -12,7 +12,8 @@ from tests.helpers import rehearsal_table
 from tests.helpers.tiny import tiny
 from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, main
-from zaya_train.planning.case import Case
+from zaya_train.planning import fitting
+from zaya_train.planning.case import Case, cases_of
 from zaya_train.planning.changes import CHANGES, overrides
 from zaya_train.planning.components import COMPONENTS, GB, RESERVE
 from zaya_train.planning.fitting import Budget, refuse
@@ -20,6 +21,8 @@ from zaya_train.planning.memory import forecast
 from zaya_train.tools.rehearsal import rehearse
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from zaya_train.config.schema import TrainConfig
 
 GOLDEN: dict[str, Any] = json.loads(rehearsal_table.GOLDEN.read_text())
@@ -138,6 +141,30 @@ def test_nobody_with_one_micro_batch_is_told_to_accumulate_otherwise() -> None:
     config = compose(["recipe=zaya1_8b"])
     assert "accumulation" not in told(config, 70e9, 1024, "sft")
     assert "accumulation=all_reduce_last" in told(config, 70e9, 1024, "pretrain_1")
+
+
+def test_advice_fits_the_phases_that_were_not_refused_too() -> None:
+    """`parallel.*` is every phase's, though the sft phase alone is too large."""
+    config = compose(["recipe=zaya1_8b"])
+    seen: list[tuple[str, ...]] = []
+
+    def counted(_: TrainConfig, ranks: int, names: Iterable[str]) -> list[Case]:
+        seen.append(tuple(names))
+        return cases_of(config, ranks, seen[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "cases_of", counted)
+        fitting.advice(config, 1024, config.plan.phases, ["sft"], Budget(1.0, "the test"))
+    assert set(seen) == {tuple(config.plan.phases)}
+
+
+def test_nobody_is_told_to_save_less_than_he_does() -> None:
+    lean = ["parallel.accumulation=reduce_each", "parallel.recompute=selective"]
+    config = compose(["recipe=zaya1_8b", *lean])
+    for change in CHANGES:
+        after = change.applied(config, ["sft"]).parallel
+        assert after.accumulation == "reduce_each" and after.recompute != "none"
+    assert "accumulation" not in told(config, 60e9, 1024)
 
 
 def test_advice_is_words_for_the_command_line() -> None:

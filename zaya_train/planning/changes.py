@@ -35,7 +35,12 @@ class Change:
                 context_parallel=phase.context_parallel * (self.context_parallel or 1),
             )
         plan = replace(config.plan, phases=phases)
-        return replace(config, plan=plan, parallel=replace(config.parallel, **self.parallel))
+        leaner = {
+            key: value
+            for key, value in self.parallel.items()
+            if _saves(key, getattr(config.parallel, key), value)
+        }
+        return replace(config, plan=plan, parallel=replace(config.parallel, **leaner))
 
 
 def overrides(before: TrainConfig, after: TrainConfig) -> str:
@@ -49,6 +54,19 @@ def overrides(before: TrainConfig, after: TrainConfig) -> str:
         for key, value in vars(new).items()
         if value != getattr(old, key)
     )
+
+
+_BY_MEMORY: dict[str, tuple[Any, ...]] = {
+    "accumulation": ("keep_unsharded", "all_reduce_last", "reduce_each"),
+    "recompute": ("none", "selective", "full"),
+    "reshard_after_forward": (False, True),
+}
+"""Values, the leanest last."""
+
+
+def _saves(key: str, before: Any, after: Any) -> bool:
+    values = _BY_MEMORY[key]
+    return values.index(after) > values.index(before)
 
 
 _LEAN = {"accumulation": "reduce_each", "reshard_after_forward": True, "recompute": "full"}

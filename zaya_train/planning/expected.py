@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any
 from zaya_train.config.errors import ConfigError
 from zaya_train.planning.calibration import calibrated_time, load
 from zaya_train.planning.components import GB
-from zaya_train.planning.fitting import Budget, refuse
+from zaya_train.planning.fitting import Budget, judge
 from zaya_train.planning.machine import LINKS, machine_of
 from zaya_train.planning.memory import forecast
 from zaya_train.planning.time import step_time
 
 if TYPE_CHECKING:
-    from zaya_train.config.schema import KernelsConfig, TrainConfig
+    from zaya_train.config.schema import TrainConfig
     from zaya_train.planning.case import Case
     from zaya_train.planning.time import StepTime
 
 log = logging.getLogger(__name__)
-
-COUNTED = ("eager", "gram", "sdpa")
-"""Back ends whose kept tensors the forecast counts (planning.activations)."""
 
 
 def known_device(name: str) -> str | None:
@@ -69,34 +66,18 @@ def expectation(
     }
 
 
-def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, device: str) -> None:
-    """Refuse a launch whose phases do not fit; ConfigError with the cheapest change that would.
+def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, device: str) -> str:
+    """`fitting.judge` of the launch that `config` is: what is to be said, or nothing. ConfigError
+    with the cheapest change that fits.
 
     device_gb: of an accelerator; runtime.memory_gb is taken before it. Neither: nothing is judged.
-    With kernels that keep other tensors than those counted, and with runtime.memory_check=warn,
-    it is said and not refused.
     """
-    limit = config.runtime.memory_gb or device_gb
-    if limit is None:
-        return
-    own = config.runtime.memory_gb is None
-    source = f"the {limit:.1f} GB of {device}" if own else f"runtime.memory_gb={limit:g}"
+    own = Budget(device_gb, f"the {device_gb:.1f} GB of {device}") if device_gb else None
     only = config.run.only_phase
-    try:
-        refuse(config, ranks, Budget(limit, source), (only,) if only else ())
-    except ConfigError as error:
-        if config.runtime.memory_check == "warn":
-            log.warning("launched although %s", error)
-        elif others := _not_counted(config.kernels):
-            log.warning("by eager kernels, not refused because of %s: %s", ", ".join(others), error)
-        else:
-            raise ConfigError(f"{error}; runtime.memory_check=warn launches anyway") from error
+    return judge(config, ranks, configured(config) or own, (only,) if only else ())
 
 
-def _not_counted(kernels: KernelsConfig) -> list[str]:
-    """Keys of back ends that the forecast knows nothing of."""
-    return [
-        f"kernels.{key}={name}"
-        for key, name in vars(kernels).items()
-        if isinstance(name, str) and name not in COUNTED
-    ]
+def configured(config: TrainConfig) -> Budget | None:
+    """What the configuration says of a device's memory."""
+    limit = config.runtime.memory_gb
+    return None if limit is None else Budget(limit, f"runtime.memory_gb={limit:g}")

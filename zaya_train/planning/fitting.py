@@ -9,12 +9,18 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.planning.case import cases_of
 from zaya_train.planning.changes import changed, overrides
 from zaya_train.planning.components import GB, RESERVE
-from zaya_train.planning.memory import forecast
+from zaya_train.planning.memory import forecast, least_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
-    from zaya_train.config.schema import TrainConfig
+    from zaya_train.config.schema import KernelsConfig, TrainConfig
+
+
+COUNTED = ("eager", "gram", "sdpa")
+"""Back ends whose kept tensors the forecast counts (planning.activations)."""
+KEEP_NOTHING = ("newton_schulz",)
+"""Operations of the optimizer, of which no back end keeps anything for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,44 @@ class Budget:
         return self.memory_gb * GB * (1 - RESERVE)
 
 
+def judge(
+    config: TrainConfig, ranks: int, budget: Budget | None, names: tuple[str, ...] = ()
+) -> str:
+    """Whether a launch may start, for `plan`, `train` and `submit` alike: what is to be said where
+    it may and yet does not fit, nothing where it fits or there is no limit. ConfigError where it
+    may not: `runtime.memory_check` warns instead, and kernels that keep other tensors than those
+    counted are refused only for what no kernel changes."""
+    if budget is None:
+        return ""
+    cases = cases_of(config, ranks, names)
+    return judge_peaks(config, ranks, {c.name: forecast(c).peak.bytes for c in cases}, budget)
+
+
+def judge_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budget: Budget) -> str:
+    """The same of known `peaks` by phase."""
+    try:
+        refuse_peaks(config, ranks, peaks, budget)
+    except ConfigError as error:
+        if config.runtime.memory_check == "warn":
+            return f"launched although {error}"
+        others = ", ".join(_not_counted(config.kernels))
+        least = max(least_bytes(case) for case in cases_of(config, ranks, peaks))
+        if others and least <= budget.usable_bytes:
+            return f"by eager kernels, not refused because of {others}: {error}"
+        said = f"; with whatever {others} keeps, {least / GB:.1f} GB at least" if others else ""
+        raise ConfigError(f"{error}{said}; runtime.memory_check=warn launches anyway") from error
+    return ""
+
+
+def _not_counted(kernels: KernelsConfig) -> list[str]:
+    """Keys of back ends of whose kept tensors the forecast knows nothing."""
+    return [
+        f"kernels.{key}={name}"
+        for key, name in vars(kernels).items()
+        if isinstance(name, str) and name not in COUNTED and key not in KEEP_NOTHING
+    ]
+
+
 def refuse(config: TrainConfig, ranks: int, budget: Budget, names: tuple[str, ...] = ()) -> None:
     """ConfigError where a phase's forecast peak leaves less than the reserve free."""
     cases = cases_of(config, ranks, names)
@@ -42,7 +86,7 @@ def refuse_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budg
     """The same of known `peaks` by phase; changes are judged by forecast."""
     short = {name: peak for name, peak in peaks.items() if peak > budget.usable_bytes}
     if short:
-        raise ConfigError(f"{_said(short, budget)}; {advice(config, ranks, short, budget)}")
+        raise ConfigError(f"{_said(short, budget)}; {advice(config, ranks, peaks, short, budget)}")
 
 
 def _said(short: Mapping[str, int], budget: Budget) -> str:
@@ -57,10 +101,17 @@ def _said(short: Mapping[str, int], budget: Budget) -> str:
     return said
 
 
-def advice(config: TrainConfig, ranks: int, short: Mapping[str, int], budget: Budget) -> str:
-    """The cheapest change under which all of the phases `short` fit."""
+def advice(
+    config: TrainConfig,
+    ranks: int,
+    judged: Iterable[str],
+    short: Iterable[str],
+    budget: Budget,
+) -> str:
+    """The cheapest change of the phases `short` under which all those `judged` fit: parallel.* is
+    every phase's."""
     for cost, other in changed(config, ranks, list(short)):
-        peak = max(forecast(case).peak.bytes for case in cases_of(other, ranks, short))
+        peak = max(forecast(case).peak.bytes for case in cases_of(other, ranks, judged))
         if peak <= budget.usable_bytes:
             return (
                 f"the cheapest change that fits: {overrides(config, other)} "

@@ -91,6 +91,15 @@ def forecast(case: Case) -> Forecast:
     return Forecast(case, (*moments, step.norm(), step.muon()))
 
 
+def least_bytes(case: Case) -> int:
+    """What a step takes by whatever kernels: weights, state, gradients and the residual stream, the
+    global norm, Muon's exchange."""
+    kept = kept_parts(case, case.parallel.recompute)
+    stream = tuple(part for part in kept if part.name == "residual stream")
+    step = _Step(case, weights_of(case.model, case.layout), stream)
+    return max(step.stream_bytes(), step.norm().bytes, step.muon().bytes)
+
+
 @dataclass(frozen=True)
 class _Step:
     """The moments of one step."""
@@ -130,6 +139,11 @@ class _Step:
 
     def _activations(self, layers: int) -> int:
         return total(entry_parts(self.case)) + layers * total(self.kept)
+
+    def stream_bytes(self) -> int:
+        """When the forward pass has ended, of `kept` alone."""
+        kept = self.case.model.num_layers * total(self.kept)
+        return sum(self._before_backward().values()) + kept
 
     def loss(self) -> Moment:
         """Logits and their log-softmax beside both gradients."""

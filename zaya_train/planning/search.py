@@ -1,9 +1,8 @@
 """Layouts of a launch by forecast time, among those that fit: `zaya plan --search`.
 
 Tried for the whole run: shard groups of one, two and four nodes, expert ranks, recompute,
- reshard_after_forward, and whether micro-batches reduce. For every phase then: one, two
-and four rows to a micro-batch, and its context ranks, half and twice as many. Rules are
-`config.check`'s.
+reshard_after_forward, and whether micro-batches reduce. For every phase then: one, two and four
+rows to a micro-batch, and its context ranks, half and twice as many. Rules are `config.check`'s.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 _ROWS = (1, 2, 4)
 _NODES = (1, 2, 4)
-"""Of a shard group, besides one of the whole launch."""
+"""Of a shard group; a launch smaller than a node is one."""
 _EXPERTS = (1, 2, 8)
 
 

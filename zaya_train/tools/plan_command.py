@@ -10,7 +10,8 @@ from zaya_train.config.check import check_all
 from zaya_train.config.errors import ConfigError
 from zaya_train.planning.calibration import Calibration, keep, load
 from zaya_train.planning.case import cases_of
-from zaya_train.planning.fitting import Budget, refuse
+from zaya_train.planning.expected import configured
+from zaya_train.planning.fitting import Budget, judge
 from zaya_train.planning.machine import Machine, machine_of, with_links, with_preflight
 from zaya_train.planning.search import search
 from zaya_train.runtime.device import describe
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
     from zaya_train.planning.case import Case
 
 
+_NODE_RANKS = 8
+_OF_DEVICE = ("preflight", "inside_gb_per_second", "between_gb_per_second", "node_ranks")
+"""Options that change what a named device can do."""
+
+
 def run_plan(
     options: argparse.Namespace, config: TrainConfig, chain: bool, console: Console
 ) -> None:
@@ -47,9 +53,8 @@ def run_plan(
         [f"plan.phases: no phase {name}" for name in phases if name not in known],
     )
     clock = clock_of(options, config)
-    memory_gb = options.memory_gb
-    if memory_gb is None and clock is not None and isinstance(clock.source, Machine):
-        memory_gb = clock.source.memory_gb
+    budget = budget_of(options, config, clock)
+    memory_gb = budget.memory_gb if budget else None
     request = PlanRequest(config, options.ranks, memory_gb)
     (show_phases if chain else show_plan)(request, console)
     cases = cases_of(config, options.ranks, phases)
@@ -58,12 +63,25 @@ def run_plan(
         for case in cases:
             explain(case, clock, console)
     if options.search:
-        show_search(config, options.ranks, clock, memory_gb, console)
+        show_search(config, options.ranks, clock, budget, console)
     if options.rehearse:
-        show_rehearsal(RehearsalRequest(config, options.ranks, phases, memory_gb), console)
-    elif memory_gb is not None:
-        source = f"--memory-gb {memory_gb:g}" if options.memory_gb else f"{options.device}"
-        refuse(config, options.ranks, Budget(memory_gb, source), phases)
+        source = budget.source if budget else ""
+        rehearsal = RehearsalRequest(config, options.ranks, phases, memory_gb, source)
+        show_rehearsal(rehearsal, console)
+    elif said := judge(config, options.ranks, budget, phases):
+        console.print(f"warning: {said}", highlight=False, soft_wrap=True)
+
+
+def budget_of(
+    options: argparse.Namespace, config: TrainConfig, clock: Clock | None
+) -> Budget | None:
+    """--memory-gb, else what a launch of `config` is judged by, else the named device's."""
+    if options.memory_gb is not None:
+        return Budget(options.memory_gb, f"--memory-gb {options.memory_gb:g}")
+    if clock is None or not isinstance(clock.source, Machine):
+        return configured(config)
+    own = clock.source.memory_gb
+    return configured(config) or Budget(own, f"the {own:g} GB of {clock.source.device}")
 
 
 def clock_of(options: argparse.Namespace, config: TrainConfig) -> Clock | None:
@@ -74,13 +92,19 @@ def clock_of(options: argparse.Namespace, config: TrainConfig) -> Clock | None:
     if options.calibrate:
         keep(config, calibrate(config, options.ranks))
     if options.device:
-        if options.node_ranks < 1:
-            raise ConfigError(f"--node-ranks {options.node_ranks}: must be positive")
-        machine = machine_of(options.device, config.precision, options.node_ranks)
+        node_ranks = _NODE_RANKS if options.node_ranks is None else options.node_ranks
+        if node_ranks < 1:
+            raise ConfigError(f"--node-ranks {node_ranks}: must be positive")
+        machine = machine_of(options.device, config.precision, node_ranks)
         if options.preflight:
             machine = with_preflight(machine, options.preflight)
         links = (options.inside_gb_per_second, options.between_gb_per_second)
         return Clock(with_links(machine, *links), tokens)
+    idle = [
+        f"--{name.replace('_', '-')}" for name in _OF_DEVICE if getattr(options, name) is not None
+    ]
+    if idle:
+        raise ConfigError(f"{', '.join(idle)}: needs a --device, whose rates it replaces")
     found = load(config, describe(torch.device("cpu")).name, options.ranks)
     return Clock(found, tokens) if found else None
 
@@ -89,14 +113,13 @@ def show_search(
     config: TrainConfig,
     ranks: int,
     clock: Clock | None,
-    memory_gb: float | None,
+    budget: Budget | None,
     console: Console,
 ) -> None:
     """The fastest layouts in words for the command line. ConfigError without a device to judge
     them by."""
-    if clock is None or not isinstance(clock.source, Machine) or memory_gb is None:
+    if clock is None or not isinstance(clock.source, Machine) or budget is None:
         raise ConfigError("--search: needs a --device, by whose rates layouts are judged")
-    budget = Budget(memory_gb, f"{memory_gb:g} GB")
     found = search(
         config, (ranks, clock.source.node_ranks), budget, lambda case: clock.of(case).seconds
     )
@@ -104,7 +127,7 @@ def show_search(
     for why, count in found.refused.items():
         console.print(f"{count} of {found.tried} settings are out: {why}", highlight=False)
     if not found.best:
-        raise ConfigError(f"--search: none of {found.tried} settings fits {memory_gb:g} GB")
+        raise ConfigError(f"--search: none of {found.tried} settings fits {budget.memory_gb:g} GB")
 
 
 def show_time(cases: Sequence[Case], clock: Clock | None, console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from zaya_train.config.check import check_all
 from zaya_train.config.kernel_rules import rehearsal_problems
 from zaya_train.planning.components import COMPONENTS, GB, MB, RESERVE
-from zaya_train.planning.fitting import Budget, refuse_peaks
+from zaya_train.planning.fitting import Budget, judge_peaks
 from zaya_train.tools.rehearsal import Rehearsal, rehearse_phases
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class RehearsalRequest:
     """Names; empty for all."""
     memory_gb: float | None = None
     """Of one device, 10^9 bytes; None: nothing is refused."""
+    memory_source: str = ""
+    """Who says so; nothing: --memory-gb."""
     busiest: float = 1.0
     """Tokens of each layer's first expert over an even share."""
 
@@ -50,9 +52,11 @@ def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
     console.print(_traffic(found))
     console.print(_summary(request, found), highlight=False, soft_wrap=True)
     if request.memory_gb is not None:
-        budget = Budget(request.memory_gb, f"--memory-gb {request.memory_gb:g}")
+        source = request.memory_source or f"--memory-gb {request.memory_gb:g}"
+        budget = Budget(request.memory_gb, source)
         peaks = {name: rehearsal.peak.bytes for name, rehearsal in found.items()}
-        refuse_peaks(request.config, request.ranks, peaks, budget)
+        if said := judge_peaks(request.config, request.ranks, peaks, budget):
+            console.print(f"warning: {said}", highlight=False, soft_wrap=True)
 
 
 def _memory(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> Table:

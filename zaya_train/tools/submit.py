@@ -51,7 +51,8 @@ def submit(request: SubmitRequest, console: Console) -> list[str]:
         DataError: a corpus is missing or damaged (not in a dry run, which may be elsewhere).
     """
     jobs = plan_jobs(request)
-    _check(jobs)
+    for line in _check(jobs):
+        console.print(f"warning: {line}", soft_wrap=True, markup=False)
     if not request.dry_run:
         check_corpora(request.config)
         if shutil.which("sbatch") is None:
@@ -81,8 +82,8 @@ def plan_jobs(request: SubmitRequest) -> list[Job]:
     return jobs
 
 
-def _check(jobs: list[Job]) -> None:
-    """ConfigError with every rule broken by any job, said once."""
+def _check(jobs: list[Job]) -> list[str]:
+    """ConfigError with every rule broken by any job, said once; else what is to be said."""
     broken = [p for job in jobs for p in problems(job.config, job.ranks)]
     for job in jobs:
         broken += directive_problems(job.submit, job.config)
@@ -94,8 +95,8 @@ def _check(jobs: list[Job]) -> None:
             )
     if broken:
         raise ConfigError("; ".join(dict.fromkeys(broken)))
-    for job in jobs:
-        check_memory(job.config, job.ranks, None, "")
+    said = [check_memory(job.config, job.ranks, None, "") for job in jobs]
+    return [line for line in dict.fromkeys(said) if line]
 
 
 def lead_from(run_dir: Path) -> int:
