@@ -23,7 +23,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--rehearse", action="store_true", help="confirm memory and traffic by a step without ranks"
     )
     parser.add_argument("--phase", action="append", help="refuse and rehearse these phases only")
-    parser.add_argument("--device", help="forecast time on this: MI300X, MI355X, H100, H200, ...")
+    parser.add_argument(
+        "--device", help="forecast time on this: MI300X, MI355X, H100 (SXM), H200, ..."
+    )
     parser.add_argument("--node-ranks", type=int, help="devices of a node; without: 8")
     parser.add_argument("--inside-gb-per-second", type=float, help="of a rank's links in a node")
     parser.add_argument("--between-gb-per-second", type=float, help="of a rank to another node")

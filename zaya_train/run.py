@@ -237,7 +237,8 @@ def _expected(context: Context, name: str) -> dict[str, Any]:
         return {}
     tokens = document_tokens(config.data, config.plan.phases[name])
     case = Case(config, name, ranks.world_size)
-    return expectation(case, describe(ranks.device).name, ranks.local_world_size, tokens)
+    device = describe(ranks.device)
+    return expectation(case, device.name, ranks.local_world_size, tokens, device.units)
 
 
 def _asked_to_stop(context: Context, state: TrainState) -> bool:

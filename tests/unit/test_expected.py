@@ -36,6 +36,10 @@ def test_devices_are_known_by_the_names_torch_gives_them() -> None:
     assert known_device("AMD Instinct MI300X") == "MI300X"
     assert known_device("NVIDIA H200") == "H200"
     assert known_device("NVIDIA H100 80GB HBM3") == "H100 80GB HBM3"
+    assert known_device("NVIDIA H200 NVL") is None
+    # A partition of one.
+    assert known_device("AMD Instinct MI300X", 304) == "MI300X"
+    assert known_device("AMD Instinct MI300X", 38) is None
     assert known_device("NVIDIA GeForce RTX 4090") is None and known_device("AMD EPYC") is None
 
 

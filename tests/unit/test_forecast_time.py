@@ -212,17 +212,55 @@ def test_a_preflight_file_takes_the_place_of_data_sheets(tmp_path: Path) -> None
                 "gb_per_second": rate,
             }
         )
-    measured = [{"check": "matrix product", "value": 600.0}]
+    measured = [
+        {"check": "matrix product", "value": 600.0},
+        {"check": "memory", "value": 4000.0},
+        {"check": "memory", "value": 4300.0},
+        {"check": "memory", "value": 4100.0},
+    ]
     path = tmp_path / "preflight.json"
-    path.write_text(json.dumps({"curves": curves, "measured": measured}))
+    report = {"curves": curves, "measured": measured, "device": "AMD Instinct MI300X"}
+    path.write_text(json.dumps(report))
     machine = with_preflight(machine_of("MI300X", PUBLISHED.precision), path)
+    assert machine.copies.value == 4100e9 and "measured" in machine.copies.source
+    assert machine.lacks == ("no usable all_reduce curve: between nodes",)
+    assert machine.attention.value == pytest.approx(320e12)
+    assert "x 0.67 assumed for attention" in machine.attention.source
     assert machine.inside.bytes_per_second == pytest.approx(200e9)
     assert machine.inside.hop_seconds == pytest.approx(5e-5)
     assert machine.products.value == pytest.approx(480e12) and "measured" in machine.products.source
     assert machine.between.source == "data sheet"
+    # A bf16 product says nothing of a run in fp32, but of its Muon.
+    sheet = machine_of("MI300X", replace(PUBLISHED.precision, compute_dtype="fp32"))
+    single = with_preflight(sheet, path)
+    assert single.products == sheet.products and single.attention == sheet.attention
+    assert single.by_dtype["bf16"].value == pytest.approx(480e12)
+    assert "the run's are of fp32" in single.lacks[-1]
+    with pytest.raises(ConfigError, match="of AMD Instinct MI300X, not of --device H200"):
+        with_preflight(machine_of("H200", PUBLISHED.precision), path)
+    path.write_text(json.dumps({**report, "measured": [], "curves": []}))
+    assert len(with_preflight(sheet, path).lacks) == 5
     path.write_text("[]")
     with pytest.raises(ConfigError, match="no report of zaya preflight"):
         with_preflight(machine, path)
+
+
+def test_newton_schulz_takes_the_rate_of_its_dtype() -> None:
+    full, half = (
+        waited_for("Muon", f"optim.muon.newton_schulz_dtype={dtype}") for dtype in ("fp32", "bf16")
+    )
+    assert full == pytest.approx(half * 1307.4 / 163.4)
+
+
+def test_memory_is_what_torch_reports() -> None:
+    assert machine_of("MI300X", PUBLISHED.precision).memory_gb == pytest.approx(
+        192 * 2**30 / 1e9, rel=0.01
+    )
+    assert machine_of("H200", PUBLISHED.precision).memory_gb == pytest.approx(
+        139 * 2**30 / 1e9, rel=0.01
+    )
+    h100 = machine_of("H100", PUBLISHED.precision)
+    assert h100.device == "H100 80GB HBM3" and 80 < h100.memory_gb < 85.9
 
 
 def test_an_unknown_device_is_named_with_the_known_ones() -> None:
@@ -301,6 +339,6 @@ def test_plan_shows_time_or_says_why_not(
     assert main(["plan", "recipe=zaya1_8b", "--ranks", "1024", "--device", "MI300X"]) == 0
     shown = capsys.readouterr().out
     assert "forecast of a step on 1,024 x MI300X" in shown and "device-hours" in shown
-    assert "free of 192" in shown
+    assert "free of 206" in shown
     assert main(["plan", "recipe=smoke_cpu"]) == 0
     assert "no forecast of time: name a --device" in capsys.readouterr().out

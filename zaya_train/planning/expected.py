@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import ConfigError
@@ -13,6 +12,7 @@ from zaya_train.planning.fitting import Budget, judge
 from zaya_train.planning.machine import LINKS, machine_of
 from zaya_train.planning.memory import forecast
 from zaya_train.planning.time import step_time
+from zaya_train.runtime.peaks import row_of
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
@@ -22,18 +22,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def known_device(name: str) -> str | None:
-    """The device table's name for what torch calls a device."""
-    return next((known for known in LINKS if re.search(rf"\b{known}\b", name)), None)
+def known_device(name: str, units: int | None = None) -> str | None:
+    """The device table's name for what torch calls a device; None for a partition of one."""
+    row = row_of(name, units)
+    known = row.name.strip("$") if row else None
+    return known if known in LINKS else None
 
 
 def expected_time(
-    case: Case, device: str, node_ranks: int, document_tokens: float | None
+    case: Case,
+    device: str,
+    node_ranks: int,
+    document_tokens: float | None,
+    units: int | None = None,
 ) -> tuple[StepTime | None, str]:
-    """A step on `device`, as torch names it, and by what; None where neither a data sheet nor a
-    calibration is known. Documents of unknown length fill the context."""
+    """A step on `device`, as torch names it, of so many `units`, and by what; None where neither a
+    data sheet nor a calibration is known. Documents of unknown length fill the context."""
     tokens = document_tokens or case.phase.context_tokens
-    known = known_device(device)
+    known = known_device(device, units)
     if known is not None:
         machine = machine_of(known, case.config.precision, node_ranks)
         return step_time(case, machine, tokens), f"data sheet of {known}, shares assumed"
@@ -48,12 +54,16 @@ def expected_time(
 
 
 def expectation(
-    case: Case, device: str, node_ranks: int, document_tokens: float | None
+    case: Case,
+    device: str,
+    node_ranks: int,
+    document_tokens: float | None,
+    units: int | None = None,
 ) -> dict[str, Any]:
     """Fields of a phase's first row in the metrics: `expected_peak_bytes` of rank 0,
     `expected_step_seconds` of a full batch or null, `expected_by`; also said in the log."""
     peak = forecast(case).peak
-    time, source = expected_time(case, device, node_ranks, document_tokens)
+    time, source = expected_time(case, device, node_ranks, document_tokens, units)
     said = f"{time.seconds:.4g} s a step" if time else "no time"
     log.info(
         "%s: expected %.3f GB at most (%s) and %s (%s)",

@@ -213,7 +213,7 @@ def muon_flows(case: Case) -> list[Flow]:
 def _optimizer(case: Case, machine: Machine) -> Iterable[Term]:
     degrees = case.layout
     work = muon_work(case.model, (degrees.replicate, degrees.fsdp, degrees.expert))
-    rate = machine.products
+    rate = machine.by_dtype[case.config.optim.muon.newton_schulz_dtype]
     formula = f"{work.flops / 1e12:,.4g} TFLOP / {rate.value / 1e12:,.4g} TFLOP/s"
     yield Term("Muon", work.flops / rate.value, formula, rate.source)
     flows = muon_flows(case)

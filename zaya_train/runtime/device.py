@@ -29,6 +29,8 @@ class DeviceFacts:
     torch_version: str
     hip_version: str | None
     cuda_version: str | None
+    units: int | None = None
+    """Compute units or streaming multiprocessors of a GPU."""
 
     def __str__(self) -> str:
         """In a line of a log."""
@@ -95,8 +97,9 @@ def describe(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes = properties.name, properties.total_memory
+        units = properties.multi_processor_count
     else:
-        name = _cpu_name()
+        name, units = _cpu_name(), None
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return DeviceFacts(
         name=name,
@@ -105,6 +108,7 @@ def describe(device: torch.device) -> DeviceFacts:
         torch_version=torch.__version__,
         hip_version=torch.version.hip,
         cuda_version=torch.version.cuda,
+        units=units,
     )
 
 

@@ -75,7 +75,7 @@ def peak_flops(device_name: str, compute_dtype: Dtype, units: int | None = None)
     units: those torch sees; a device with others than its model's is a partition of one, or another
     model, and not known.
     """
-    row = _row(device_name, units)
+    row = row_of(device_name, units)
     return row.peak(compute_dtype) if row else None
 
 
@@ -83,7 +83,7 @@ def peaks_of(device: torch.device, compute_dtype: Dtype) -> Peaks:
     """Of the device at hand; measures for some milliseconds."""
     name, row = describe(device).name, None
     if device.type == "cuda":
-        row = _row(name, torch.cuda.get_device_properties(device).multi_processor_count)
+        row = row_of(name, torch.cuda.get_device_properties(device).multi_processor_count)
     dtype = torch.bfloat16 if compute_dtype == "bf16" else torch.float32
     return Peaks(
         name=name,
@@ -113,7 +113,8 @@ def product_rate(
     return 2 * size**3 / max(best, 1e-9)
 
 
-def _row(device_name: str, units: int | None) -> DeviceRow | None:
+def row_of(device_name: str, units: int | None = None) -> DeviceRow | None:
+    """Of what torch calls a device; units as for `peak_flops`."""
     for row in TABLE:
         if re.search(rf"\b{row.name}", device_name):
             return row if units in (None, row.units) else None

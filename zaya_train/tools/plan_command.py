@@ -140,6 +140,9 @@ def show_time(cases: Sequence[Case], clock: Clock | None, console: Console) -> N
         return
     console.print(time_table(cases, clock))
     console.print(total_line(cases, clock), highlight=False, soft_wrap=True)
+    if isinstance(clock.source, Machine):
+        for line in clock.source.lacks:
+            console.print(f"by the data sheet: {line}", highlight=False, soft_wrap=True)
     if isinstance(clock.source, Calibration):
         console.print(
             f"by a calibration, at most {clock.source.largest_error:.0%} off its own steps",
