@@ -17,6 +17,7 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, main
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.parallel.traffic import Flow
+from zaya_train.planning import calibration
 from zaya_train.planning.calibration import PARTS, calibrated_time, features, file_of, keep, load
 from zaya_train.planning.case import Case
 from zaya_train.planning.checkpoint import checkpoint_bytes, host_bytes
@@ -80,6 +81,20 @@ def test_muon_sends_what_was_counted() -> None:
     assert flow.calls == counted["calls"]
     golden = json.loads((rehearsal_table.GOLDEN.parent / "muon_owners.json").read_text())[2]
     assert muon_work(PUBLISHED.model, (128, 8, 1)).flops == golden["slowest_rank_flops"]
+
+
+def test_what_stays_of_muons_matrices_is_taken_off_once() -> None:
+    case = published("pretrain_1")
+    machine = with_links(machine_of("MI300X", case.config.precision), 10.0, 5.0)
+    machine = replace(
+        machine,
+        inside=replace(machine.inside, hop_seconds=0.0),
+        between=replace(machine.between, hop_seconds=0.0),
+    )
+    rates = {"fsdp": 10e9, "replicate": 5e9}
+    sent = sum(flow.bytes / rates[flow.axis] for flow in muon_flows(case))
+    terms = {term.name: term.seconds for term in step_time(case, machine, 4096).terms}
+    assert terms["Muon, updates sent"] == pytest.approx(sent)
 
 
 def test_groups_lie_in_nodes_as_ranks_are_numbered() -> None:
@@ -168,6 +183,32 @@ def test_reductions_are_hidden_where_they_run() -> None:
     ]
     assert reduced[1] == pytest.approx(4 * reduced[0])
     assert reduced[2] == pytest.approx(reduced[1])
+
+
+def test_a_second_of_computing_hides_one_of_each_link() -> None:
+    """Scattered and between replicas beside the same backward pass: over two links side by side,
+    over one of them one after another."""
+    case = published("pretrain_1", 1024, "parallel.shard=16")
+    sheet = machine_of("MI300X", case.config.precision)
+    free = with_links(sheet, between_gb=1e6)
+    computing = sum(
+        t.seconds
+        for t in step_time(case, free, 4096).terms
+        if t.name in ("products", "attention", "elementwise")
+    )
+    room = computing * 2 / 3 / case.micro_batches
+    flows = [f for f in case.traffic().flows() if "gradients" in f.what]
+
+    def waited(node_ranks: int, rate_gb: float) -> float:
+        machine = replace(with_links(sheet, rate_gb, rate_gb), node_ranks=node_ranks)
+        names = ("gradients reduced", "gradients between replicas")
+        return sum(t.seconds for t in step_time(case, machine, 4096).terms if t.name in names)
+
+    # Shard groups of 16 in nodes of 16: each link has the whole backward pass to itself.
+    for node_ranks, hidden in ((16, 2), (8, 1)):
+        machine = replace(with_links(sheet, 0.5, 0.5), node_ranks=node_ranks)
+        carried = sum(seconds_of(flow, case.layout, machine) for flow in flows)
+        assert waited(node_ranks, 0.5) == pytest.approx(carried - hidden * room, rel=1e-6)
 
 
 def test_a_part_of_a_node_has_a_part_of_its_pairwise_links() -> None:
@@ -327,6 +368,12 @@ def test_a_calibration_is_kept_by_what_it_holds_for(
     assert load(config, "a CPU", 2) == found
     wider = replace(config, model=replace(config.model, hidden_size=2 * config.model.hidden_size))
     assert load(wider, "a CPU", 2) is None and load(config, "a CPU", 4) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "another")
+        assert load(config, "a CPU", 2) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "code_hash", lambda: "of other sources")
+        assert load(config, "a CPU", 2) is None
     file_of(config, "a CPU", 2).write_text("{}")
     with pytest.raises(ConfigError, match="not a calibration"):
         load(config, "a CPU", 2)

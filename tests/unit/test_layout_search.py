@@ -69,6 +69,7 @@ def test_the_command_shows_layouts_and_reasons(capsys: pytest.CaptureFixture[str
     assert main([*words, "--device", "MI300X"]) == 0
     shown = capsys.readouterr().out
     assert "settings, seconds relative to the first" in shown and "1.000" in shown
+    assert "days" in shown
     assert main([*words, "--device", "MI300X", "--memory-gb", "0.001"]) == 2
     told = capsys.readouterr()
     assert "36 of 36 settings are out: phase pretrain_1: more memory" in told.out

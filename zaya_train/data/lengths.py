@@ -10,7 +10,13 @@ import numpy as np
 from zaya_train.data.corpus import Corpus
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from zaya_train.config.schema import DataConfig, PhaseConfig
+
+
+_BLOCK_DOCUMENTS = 1 << 20
+"""Of which copies are made at a time: a corpus has billions."""
 
 
 def document_tokens(data: DataConfig, phase: PhaseConfig) -> float | None:
@@ -21,6 +27,18 @@ def document_tokens(data: DataConfig, phase: PhaseConfig) -> float | None:
         return None
     means = []
     for name in mixture:
-        lengths = np.minimum(Corpus.open(data.sources[name].path).lengths, phase.context_tokens)
-        means.append(float(np.square(lengths.astype(np.float64)).sum() / max(1, lengths.sum())))
+        lengths = Corpus.open(data.sources[name].path).lengths
+        means.append(mean_over_tokens(lengths, phase.context_tokens))
     return float(np.average(means, weights=list(mixture.values())))
+
+
+def mean_over_tokens(
+    lengths: NDArray[np.generic], limit: int, block: int = _BLOCK_DOCUMENTS
+) -> float:
+    """Average over tokens of the length of their document, documents being cut at `limit`."""
+    tokens = squares = 0.0
+    for start in range(0, len(lengths), block):
+        part = np.minimum(lengths[start : start + block], limit).astype(np.float64)
+        tokens += float(part.sum())
+        squares += float(part @ part)
+    return squares / max(1.0, tokens)

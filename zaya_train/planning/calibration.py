@@ -4,7 +4,7 @@
 
 `shared` is the tokens a micro-batch has under context parallelism, 0 without. Good for any phase,
 context, batch and document length of the same model, precision, kernels and number of ranks on the
-same processor: these are in the file's name.
+same processor, by the same torch and code: these are in the file's name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from zaya_train.config.build import to_dict
 from zaya_train.config.derive import hash_of
 from zaya_train.config.errors import ConfigError
 from zaya_train.planning.time import StepTime, Term, pairs_of
 from zaya_train.runtime.files import write_json
+from zaya_train.runtime.versions import code_hash
 
 if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
@@ -72,6 +75,8 @@ def file_of(config: TrainConfig, device: str, ranks: int) -> Path:
     kinds |= {key: values[key] for key in ("precision", "kernels")}
     kinds["newton_schulz"] = values["optim"]["muon"]["newton_schulz_dtype"]
     kinds["threads"] = values["runtime"]["threads"]
+    # Measured by one torch and this code; another has other seconds.
+    kinds |= {"torch": torch.__version__, "code": code_hash()}
     return Path(base) / "zaya-train" / f"calibration-{hash_of(kinds)}.json"
 
 

@@ -1,14 +1,15 @@
 """Seconds of a step, by part, from rates of a machine.
 
 What runs beside what, by rule: gathers of weights beside the forward pass, reductions of gradients
-beside the backward pass they are made in; of both, what exceeds the computing, and one unit's share
-that nothing is left to hide behind, is waited for. Exchanges within layers (keys and values,
-tokens to experts), the norm's reduction, Muon and AdamW run alone.
+beside the backward pass they are made in, each second of which hides one second of every link; what
+exceeds the computing, and one unit's share that nothing is left to hide behind, is waited for.
+Exchanges within layers (keys and values, tokens to experts), the norm's reduction, Muon and AdamW
+run alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,13 +20,14 @@ from zaya_train.model.shapes import parameter_shapes
 from zaya_train.optim.owners import traffic
 from zaya_train.parallel.traffic import Flow
 from zaya_train.planning.activations import layer_parts, total
-from zaya_train.planning.exchange import seconds_of
+from zaya_train.planning.exchange import bus_factor, group_of, seconds_of, spans_nodes
 from zaya_train.planning.muon import muon_plan
 from zaya_train.planning.weights import weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from zaya_train.config.derive import Layout
     from zaya_train.config.schema import ModelConfig
     from zaya_train.model.flops import ForwardFlops
     from zaya_train.planning.case import Case
@@ -122,33 +124,61 @@ def _computing(case: Case, machine: Machine, forward: ForwardFlops) -> list[Term
 
 
 def _weights(case: Case, machine: Machine, computing: float) -> list[Term]:
-    """What is waited for of gathers and reductions, `computing` being a step's seconds."""
+    """What is waited for of gathers and reductions, `computing` being a step's seconds.
+
+    Assumed: exchanges over one link run one after another and over the two links side by side, so
+    that a second of computing hides one second of each; gathers come first.
+    """
     flows = [f for f in case.traffic().flows() if "weights" in f.what]
-    if not flows:
-        return []
-    micro = case.micro_batches
-    gathered = case.parallel.reshard_after_forward
-    mode = case.parallel.accumulation
-    # Forward passes are a third of the computing.
-    beside = {
-        "all_gather": computing if gathered else computing / micro / 3,
-        "reduce_scatter": computing * 2 / 3 / (micro if mode == "keep_unsharded" else 1),
-        "all_reduce": computing * 2 / 3 / (1 if mode == "reduce_each" else micro),
-    }
+    room = _rooms(case, computing)
     terms = []
     for kind, name in (
         ("all_gather", "weights gathered"),
         ("reduce_scatter", "gradients reduced"),
         ("all_reduce", "gradients between replicas"),
     ):
-        seconds = sum(seconds_of(flow, case.layout, machine) for flow in flows if flow.kind == kind)
-        calls = max((flow.calls for flow in flows if flow.kind == kind), default=1)
+        own = [flow for flow in flows if flow.kind == kind]
+        times = [seconds_of(flow, case.layout, machine) for flow in own]
+        seconds, hidden = sum(times), 0.0
+        for flow, each in zip(own, times, strict=True):
+            links = spans_nodes(group_of(flow.axis, case.layout, machine.node_ranks))
+            for window, share in _windows(case, kind).items():
+                found = min(each * share, room[links, window])
+                room[links, window] -= found
+                hidden += found
+        calls = max((flow.calls for flow in own), default=1)
         units = calls // (case.model.num_layers + 1) or 1
         alone = seconds / calls * units
-        waited = max(alone, seconds - beside[kind]) if seconds else 0.0
-        formula = f"{seconds:.4g} s beside {beside[kind]:.4g} s of computing, {alone:.4g} s alone"
+        waited = max(alone, seconds - hidden)
+        formula = f"{seconds:.4g} s, {hidden:.4g} s of it beside computing, {alone:.4g} s alone"
         terms.append(Term(name, waited, formula, _links(machine)))
     return terms
+
+
+def _rooms(case: Case, computing: float) -> dict[tuple[bool, str], float]:
+    """(between nodes, window) -> seconds of computing there: forward passes, of which without
+    reshard_after_forward only the first gathers, the backward pass of the last micro-batch, and
+    those before it. Forward passes are a third of the computing."""
+    micro = case.micro_batches
+    forwards = 1 if case.parallel.reshard_after_forward else 1 / micro
+    windows = {
+        "forward": computing / 3 * forwards,
+        "last": computing * 2 / 3 / micro,
+        "earlier": computing * 2 / 3 * (micro - 1) / micro,
+    }
+    return {(link, name): room for link in (False, True) for name, room in windows.items()}
+
+
+def _windows(case: Case, kind: str) -> dict[str, float]:
+    """Where exchanges of a kind run, as shares of their seconds."""
+    micro, mode = case.micro_batches, case.parallel.accumulation
+    every = {"last": 1 / micro, "earlier": (micro - 1) / micro}
+    if kind == "all_gather":
+        if not case.parallel.reshard_after_forward:
+            return {"forward": 1.0}
+        return {"forward": 0.5} | {window: share / 2 for window, share in every.items()}
+    scatters = kind == "reduce_scatter" and mode != "keep_unsharded"
+    return every if scatters or mode == "reduce_each" else {"last": 1.0}
 
 
 def _exchanges(case: Case, machine: Machine) -> list[Term]:
@@ -210,6 +240,12 @@ def muon_flows(case: Case) -> list[Flow]:
     ]
 
 
+def _with_own(flow: Flow, degrees: Layout) -> Flow:
+    """With the part that stays, which `seconds_of` takes off."""
+    ranks: int = getattr(degrees, flow.axis)
+    return replace(flow, bytes=round(flow.bytes / bus_factor(flow.kind, ranks)))
+
+
 def _optimizer(case: Case, machine: Machine) -> Iterable[Term]:
     degrees = case.layout
     work = muon_work(case.model, (degrees.replicate, degrees.fsdp, degrees.expert))
@@ -217,7 +253,7 @@ def _optimizer(case: Case, machine: Machine) -> Iterable[Term]:
     formula = f"{work.flops / 1e12:,.4g} TFLOP / {rate.value / 1e12:,.4g} TFLOP/s"
     yield Term("Muon", work.flops / rate.value, formula, rate.source)
     flows = muon_flows(case)
-    seconds = sum(seconds_of(flow, degrees, machine) for flow in flows)
+    seconds = sum(seconds_of(_with_own(flow, degrees), degrees, machine) for flow in flows)
     sent = f"{sum(flow.bytes for flow in flows) / 1e6:,.4g} MB"
     yield Term("Muon, updates sent", seconds, sent, _links(machine))
     local = weights_of(case.model, degrees).local

@@ -10,6 +10,7 @@ from zaya_train.planning.activations import entry_parts, kept_parts
 from zaya_train.planning.changes import overrides
 from zaya_train.planning.components import GB, MB
 from zaya_train.planning.memory import forecast
+from zaya_train.tools.plan_time import DAY_SECONDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,10 +77,11 @@ def search_table(config: TrainConfig, found: Searched) -> Table:
     """The fastest, as words for the command line."""
     title = f"fastest of {found.tried} settings, seconds relative to the first"
     table = Table(title=title, title_justify="left")
-    for column in ("time", "peak GB", "settings"):
+    for column in ("time", "days", "peak GB", "settings"):
         table.add_column(column, overflow="fold")
     for one in found.best[:SHOWN]:
         words = overrides(config, one.config) or "as configured"
         relative = one.seconds / found.best[0].seconds
-        table.add_row(f"{relative:.3f}", f"{one.peak_bytes / GB:.1f}", words)
+        days = one.seconds / DAY_SECONDS
+        table.add_row(f"{relative:.3f}", f"{days:.1f}", f"{one.peak_bytes / GB:.1f}", words)
     return table
