@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zaya_kernels.linear_cross_entropy.eager import chunk_rows
-from zaya_kernels.native.library import TYPES, call, check
+from zaya_kernels.native.library import TYPES, call, check, check_shape
 from zaya_kernels.native.product import multiply
 
 if TYPE_CHECKING:
@@ -24,6 +25,15 @@ def _gradient(logits: Tensor, rows: Tensor) -> Tensor:
     return logits if rows.dtype == logits.dtype else torch.empty_like(logits, dtype=rows.dtype)
 
 
+def _check_targets(targets: Tensor, classes: int) -> None:
+    """IndexError unless all are classes: the library trusts them with its memory."""
+    if isinstance(targets, FakeTensor) or not len(targets):
+        return
+    for label in map(int, targets.aminmax()):
+        if not 0 <= label < classes:
+            raise IndexError(f"linear_cross_entropy: label {label} is none of {classes} classes")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -31,7 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ignore, z_loss, recorded = how
         kept = (labels != ignore).nonzero().squeeze(1)
-        rows, targets = hidden.index_select(0, kept), labels[kept]
+        rows, targets = hidden.index_select(0, kept), labels[kept].long()
+        _check_targets(targets, weight.shape[0])
         weight = weight.contiguous()
         need = recorded and any(ctx.needs_input_grad[:2])
         grad_rows = torch.empty(rows.shape, dtype=torch.float32) if need else None
@@ -82,5 +93,7 @@ def linear_cross_entropy_native(
 ) -> Tensor:
     """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`; one type for both."""
     check("linear_cross_entropy", hidden, weight)
+    check_shape("linear_cross_entropy", weight, (None, *hidden.shape[1:]))
+    check_shape("linear_cross_entropy", labels, hidden.shape[:1])
     how = (ignore, z_loss, torch.is_grad_enabled())
     return _LinearCrossEntropy.apply(hidden, weight, labels, how)

@@ -16,13 +16,16 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zaya_train.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 SOURCES = Path(__file__).parent
 FLAGS = (
@@ -111,6 +114,16 @@ def check(op: str, *tensors: Tensor) -> None:
                 f"kernels.{op}: native takes one type, fp32 or bf16, on a CPU, not {kinds} on "
                 f"{tensor.device.type}; set kernels.{op}=eager"
             )
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:
+    """ValueError unless the shape is the expected one, None any: the library trusts it."""
+    same = len(expected) == tensor.ndim and all(
+        size in (None, found) for size, found in zip(expected, tensor.shape, strict=True)
+    )
+    if not same:
+        wanted = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name}: shape {list(tensor.shape)}, expected [{wanted}]")
 
 
 @cache

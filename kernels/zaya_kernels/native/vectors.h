@@ -79,9 +79,9 @@ static inline vec choose(words where, vec yes, vec no) {
     return (vec)(((words)yes & where) | ((words)no & ~where));
 }
 
-/* e^x to 2 units in the last place; 0 below -87. */
+/* e^x to 2 units in the last place; 0 below -87, infinite above 88; NaN stays NaN. */
 static inline vec exp_of(vec x) {
-    words small = x < all(-87.0f);
+    words small = x < all(-87.0f), large = x > all(88.0f);
     x = choose(small, all(-87.0f), x);
     vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 x 2^23: rounds to an integer */
     vec whole = shifted - 12582912.0f;
@@ -93,7 +93,7 @@ static inline vec exp_of(vec x) {
     sum = sum * x + 0.5f;
     sum = sum * x * x + x + 1.0f;
     vec power = (vec)(((words)shifted << 23) + ((words)all(1)));
-    return choose(small, all(0), sum * power);
+    return choose(large, all(INFINITY), choose(small, all(0), sum * power));
 }
 
 /* Elements of a tensor of `type`, a vector from i on or one. */
