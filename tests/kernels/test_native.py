@@ -43,7 +43,9 @@ def rounded(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 
 # Odd everything; several panels of columns, tiles of rows and blocks of sums.
 @TYPES
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (37, 45, 33), (100, 70, 514), (4, 600, 0), (0, 5, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (37, 45, 33), (100, 70, 514), (4, 600, 0), (0, 5, 3), (3, 0, 4)]
+)
 @pytest.mark.parametrize("turned", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
 def test_products(sizes: tuple[int, int, int], turned: tuple[int, int], dtype: torch.dtype) -> None:
     m, n, k = sizes

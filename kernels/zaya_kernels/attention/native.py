@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from zaya_kernels.native.library import TYPES, call, check
+from zaya_kernels.native.library import TYPES, call, check, check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,22 @@ def _shape(q: Tensor, k: Tensor) -> tuple[int | float, ...]:
     """`Shape` of attention.c."""
     heads, size = q.shape[2:]
     return heads, k.shape[2], size, TYPES[q.dtype], torch.get_num_threads(), size**-0.5
+
+
+def _check_plan(q: Tensor, k: Tensor, plan: AttentionPlan) -> None:
+    """ValueError unless heads divide and each segment is within queries and keys."""
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"attention: {heads} heads of queries, {kv_heads} of keys")
+    if isinstance(q, FakeTensor):
+        return
+    first, count = plan.segments[:, ::2], plan.segments[:, 1::2]
+    # [n, 2]: of queries, of keys; a segment's queries are its last keys.
+    rows = [q.shape[0] * q.shape[1], k.shape[0] * k.shape[1]]
+    outside = (first < 0) | (count < 0) | (first + count > torch.tensor(rows))
+    whole = int(count[:, 0].sum()) == rows[0]
+    if bool(outside.any()) or bool((count[:, 0] > count[:, 1]).any()) or not whole:
+        raise ValueError(f"attention: the plan is none of {rows[0]} queries and {rows[1]} keys")
 
 
 class _Attention(torch.autograd.Function):
@@ -58,4 +75,7 @@ class _Attention(torch.autograd.Function):
 def attention_native(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """See `zaya_kernels.attention.op.attention`."""
     check("attention", q, k, v)
+    check_shape("attention: k", k, (q.shape[0], None, None, q.shape[3]))
+    check_shape("attention: v", v, k.shape)
+    _check_plan(q, k, plan)
     return _Attention.apply(q, k, v, plan.segments)

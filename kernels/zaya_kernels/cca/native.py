@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from zaya_kernels.cca.eager import per_tap, shift_values
-from zaya_kernels.native.library import TYPES, call, check
+from zaya_kernels.native.library import TYPES, call, check, check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +20,40 @@ if TYPE_CHECKING:
     from zaya_kernels.cca.types import CCAContext, CCAWeights
 
 _PARTS = 4
+
+
+def _check_shapes(x: Tensor, weights: CCAWeights, context: CCAContext) -> None:
+    """ValueError where the library would read past a tensor."""
+    batch, tokens, channels = x.shape
+    heads, size, mixed = weights.grouped.shape
+    halo = context.halo_qk
+    expected = {
+        "qk": (x, (batch, tokens, heads * size)),
+        "depthwise_bias": (weights.depthwise_bias, (channels,)),
+        "depthwise": (weights.depthwise, (channels, None)),
+        "grouped_bias": (weights.grouped_bias, (channels,)),
+        "temperature": (weights.temperature, (heads - context.num_query_heads,)),
+        "positions": (context.positions, (batch, tokens)),
+        "cos": (context.cos, (batch, tokens, None)),
+        "sin": (context.sin, context.cos.shape),
+    }
+    if halo is not None:
+        check("cca", x, halo)
+        expected["halo_qk"] = (halo, (batch, None, None, channels))
+    for name, (tensor, shape) in expected.items():
+        check_shape(f"cca: {name}", tensor, shape)
+    kv_heads, angles = len(weights.temperature), context.cos.shape[2]
+    if context.num_query_heads % kv_heads or mixed % size or 2 * angles > size:
+        raise ValueError(
+            f"cca: {context.num_query_heads} heads of queries, {kv_heads} of keys, of {size} "
+            f"channels mixed from {mixed} and {2 * angles} rotated"
+        )
+    needed = weights.depthwise.shape[1] + mixed // size - 2
+    if halo is not None and (halo.shape[2] < needed or tokens % halo.shape[1]):
+        raise ValueError(
+            f"cca: {tokens} tokens in {halo.shape[1]} chunks behind {halo.shape[2]} rows, "
+            f"expected whole chunks behind at least {needed}"
+        )
 
 
 def _by_tokens(x: Tensor) -> Tensor:
@@ -81,7 +115,9 @@ def _arguments(
         *(context.num_query_heads, kv_heads, size, *taps, 2 * context.cos.shape[-1]),
         *(x.stride(1), TYPES[x.dtype], torch.get_num_threads(), min(rows, _PARTS)),
     )
-    tables = (t.contiguous() for t in (context.positions, context.cos.float(), context.sin.float()))
+    tables = (
+        t.contiguous() for t in (context.positions.long(), context.cos.float(), context.sin.float())
+    )
     mix = per_tap(grouped, taps[1]).contiguous()
     return shape, (x, halo, *tables, depth, depth_bias, mix, mix_bias, temperature)
 
@@ -91,6 +127,7 @@ def cca_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `zaya_kernels.cca.op.cca`."""
     check("cca", qk, v_now, v_delayed)
+    _check_shapes(qk, weights, context)
     tensors = (
         weights.depthwise,
         weights.depthwise_bias,

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from zaya_kernels.native.library import TYPES, call, check
+from zaya_kernels.native.library import TYPES, call, check, check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,15 @@ class _GroupedMLP(torch.autograd.Function):
 def grouped_mlp_native(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """See `zaya_kernels.grouped_mlp.op.grouped_mlp`."""
     check("grouped_mlp", rows, gate_up, down)
+    experts, hidden, width = down.shape
+    check_shape("grouped_mlp: rows", rows, (None, hidden))
+    check_shape("grouped_mlp: gate_up", gate_up, (experts, 2 * width, hidden))
+    check_shape("grouped_mlp: counts", counts, (experts,))
     # The library trusts them with its memory.
-    if not isinstance(counts, FakeTensor) and int(counts.sum()) != rows.shape[0]:
-        raise ValueError(f"experts' counts sum to {int(counts.sum())}, of {rows.shape[0]} rows")
-    return _GroupedMLP.apply(rows, counts.contiguous(), gate_up, down)
+    if not isinstance(counts, FakeTensor):
+        total = int(counts.sum())
+        if bool((counts < 0).any()):
+            raise ValueError(f"experts' counts are {counts.tolist()}, expected none below 0")
+        if total != rows.shape[0]:
+            raise ValueError(f"experts' counts sum to {total}, of {rows.shape[0]} rows")
+    return _GroupedMLP.apply(rows, counts.long().contiguous(), gate_up, down)

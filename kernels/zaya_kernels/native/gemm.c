@@ -221,6 +221,7 @@ static void columns_of(Product p, long start, long stop, Result c) {
 }
 
 void gemm(long m, long n, long k, Operand a, Operand b, int type, Result c, int threads) {
+    if (!m || !n) return;
     Product p = {m, n, k, PAIRED && type == BF16 ? (k + 1) / 2 : k, a, b, type};
     long panels = (n + COLUMNS - 1) / COLUMNS, share = (panels + threads - 1) / threads;
     long block = share < PANELS ? share : PANELS;

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zaya_kernels.native.library import TYPES, call
+from zaya_kernels.native.library import TYPES, call, check, check_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,13 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     fp32, or bf16 like the operands and not added to. Sums are fp32.
     """
     sizes = a.shape[0], b.shape[1], a.shape[1]
+    check_shape("product: right", b, (sizes[2], None))
+    check_shape("product: out", out, sizes[:2])
+    if out.stride(1) != 1 and sizes[1] > 1:
+        raise ValueError(f"product: rows of out have stride {out.stride(1)}, expected 1")
+    check("product", a, b)
+    if out.dtype != torch.float32 and (add or out.dtype != a.dtype):
+        raise ValueError(f"product: {a.dtype} to {out.dtype}" + (" added" if add else ""))
     left, right = (*a.stride(), TYPES[a.dtype]), b.stride()
     call(
         "zaya_gemm", *sizes, a, *left[:2], b, *right, left[2],
