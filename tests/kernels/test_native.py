@@ -285,8 +285,8 @@ def test_without_a_compiler_the_error_says_what_to_do(
 def test_what_does_not_compile_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "broken.c").write_text("int f(void) { return absent; }")
     target = tmp_path / "cache" / "native.so"
-    with pytest.raises(ConfigError, match="native did not compile with cc"):
-        library.build(target, "cc", tmp_path)
+    with pytest.raises(ConfigError, match=r"native did not compile with cc: .*error.*absent"):
+        library.build(target, ["cc"], tmp_path)
     assert list(target.parent.iterdir()) == []
 
 

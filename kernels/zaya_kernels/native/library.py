@@ -1,7 +1,8 @@
 """The operations in C of the back end `native`: compiled at first use, for the machine at hand.
 
 One shared library of all `.c` files of this folder, kept under a name that follows from their text,
-the compiler and the processor, so that a home directory shared by unlike machines holds one each.
+the compiler, the processor and the C library, so that a home directory shared by unlike machines
+holds one each.
 Its threads are OpenMP's, those of torch where torch's libgomp is the compiler's.
 """
 
@@ -11,6 +12,8 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -37,22 +40,25 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """As FP32 and BF16 in vectors.h."""
 
 
-def compiler() -> str:
-    """Path of $CC, or of the first C compiler found; ConfigError without one."""
-    named = os.environ.get("CC")
-    for name in [named] if named else ["cc", "gcc", "clang"]:
+def compiler() -> tuple[str, ...]:
+    """$CC with its options, or the first C compiler found; ConfigError without one."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for name, *options in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         if found := shutil.which(name):
-            return found
+            return found, *options
     raise ConfigError(
-        f"kernels: native needs a C compiler, and {named or 'cc, gcc or clang'} is not in PATH; "
-        "install one, name it in CC, or choose eager"
+        f"kernels: native needs a C compiler, and {named[0] if named else 'cc, gcc or clang'} is "
+        "not in PATH; install one, name it in CC, or choose eager"
     )
 
 
 def folder() -> Path:
     """Where compiled libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "zaya-train"
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "zaya-train"
+    except RuntimeError:
+        raise ConfigError("kernels: native has no home directory; set XDG_CACHE_HOME") from None
 
 
 def _processor() -> str:
@@ -65,38 +71,62 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in text.splitlines() if line.startswith(wanted)}))
 
 
-def build(target: Path, cc: str, sources: Path = SOURCES) -> None:
-    """Compile into `target`; ConfigError with the compiler's last words where that fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Ranks of a run may all compile: each into a name of its own, renamed when whole.
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / target.name
-        files = [str(path) for path in sorted(sources.glob("*.c"))]
-        done = subprocess.run(
-            [cc, *FLAGS, *files, "-o", str(made), "-lm"], capture_output=True, text=True
-        )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise ConfigError(f"kernels: native did not compile with {cc}: {lines[-1]}")
-        made.rename(target)
+def _complaint(text: str) -> str:
+    """The line of a compiler's messages that says what is wrong."""
+    lines = text.strip().splitlines() or ["no message"]
+    telling = re.compile(r"error|undefined|cannot find|not found", re.IGNORECASE)
+    return next(filter(telling.search, lines), lines[-1])
 
 
-def path(cc: str) -> Path:
-    """Of the library for these sources, this compiler and this processor."""
-    version = subprocess.run([cc, "--version"], capture_output=True, text=True).stdout
-    text = "\n".join([*FLAGS, version, _processor()])
+def build(
+    target: Path, cc: Sequence[str], sources: Path = SOURCES, flags: Sequence[str] = FLAGS
+) -> None:
+    """Compile into `target`; ConfigError with the compiler's complaint where that fails."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks of a run may all compile: each into a name of its own, renamed when whole.
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            made = Path(scratch) / target.name
+            files = [str(path) for path in sorted(sources.glob("*.c"))]
+            done = subprocess.run(
+                [*cc, *flags, *files, "-o", str(made), "-lm"], capture_output=True, text=True
+            )
+            if done.returncode or not made.exists():
+                raise ConfigError(
+                    f"kernels: native did not compile with {cc[0]}: {_complaint(done.stderr)}"
+                )
+            made.rename(target)
+    except OSError as error:
+        raise ConfigError(
+            f"kernels: native cannot make {target}: {error.strerror}; is XDG_CACHE_HOME writable?"
+        ) from error
+
+
+def path(cc: Sequence[str]) -> Path:
+    """Of the library for these sources, this compiler and this machine."""
+    told = subprocess.run([*cc, "--version"], capture_output=True, text=True)
+    text = "\n".join([*cc, *FLAGS, told.stdout, _processor(), *platform.libc_ver()])
     for source in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]):
         text += f"\n{source.name}\n{source.read_text()}"
     return folder() / f"native-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
 
 
+def load(target: Path, cc: Sequence[str], sources: Path = SOURCES) -> ctypes.CDLL:
+    """The library at `target`, compiled where there is none or a damaged one."""
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError:
+        build(target, cc, sources)
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise ConfigError(f"kernels: native cannot load {target}: {error}") from error
+
+
 @cache
 def _load() -> ctypes.CDLL:
     cc = compiler()
-    target = path(cc)
-    if not target.exists():
-        build(target, cc)
-    return ctypes.CDLL(str(target))
+    return load(path(cc), cc)
 
 
 def ready() -> None:
