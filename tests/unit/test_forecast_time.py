@@ -159,18 +159,17 @@ def test_reductions_are_waited_for_only_beyond_the_computing() -> None:
     assert waited[1] < 0.001
 
 
-def waited_for(name: str, *overrides: str, device: str = "MI300X", **links: float) -> float:
+def waited_for(name: str, *overrides: str, **links: float) -> float:
     """Seconds of the term `name` of pretrain_1 on 1,024 devices."""
     case = published("pretrain_1", 1024, *overrides)
-    machine = with_links(machine_of(device, case.config.precision), **links)
+    machine = with_links(machine_of("MI300X", case.config.precision), **links)
     return sum(t.seconds for t in step_time(case, machine, 4096).terms if t.name == name)
 
 
 def test_reductions_are_hidden_where_they_run() -> None:
     """Between replicas: once at the end, or after every micro-batch."""
-    slow = {"between_gb": 5.0}
     kept, last, each = (
-        waited_for("gradients between replicas", f"parallel.accumulation={mode}", **slow)
+        waited_for("gradients between replicas", f"parallel.accumulation={mode}", between_gb=5.0)
         for mode in ("keep_unsharded", "all_reduce_last", "reduce_each")
     )
     # One all-reduce beside the last micro-batch's backward pass, whatever is scattered before it.

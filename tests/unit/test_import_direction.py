@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"config", "zaya_kernels", "model", "parallel", "optim", "phases", LEAF},
 }
 ALLOWED["planning"] = {
-    "config", "zaya_kernels", "model", "parallel", "optim", "phases", "runtime.peaks", LEAF,
+    "config", "zaya_kernels", "model", "parallel", "optim", "phases", "runtime.peaks",
+    "runtime.versions", LEAF,
 }  # fmt: skip
 ALLOWED["context"] = {*ALLOWED} - {"zaya_train"}
 ALLOWED["run"] = {*ALLOWED} - {"zaya_train"}

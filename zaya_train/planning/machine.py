@@ -98,7 +98,7 @@ class Machine:
     """The run's compute dtype."""
     products: Rate
     """FLOP/s of weight products, in the run's compute dtype."""
-    by_dtype: Mapping[str, Rate]
+    by_dtype: Mapping[Dtype, Rate]
     """The same in fp32 and bf16."""
     attention: Rate
     """FLOP/s of scores and weighted values."""
