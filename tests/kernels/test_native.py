@@ -240,6 +240,7 @@ def test_counts_that_are_no_rows_are_refused() -> None:
 
 
 @TYPES
+@pytest.mark.usefixtures("threads_restored")
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     """Of an operation with sums over rows (CCA) and of one with shared keys (attention)."""
     inputs, context = cca_case(SHAPES[0], [[70, 71]] * 5, 141, dtype)
