@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import platform
 import pwd
-from typing import TYPE_CHECKING
+from ctypes import CDLL
+from pathlib import Path
 
 import pytest
+import torch
 from zaya_kernels.native import library
 
 from zaya_train.config.errors import ConfigError
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from . import test_native
 
 
 def one_function(folder: Path) -> Path:
@@ -79,3 +80,32 @@ def test_of_a_compilers_messages_the_telling_one_is_shown(tmp_path: Path) -> Non
     sources = one_function(tmp_path / "sources")
     with pytest.raises(ConfigError, match=r"did not compile with cc: .*cannot find -labsent"):
         library.build(tmp_path / "native.so", ["cc", "-labsent"], sources)
+
+
+@pytest.fixture(scope="module", params=["x86-64", "haswell"])
+def narrower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CDLL:
+    """The library as a processor without AVX-512 has it: other vectors, tiles, and widened bf16."""
+    if platform.machine() != "x86_64":
+        pytest.skip(f"no x86-64 processor but {platform.machine()}")
+    features = Path("/proc/cpuinfo").read_text().split()
+    if request.param == "haswell" and not {"avx2", "fma", "bmi2"} <= set(features):
+        pytest.skip("a processor without AVX2")
+    target = tmp_path_factory.mktemp("narrower") / "native.so"
+    flags = [f"-march={request.param}" if x == "-march=native" else x for x in library.FLAGS]
+    library.build(target, library.compiler(), flags=flags)
+    return CDLL(str(target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrower_processors(
+    narrower: CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_load", lambda: narrower)
+    for sizes in ((37, 45, 33), (100, 70, 514)):
+        for turned in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            test_native.test_products(sizes, turned, dtype)
+    test_native.test_products_in_bf16_are_rounded_once()
+    test_native.test_attention_is_as_exact_as_torch((8, 2), 64, dtype)
+    test_native.test_loss_is_as_exact_as_eager(None, 33, 33, 65, 0.1, dtype)
+    test_native.test_experts_are_as_exact_as_eager("odd", (23, 37), dtype, monkeypatch)
+    test_native.test_cca_is_as_exact_as_eager(test_native.SHAPES[0], dtype)

@@ -4,6 +4,8 @@
  * widened while packing elsewhere. */
 #include "gemm.h"
 
+#include <stdio.h>
+
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define ROWS 12
 #else
@@ -29,7 +31,10 @@ void *scratch(enum Scratch slot, size_t bytes) {
         free(held[slot]);
         sizes[slot] = (bytes + 4095) / 4096 * 4096;
         held[slot] = aligned_alloc(64, sizes[slot]);
-        if (!held[slot]) abort();
+        if (!held[slot]) {
+            fprintf(stderr, "kernels: native found no memory for %zu bytes\n", sizes[slot]);
+            abort();
+        }
     }
     return held[slot];
 }
@@ -83,8 +88,8 @@ static void transpose_block(const char *from, long row, float *to, long width) {
     for (int i = 0; i < LANES; i++) x[i] = *(const vec *)(from + i * row);
     for (int round = 1; round < LANES; round *= 2) {
         for (int i = 0; i < LANES / 2; i++) {
-            y[2 * i] = __builtin_shufflevector(x[i], x[i + LANES / 2], LOW_LANES);
-            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + LANES / 2], HIGH_LANES);
+            y[2 * i] = SHUFFLE(x[i], x[i + LANES / 2], LOW_LANES);
+            y[2 * i + 1] = SHUFFLE(x[i], x[i + LANES / 2], HIGH_LANES);
         }
         memcpy(x, y, sizeof x);
     }

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parent
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-fopenmp",
-    # Nobody reads errno or traps. No fast-math: it would make the process flush denormals.
+    # Nobody reads errno or traps. No fast-math: it takes NaN and infinities for impossible, and
+    # linked with it a library makes the whole process flush denormals (GCC before 13).
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
 TYPES = {torch.float32: 0, torch.bfloat16: 1}

@@ -29,6 +29,13 @@ typedef int32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_ali
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 typedef uint16_t bf16;
 
+/* GCC has clang's name only since version 12. */
+#if defined(__clang__)
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (words){__VA_ARGS__})
+#endif
+
 enum { FP32 = 0, BF16 = 1 };
 
 static inline float widen(bf16 x) {
