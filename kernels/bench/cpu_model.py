@@ -55,7 +55,11 @@ CONFIG = ModelConfig(
 )
 BATCH, SEQUENCE = 2, 1024
 NATIVE = KernelsConfig(
-    cca="native", attention="native", grouped_mlp="native", linear_cross_entropy="native"
+    cca="native",
+    attention="native",
+    norm_residual="native",
+    grouped_mlp="native",
+    linear_cross_entropy="native",
 )
 
 

@@ -32,7 +32,11 @@ REFERENCE = KernelsConfig(
     newton_schulz="reference",
 )
 NATIVE = KernelsConfig(
-    cca="native", attention="native", grouped_mlp="native", linear_cross_entropy="native"
+    cca="native",
+    attention="native",
+    norm_residual="native",
+    grouped_mlp="native",
+    linear_cross_entropy="native",
 )
 TINY = ModelConfig(
     vocab_size=101,

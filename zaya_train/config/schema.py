@@ -292,7 +292,7 @@ class KernelsConfig:
 
     cca: NativeKernelName = "eager"
     attention: AttentionName = "eager"
-    norm_residual: TritonKernelName = "eager"
+    norm_residual: NativeKernelName = "eager"
     router: TritonKernelName = "eager"
     moe_permute: TritonKernelName = "eager"
     """Sorts tokens by expert and moves them there and back."""

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from zaya_kernels.backends import pick
+from zaya_kernels.backends import named, pick
 from zaya_kernels.norm_residual.eager import residual_eager, rms_norm_eager
+from zaya_kernels.norm_residual.native import (
+    residual_native,
+    residual_norm_native,
+    rms_norm_native,
+    stream_norm_native,
+)
 from zaya_kernels.norm_residual.reference import residual_reference, rms_norm_reference
 
 if TYPE_CHECKING:
@@ -27,16 +33,37 @@ def _rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_triton(x, weight, eps)
 
 
+def _residual_norm_triton(
+    stream: Tensor, branch: Tensor, scales: tuple[Tensor, ...], weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    from zaya_kernels.norm_residual.triton import residual_norm_triton
+
+    return residual_norm_triton(stream, branch, scales, weight, eps)
+
+
+def _stream_norm_triton(stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from zaya_kernels.norm_residual.triton import stream_norm_triton
+
+    return stream_norm_triton(stream, weight, eps)
+
+
 RESIDUAL_BACKENDS: dict[str, Callable[..., Tensor]] = {
     "eager": residual_eager,
+    "native": residual_native,
     "reference": residual_reference,
     "triton": _residual_triton,
 }
 NORM_BACKENDS = {
     "eager": rms_norm_eager,
+    "native": rms_norm_native,
     "reference": rms_norm_reference,
     "triton": _rms_norm_triton,
 }
+FUSED: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], ...]] = {
+    "native": (residual_norm_native, stream_norm_native),
+    "triton": (_residual_norm_triton, _stream_norm_triton),
+}
+"""`residual_norm` and `stream_norm` of the back ends that have them as one pass."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +101,11 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """`residual`, and `rms_norm` of its result: the new stream and the next block's input.
 
-    One pass over the stream where the back end fuses them (triton).
+    One pass over the stream where the back end fuses them (FUSED).
     """
-    if backend == "triton":
-        from zaya_kernels.norm_residual.triton import residual_norm_triton
-
-        return residual_norm_triton(stream, branch, _vectors(scales), weight, eps)
+    if backend in FUSED:
+        fused = named("norm_residual", FUSED[backend][0])
+        return fused(stream, branch, _vectors(scales), weight, eps)
     out = residual(stream, branch, scales, backend)
     return out, rms_norm(out, weight, eps, backend)
 
@@ -87,11 +113,9 @@ def residual_norm(
 def stream_norm(stream: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """The stream as it is, and `rms_norm` of it.
 
-    For a stream that is used again behind the norm: where the back end fuses (triton), the
+    For a stream that is used again behind the norm: where the back end fuses (FUSED), the
     gradients of both uses meet in the norm's backward pass.
     """
-    if backend == "triton":
-        from zaya_kernels.norm_residual.triton import stream_norm_triton
-
-        return stream_norm_triton(stream, weight, eps)
+    if backend in FUSED:
+        return named("norm_residual", FUSED[backend][1])(stream, weight, eps)
     return stream, rms_norm(stream, weight, eps, backend)
