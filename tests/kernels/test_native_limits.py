@@ -11,6 +11,7 @@ from zaya_kernels.attention.op import attention
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.native.product import multiply
+from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
 
 from ..helpers.kernels import random, run_pass
 from ..helpers.models import packed
@@ -161,3 +162,11 @@ def test_products_of_other_shapes_are_refused() -> None:
         multiply(a, b, out.bfloat16())
     with pytest.raises(ValueError, match=r"product: torch.bfloat16 to torch.bfloat16 added"):
         multiply(a.bfloat16(), b.bfloat16(), out.bfloat16(), add=True)
+
+
+def test_rows_that_norms_cannot_take_are_refused() -> None:
+    stream, row = torch.zeros(2, 3, 8), torch.zeros(8)
+    with pytest.raises(ValueError, match=r"norm_residual: shape \[7\], expected \[8\]"):
+        rms_norm(stream, row[1:], 1e-5, "native")
+    with pytest.raises(ValueError, match=r"shape \[2, 2, 8\], expected \[2, 3, 8\]"):
+        residual(stream, stream[:, 1:], ResidualScales(row, row, row, row), "native")

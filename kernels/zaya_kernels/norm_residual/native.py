@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from zaya_kernels.native.library import TYPES, call, check
+from zaya_kernels.native.library import TYPES, call, check, check_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,9 +90,12 @@ def _inputs(
 
 
 def _check(*tensors: Tensor) -> None:
-    """ValueError unless each is on the CPU and fp32 or bf16; unlike types may meet."""
+    """ValueError unless each is on the CPU, fp32 or bf16 (unlike types may meet), and a row like
+    the first one's or of its shape."""
+    shape = tensors[0].shape
     for tensor in tensors:
         check("norm_residual", tensor)
+        check_shape("norm_residual", tensor, shape if tensor.ndim > 1 else shape[-1:])
 
 
 def residual_native(
