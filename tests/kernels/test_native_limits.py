@@ -13,8 +13,8 @@ from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.native.product import multiply
 from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
 
-from ..helpers.kernels import random, run_pass
-from ..helpers.models import packed
+from ..helpers.kernels import error, random, run_pass
+from ..helpers.models import NATIVE, TINY, packed, random_model, random_tokens, with_kernels
 from . import test_cca, test_grouped_mlp
 
 if TYPE_CHECKING:
@@ -170,3 +170,17 @@ def test_rows_that_norms_cannot_take_are_refused() -> None:
         rms_norm(stream, row[1:], 1e-5, "native")
     with pytest.raises(ValueError, match=r"shape \[2, 2, 8\], expected \[2, 3, 8\]"):
         residual(stream, stream[:, 1:], ResidualScales(row, row, row, row), "native")
+
+
+def test_a_bf16_model_with_every_kernel_in_c() -> None:
+    """One step's loss and gradients, against eager torch of the same weights."""
+    usual = random_model(TINY, seed=2).to(torch.bfloat16)
+    tokens, layout = random_tokens(TINY, 2, 40, seed=2), packed([[25, 15], [40]], 40)
+    losses, gradients = [], []
+    for model in (usual, with_kernels(usual, NATIVE)):
+        loss = model(tokens, tokens, layout).loss
+        made = torch.autograd.grad(loss, list(model.parameters()))
+        losses.append(loss.detach())
+        gradients.append(torch.cat([x.flatten() for x in made]).float())
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-3, atol=0)
+    assert error(gradients[1], gradients[0]) <= 0.05
