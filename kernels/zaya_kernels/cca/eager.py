@@ -276,15 +276,8 @@ def cca_eager(
         cos=context.cos.to(work).flatten(0, 1).unsqueeze(1),
         sin=context.sin.to(work).flatten(0, 1).unsqueeze(1),
     )
-    tensors = (
-        weights.depthwise,
-        weights.depthwise_bias,
-        weights.grouped,
-        weights.grouped_bias,
-        weights.temperature,
-    )
     padded = _chunks(qk, context.halo_qk, rows).to(work)
-    q, k = _QueriesKeys.apply(padded, *(t.to(work) for t in tensors), plan)
+    q, k = _QueriesKeys.apply(padded, *(t.to(work) for t in weights.in_order()), plan)
     v = shift_values(v_now, v_delayed, context)
     shape = (batch, sequence, -1, head_dim)
     return q.view(shape).to(qk.dtype), k.view(shape).to(qk.dtype), v.view(shape)

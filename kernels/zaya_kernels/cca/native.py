@@ -128,12 +128,5 @@ def cca_native(
     """See `zaya_kernels.cca.op.cca`."""
     check("cca", qk, v_now, v_delayed)
     _check_shapes(qk, weights, context)
-    tensors = (
-        weights.depthwise,
-        weights.depthwise_bias,
-        weights.grouped,
-        weights.grouped_bias,
-        weights.temperature,
-    )
-    q, k = _QueriesKeys.apply(qk, context.halo_qk, context, *tensors)
+    q, k = _QueriesKeys.apply(qk, context.halo_qk, context, *weights.in_order())
     return q, k, shift_values(v_now, v_delayed, context).view_as(k)

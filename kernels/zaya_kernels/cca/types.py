@@ -24,6 +24,16 @@ class CCAWeights:
     temperature: Tensor
     """[K]: learned scale of each KV head's keys."""
 
+    def in_order(self) -> tuple[Tensor, ...]:
+        """As listed above."""
+        return (
+            self.depthwise,
+            self.depthwise_bias,
+            self.grouped,
+            self.grouped_bias,
+            self.temperature,
+        )
+
 
 @dataclass(frozen=True)
 class CCAContext:
