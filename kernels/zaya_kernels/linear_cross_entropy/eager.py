@@ -90,6 +90,16 @@ def _one_chunk(
     return loss, _grad_hidden(grad_logits, weight)
 
 
+def taken_gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
+    """What forward left in `ctx.gradients`, times `grad`; RuntimeError the second time."""
+    if ctx.gradients is None:
+        raise RuntimeError("linear_cross_entropy: backward ran twice; its gradients were used up")
+    # Scaled in place: a second [V, D] tensor would double the loss's memory.
+    scaled = [g.mul_(grad) for g in ctx.gradients]
+    ctx.gradients = None
+    return scaled
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -118,13 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_cross_entropy: backward ran twice; its gradients were used up"
-            )
-        # Scaled in place: a second [V, D] tensor would double the loss's memory.
-        grad_rows, grad_weight = (g.mul_(grad) for g in ctx.gradients)
-        ctx.gradients = None
+        grad_rows, grad_weight = taken_gradients(ctx, grad)
         (kept,) = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype = ctx.like
         grad_hidden = grad_rows.new_zeros(shape).index_copy_(0, kept, grad_rows)

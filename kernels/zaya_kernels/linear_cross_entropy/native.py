@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zaya_kernels.linear_cross_entropy.eager import chunk_rows
+from zaya_kernels.linear_cross_entropy.eager import chunk_rows, taken_gradients
 from zaya_kernels.native.library import TYPES, call, check, check_shape
 from zaya_kernels.native.product import multiply
 
@@ -75,12 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_cross_entropy: backward ran twice; its gradients were used up"
-            )
-        grad_rows, grad_weight = (g.mul_(grad) for g in ctx.gradients)
-        ctx.gradients = None
+        grad_rows, grad_weight = taken_gradients(ctx, grad)
         (kept,) = ctx.saved_tensors
         shape, dtype = ctx.like
         grad_hidden = grad_rows.new_zeros(shape, dtype=dtype)
