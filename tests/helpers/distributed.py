@@ -1,15 +1,18 @@
 """Run a test body on several gloo ranks, each a forked process of its own.
 
 Forking a process that has torch imported starts a rank in milliseconds; spawning pays the import in
-every rank. Three things make the fork safe here. OpenMP's thread pool does not survive a fork, so a
+every rank. Four things make the fork safe here. OpenMP's thread pool does not survive a fork, so a
 child that asked for two threads could wait forever for a thread that does not exist: every child
 computes with one thread from its first line on (this also keeps four ranks fair on two cores).
-CUDA does not survive a fork either, so a parent that has initialised it is refused. And the ranks
-meet through a file in a fresh temporary directory, so no port can collide.
+CUDA does not survive a fork either, so a parent that has initialised it is refused. What the parent
+left to its garbage collector, a process group for one, is never collected in a child, where its
+threads would be waited for. And the ranks meet through a file in a fresh temporary directory, so no
+port can collide.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -139,6 +142,8 @@ def _rank_main(
     meeting: _Meeting,
     sender: multiprocessing.connection.Connection,
 ) -> None:
+    # Objects left to the parent's collector may wait for threads that a fork does not have.
+    gc.freeze()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -180,6 +181,9 @@ def _zaya(
     words: Sequence[str], log: Path, environment: dict[str, str], limits: dict[str, int]
 ) -> None:
     """Body of a child: become the command, output into `log`, file sizes limited where asked."""
+    # What the parent left to its collector, a process group of a command run in it for one, has
+    # threads that a fork does not: collected here, it would be joined for ever.
+    gc.freeze()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
