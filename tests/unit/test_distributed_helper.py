@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.helpers.distributed import run_ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class _Left:
