@@ -159,7 +159,7 @@ def test_every_back_end_is_timed_or_says_why_not(
     out = tmp_path / "results.csv"
     # All but torch.compile, whose compilations are left to the nightly run.
     names = ["eager", "reference", "sdpa", "gram", "triton", "flash_attn", "aiter", "liger"]
-    names += ["grouped_mm", "transformer_engine"]
+    names += ["grouped_mm", "native", "transformer_engine"]
     names += ["torch.rms_norm", "torch.whole_logits", "torch.optim.Muon"]
     words = [word for name in names for word in ("--backend", name)]
     assert bench(out, "--shape", "smoke_odd", *words) == 0
