@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,8 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tests.helpers.models import NATIVE
 from tests.helpers.tiny import tiny
+from zaya_train.config.build import to_dict
 from zaya_train.config.derive import Layout
+from zaya_train.config.schema import KernelsConfig
 from zaya_train.optim.exchange import Groups
 from zaya_train.optim.optimizer import Optimizer
 from zaya_train.parallel.apply import chunking_of, parallelize
@@ -70,6 +73,7 @@ class Case:
     """A multiple of ROW_TOKENS; rows repeat their documents."""
     compute: str = "fp32"
     """precision.compute_dtype."""
+    kernels: Literal["eager", "native"] = "eager"
 
     @property
     def world(self) -> int:
@@ -82,6 +86,7 @@ class Case:
         degrees += f"of{self.experts}x{self.row_tokens}"
         how = f"{self.chunks}-{self.micro_rows}rows-{micro}micro-{self.accumulation}"
         how += "-bf16" if self.compute == "bf16" else ""
+        how += "-native" if self.kernels == "native" else ""
         return f"{degrees}-{how}-{self.recompute}" + ("-reshard" if self.reshard else "")
 
 
@@ -117,6 +122,7 @@ def parity_config(case: Case, **changes: Any) -> TrainConfig:
             "parallel.recompute": case.recompute,
             "parallel.reshard_after_forward": case.reshard,
             "precision.compute_dtype": case.compute,
+            "kernels": to_dict(NATIVE if case.kernels == "native" else KernelsConfig()),
             **changes,
         }
     )

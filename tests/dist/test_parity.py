@@ -60,6 +60,7 @@ CASES = {
         Case(micro_rows=1),
         Case(micro_rows=2, recompute="full"),
         Case(micro_rows=2, recompute="selective"),
+        Case(micro_rows=2, kernels="native"),
     ],
     2: [
         Case(shard=2, micro_rows=1, experts=3),
@@ -78,6 +79,9 @@ CASES = {
         Case(shard=2, context=2, expert=2, experts=2, micro_rows=1),
         *(Case(2, 2, accumulation=mode) for mode in ACCUMULATIONS[1:]),
         *(Case(1, 2, 2, 2, 1, accumulation=mode, reshard=True) for mode in ACCUMULATIONS),
+        Case(context=4, expert=4, micro_rows=2, kernels="native"),
+        Case(shard=2, context=2, expert=2, micro_rows=1, recompute="selective", kernels="native"),
+        Case(2, 2, expert=2, recompute="full", kernels="native"),
     ],
     8: [Case(context=8, expert=4, micro_rows=ROWS, row_tokens=2 * ROW_TOKENS)],
 }

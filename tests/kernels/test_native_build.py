@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import pwd
+import shutil
 from ctypes import CDLL
 from pathlib import Path
 
@@ -82,25 +83,38 @@ def test_of_a_compilers_messages_the_telling_one_is_shown(tmp_path: Path) -> Non
         library.build(tmp_path / "native.so", ["cc", "-labsent"], sources)
 
 
-@pytest.fixture(scope="module", params=["x86-64", "haswell"])
-def narrower(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CDLL:
-    """The library as a processor without AVX-512 has it: other vectors, tiles, and widened bf16."""
-    if platform.machine() != "x86_64":
+OTHER_BUILDS = {
+    # Without AVX-512: other vectors, tiles, and widened bf16.
+    "x86-64": ("-march=x86-64", None),
+    "haswell": ("-march=haswell", None),
+    "clang": ("-march=native", "clang"),
+    "gcc-11": ("-march=native", "gcc-11"),  # its vectors' shuffles have another name
+}
+
+
+@pytest.fixture(scope="module", params=OTHER_BUILDS)
+def other_build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CDLL:
+    """The library as another processor or compiler has it."""
+    march, compiler = OTHER_BUILDS[request.param]
+    if march != "-march=native" and platform.machine() != "x86_64":
         pytest.skip(f"no x86-64 processor but {platform.machine()}")
     features = Path("/proc/cpuinfo").read_text().split()
     if request.param == "haswell" and not {"avx2", "fma", "bmi2"} <= set(features):
         pytest.skip("a processor without AVX2")
-    target = tmp_path_factory.mktemp("narrower") / "native.so"
-    flags = [f"-march={request.param}" if x == "-march=native" else x for x in library.FLAGS]
-    library.build(target, library.compiler(), flags=flags)
+    found = shutil.which(compiler) if compiler else None
+    if compiler and not found:
+        pytest.skip(f"{compiler} is not in PATH")
+    target = tmp_path_factory.mktemp("other_build") / "native.so"
+    flags = [march if x == "-march=native" else x for x in library.FLAGS]
+    library.build(target, [found] if found else library.compiler(), flags=flags)
     return CDLL(str(target))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrower_processors(
-    narrower: CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_other_processors_and_compilers(
+    other_build: CDLL, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "_load", lambda: narrower)
+    monkeypatch.setattr(library, "_load", lambda: other_build)
     for sizes in ((37, 45, 33), (100, 70, 514)):
         for turned in ((0, 0), (1, 0), (0, 1), (1, 1)):
             test_native.test_products(sizes, turned, dtype)

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import pytest
 
@@ -242,3 +242,13 @@ def test_what_hydra_refuses_is_a_config_error_in_one_line(
     assert str(REPOSITORY) not in message
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize("group", ["eager", "native", "triton"])
+def test_a_group_of_kernels_names_every_operation_that_has_them(group: str) -> None:
+    chosen = to_dict(compose(["recipe=smoke_cpu", f"kernels={group}"]).kernels)
+    hints = get_type_hints(KernelsConfig)
+    has = {name for name, hint in hints.items() if group in str(hint)}
+    assert {name for name, value in chosen.items() if value == group} == has
+    other = to_dict(compose(["recipe=smoke_cpu", f"kernels={group}", "kernels.cca=reference"]))
+    assert other["kernels"] == {**chosen, "cca": "reference"}

@@ -6,10 +6,13 @@ import errno
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from rich.console import Console
+from zaya_kernels.native import library
 
 from zaya_train.main import main
 from zaya_train.tools.evaluate import EvalSample
-from zaya_train.tools.smoke import _room, _sample_line
+from zaya_train.tools.smoke import _room, _sample_line, smoke_kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,3 +103,18 @@ def test_a_folder_of_somebody_elses_is_refused(
     assert main(["smoke", "--output", str(tmp_path)]) == 2
     assert "is not an earlier smoke run" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_kernels_are_native_where_c_compiles_and_said_where_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    console = Console(record=True, width=300)
+    assert smoke_kernels(console) == "native"
+    library._load.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert smoke_kernels(console) == "eager"
+    said = console.export_text()
+    assert "kernels=native" in said and "no-such-compiler is not in PATH" in said
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert smoke_kernels(console) == "eager"
+    assert console.export_text() == ""

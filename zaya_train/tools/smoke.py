@@ -25,9 +25,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from zaya_kernels.native import library
 
 from zaya_train.config.derive import layout, phase_sequences
-from zaya_train.config.errors import DataError
+from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.data.reading import open_input
 from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub.convert import Form, to_hf
@@ -98,10 +99,12 @@ class _Job:
     data: SmokeData
     ranks: int
     newton_schulz_dtype: str
+    kernels: str
 
     def overrides(self, run_dir: Path) -> list[str]:
         return [
             "recipe=smoke_cpu",
+            *([] if _chooses_kernels(self.request) else [f"kernels={self.kernels}"]),
             f"run.dir={run_dir}",
             f"optim.muon.newton_schulz_dtype={self.newton_schulz_dtype}",
             *self.data.overrides,
@@ -130,7 +133,8 @@ def _main_job(request: SmokeRequest, compose: Compose, console: Console, begin: 
     out = request.output
     _say(console, 1, "data")
     data = given_data(out, request, console) if request.data else synthetic_data(out, console)
-    job = _Job(request, compose, console, data, _ranks(), newton_schulz_dtype())
+    kernels = "" if _chooses_kernels(request) else smoke_kernels(console)
+    job = _Job(request, compose, console, data, _ranks(), newton_schulz_dtype(), kernels)
     run_dir, unbroken_dir = out / "run", out / "unbroken"
     job.config(run_dir)
 
@@ -192,6 +196,25 @@ def newton_schulz_dtype() -> str:
     if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported():
         return "bf16"
     return "fp32"
+
+
+def _chooses_kernels(request: SmokeRequest) -> bool:
+    """Hydra refuses a group that is chosen twice."""
+    return any(word.startswith("kernels=") for word in request.overrides)
+
+
+def smoke_kernels(console: Console) -> str:
+    """Of configs/kernels: native where it trains on the CPU and C compiles here, else eager; which
+    of them is said, and why where it is the slower one."""
+    if torch.cuda.is_available():
+        return "eager"
+    try:
+        library.ready()
+    except ConfigError as error:
+        console.print(f"kernels=eager, which is slower; {error}", markup=False)
+        return "eager"
+    console.print("kernels=native, compiled for this processor")
+    return "native"
 
 
 def _say(console: Console, number: int, text: str) -> None:
