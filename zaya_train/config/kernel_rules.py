@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from zaya_train.config.schema import KernelsConfig, ModelConfig, PrecisionConfig
+    from zaya_train.config.precision import PrecisionConfig
+    from zaya_train.config.schema import KernelsConfig, ModelConfig
 
 PACKAGES = {
     "aiter": ("aiter", "install it from github.com/ROCm/aiter"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zaya_train.config.faults import GuardConfig, SupervisorConfig
+from zaya_train.config.precision import PrecisionConfig
 
 TritonKernelName = Literal["eager", "reference", "triton"]
 """Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
@@ -276,14 +277,6 @@ class ParallelConfig:
     (full); model/recompute.py lists them. Routing is never made again."""
     context_chunks: Literal["head_tail", "contiguous"] = "head_tail"
     """Which chunks of a row a context-parallel rank holds; head_tail balances causal attention."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
-    compute_dtype: Literal["fp32", "bf16"] = "bf16"
-    """Gathered parameters and activations. Master weights and the residual stream are fp32."""
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Gradient reduction."""
 
 
 @dataclass(frozen=True, kw_only=True)

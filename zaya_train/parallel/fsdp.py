@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
-    from zaya_train.config.schema import AccumulationKind, ParallelConfig, PrecisionConfig
+    from zaya_train.config.precision import PrecisionConfig
+    from zaya_train.config.schema import AccumulationKind, ParallelConfig
     from zaya_train.model.zaya import ZayaModel
     from zaya_train.parallel.mesh import Mesh
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from zaya_train.config.derive import Layout
-    from zaya_train.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+    from zaya_train.config.precision import PrecisionConfig
+    from zaya_train.config.schema import ModelConfig, ParallelConfig
 
 _INT64_BYTES = _FP64_BYTES = 8
 _SIGNALS = 64

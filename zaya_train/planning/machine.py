@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from zaya_train.config.schema import PrecisionConfig
+    from zaya_train.config.precision import PrecisionConfig
     from zaya_train.runtime.peaks import DeviceRow, Dtype
 
 GIGA = 1e9

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from zaya_train.config.check import model_problems
 from zaya_train.config.derive import Layout
-from zaya_train.config.schema import PrecisionConfig
+from zaya_train.config.precision import PrecisionConfig
 from zaya_train.model.init import initialise
 from zaya_train.model.interfaces import Surroundings
 from zaya_train.model.zaya import ZayaModel
