@@ -22,7 +22,7 @@ _WINDOW_STEP = 16
 """Row counts are rounded up to this, or to a sixteenth of the next power of two."""
 
 
-def _spans(counts: list[int]) -> Iterator[tuple[int, slice]]:
+def spans(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """(expert, its rows) for experts that have any."""
     start = 0
     for expert, count in enumerate(counts):
@@ -71,10 +71,10 @@ class _GroupedMLP(torch.autograd.Function):
         sizes = counts.tolist()
         hidden = rows.new_empty(rows.shape[0], gate_up.shape[1])
         out = torch.empty_like(rows)
-        for expert, span in _spans(sizes):
+        for expert, span in spans(sizes):
             _rows_times(rows, span, gate_up[expert].t(), hidden)
         activated = swiglu(hidden)
-        for expert, span in _spans(sizes):
+        for expert, span in spans(sizes):
             _rows_times(activated, span, down[expert].t(), out)
         ctx.save_for_backward(rows, hidden, gate_up, down)
         ctx.sizes = sizes
@@ -85,7 +85,7 @@ class _GroupedMLP(torch.autograd.Function):
         rows, hidden, gate_up, down = ctx.saved_tensors
         grad = grad.contiguous()
         grad_activated = hidden.new_empty(hidden.shape[0], down.shape[2])
-        for expert, span in _spans(ctx.sizes):
+        for expert, span in spans(ctx.sizes):
             _rows_times(grad, span, down[expert], grad_activated)
         activated, grad_hidden = swiglu_backward(hidden, grad_activated)
         grad_rows, grad_gate_up, grad_down = (torch.empty_like(x) for x in (rows, gate_up, down))
@@ -93,7 +93,7 @@ class _GroupedMLP(torch.autograd.Function):
             if not size:
                 grad_gate_up[expert].zero_()
                 grad_down[expert].zero_()
-        for expert, span in _spans(ctx.sizes):
+        for expert, span in spans(ctx.sizes):
             _outer(grad, activated, span, grad_down[expert])
             _outer(grad_hidden, rows, span, grad_gate_up[expert])
             _rows_times(grad_hidden, span, gate_up[expert], grad_rows)

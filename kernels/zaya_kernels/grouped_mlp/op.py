@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import pick
 from zaya_kernels.grouped_mlp.eager import grouped_mlp_eager
+from zaya_kernels.grouped_mlp.fp8_emulated import (
+    grouped_mlp_fp8_emulated,
+    grouped_mlp_fp8_emulated_fnuz,
+)
 from zaya_kernels.grouped_mlp.grouped_mm import grouped_mlp_grouped_mm
 from zaya_kernels.grouped_mlp.native import grouped_mlp_native
 from zaya_kernels.grouped_mlp.reference import grouped_mlp_reference
-from zaya_kernels.grouped_mlp.transformer_engine import grouped_mlp_transformer_engine
+from zaya_kernels.grouped_mlp.transformer_engine import (
+    grouped_mlp_transformer_engine,
+    grouped_mlp_transformer_engine_fp8,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +51,12 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "transformer_engine": grouped_mlp_transformer_engine,
     "triton": _grouped_mlp_triton,
 }
+FP8_BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "fp8_emulated": grouped_mlp_fp8_emulated,
+    "fp8_emulated_fnuz": grouped_mlp_fp8_emulated_fnuz,
+    "transformer_engine": grouped_mlp_transformer_engine_fp8,
+}
+"""With products of eight-bit operands; the emulated ones have no other form."""
 COUNTS_STAY_ON_DEVICE = frozenset({"grouped_mm", "triton"})
 """Back ends that do not ask the host how many rows an expert has."""
 
@@ -57,6 +70,7 @@ def grouped_mlp(
     *,
     recompute: bool = False,
     main: MainGradients | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """rows [R, D] sorted by expert, counts [E] int64, gate_up [E, 2F, D] (gate first),
     down [E, D, F] -> [R, D]. Experts without rows are allowed; their gradients are zero.
@@ -65,11 +79,13 @@ def grouped_mlp(
     rows at the end out, whose output and gradient are not written. Other back ends need counts
     that sum to R. Of triton only: `recompute` makes the pre-activation again in the backward pass
     instead of keeping it; weight gradients are added to `main`, in fp32, and autograd gets none.
+    fp8: every product of operands in eight bits, scaled per expert (fp8_emulated.py has the rule).
 
     Raises:
-        ValueError: `recompute` or `main` with another back end than triton.
+        ValueError: `recompute` or `main` with another back end than triton, or `fp8` with one that
+            is not of FP8_BACKENDS, or the reverse.
     """
-    chosen = pick("grouped_mlp", BACKENDS, backend)
+    chosen = pick("grouped_mlp", FP8_BACKENDS if fp8 else BACKENDS, backend)
     if not (recompute or main):
         return chosen(rows, counts, gate_up, down)
     if backend != "triton":

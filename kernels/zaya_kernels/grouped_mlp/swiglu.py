@@ -5,9 +5,10 @@ Legend: R rows, F expert width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,3 +33,18 @@ def swiglu_backward(hidden: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
     torch.mul(grad.mul_(up), slope, out=grad_hidden[:, :width])
     return silu.mul_(up), grad_hidden
+
+
+class SwiGLU(torch.autograd.Function):
+    """`swiglu` that keeps the pre-activation alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        return swiglu(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (hidden,) = ctx.saved_tensors
+        return swiglu_backward(hidden, grad.clone())[1]
