@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> int:
         ranks = start(config.runtime)
         flag.arm()
         stack.callback(stop)
-        check_kernels(config.kernels, ranks.device)
+        check_kernels(config.kernels, config.precision, ranks.device)
         facts = describe(ranks.device)
         own_gb = facts.memory_bytes / GB if ranks.device.type == "cuda" else None
         tight = check_memory(config, ranks.world_size, own_gb, facts.name)
@@ -138,7 +138,7 @@ def train(config: TrainConfig) -> int:
             incidents=incidents,
             attempt=Attempt(config, identity, run_dir, metrics, ranks.rank, ranks.device),
             replays=replays,
-            peaks=peaks_of(ranks.device, config.precision.compute_dtype),
+            peaks=peaks_of(ranks.device, config.precision),
         )
         _describe(context, tight)
         return _run_plan(context)

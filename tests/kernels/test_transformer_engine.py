@@ -171,7 +171,7 @@ def test_a_module_is_made_once_per_shape_and_holds_no_storage() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_the_pre_activation_is_kept_and_the_incoming_gradient_left_alone() -> None:
     hidden = inputs_of([3])["rows"].float()[:, :6].clone().requires_grad_(True)
-    out: Tensor = host.SwiGLU.apply(hidden)  # type: ignore[no-untyped-call]
+    out: Tensor = swiglu.SwiGLU.apply(hidden)  # type: ignore[no-untyped-call]
     grad = torch.ones_like(out)
     torch.autograd.backward(out, grad)
     assert torch.equal(grad, torch.ones_like(grad)) and hidden.grad is not None

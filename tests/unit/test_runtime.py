@@ -26,12 +26,15 @@ from torch._C._distributed_c10d import HashStore
 
 from tests.helpers.distributed import RankError, run_ranks
 from zaya_train.config.errors import EXIT_CONFIG, ConfigError, StorageError
+from zaya_train.config.precision import PrecisionConfig
 from zaya_train.config.schema import KernelsConfig, RuntimeConfig
 from zaya_train.runtime import dist as runtime
 from zaya_train.runtime.device import check_kernels, describe, pick_device, usable_cores
 from zaya_train.runtime.log import FILE_ONLY, log_path, logging_to
 from zaya_train.runtime.seeds import derive_seed, seed_rank
 from zaya_train.runtime.signals import STOP_SIGNALS, StopFlag
+
+BF16 = PrecisionConfig()
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -219,17 +222,17 @@ def test_cuda_where_there_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_triton_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cpu = torch.device("cpu")
-    check_kernels(KernelsConfig(), cpu)
+    check_kernels(KernelsConfig(), BF16, cpu)
     if find_spec("triton") is None:
         with pytest.raises(ConfigError, match=r"kernels\.cca=triton: triton is not installed"):
-            check_kernels(KernelsConfig(cca="triton"), cpu)
+            check_kernels(KernelsConfig(cca="triton"), BF16, cpu)
         return
-    check_kernels(KernelsConfig(cca="triton"), torch.device("cuda", 0))
-    check_kernels(KernelsConfig(cca="native"), cpu)
+    check_kernels(KernelsConfig(cca="triton"), BF16, torch.device("cuda", 0))
+    check_kernels(KernelsConfig(cca="native"), BF16, cpu)
     with pytest.raises(ConfigError, match=r"kernels\.cca=native: computes on a CPU"):
-        check_kernels(KernelsConfig(cca="native"), torch.device("cuda", 0))
+        check_kernels(KernelsConfig(cca="native"), BF16, torch.device("cuda", 0))
     with pytest.raises(ConfigError, match=r"kernels\.norm_residual=triton: needs a GPU, .* cpu"):
-        check_kernels(KernelsConfig(norm_residual="triton"), cpu)
+        check_kernels(KernelsConfig(norm_residual="triton"), BF16, cpu)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +252,13 @@ def test_libraries_that_are_not_there_are_refused_with_how_to_get_them(
 ) -> None:
     monkeypatch.setattr("zaya_train.runtime.device.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=f"={package}: {package} is not installed") as caught:
-        check_kernels(kernels, torch.device("cuda", 0))
+        check_kernels(kernels, BF16, torch.device("cuda", 0))
     assert how in str(caught.value)
     monkeypatch.setattr("zaya_train.runtime.device.find_spec", lambda name: name == package or None)
-    check_kernels(kernels, torch.device("cuda", 0))
+    check_kernels(kernels, BF16, torch.device("cuda", 0))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match=f"={package}: needs a GPU, this run is on cpu"):
-        check_kernels(kernels, torch.device("cpu"))
+        check_kernels(kernels, BF16, torch.device("cpu"))
 
 
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ PACKAGES = {
     "triton": ("triton", "pip install 'zaya-train[triton]'"),
 }
 """Back end that needs a GPU -> the package it imports, and how to get that."""
+EMULATED = ("fp8_emulated", "fp8_emulated_fnuz")
+FP8_MULTIPLE = 16
+"""Of every width of a product in fp8 by transformer_engine."""
 
 
 def kernel_problems(
@@ -47,11 +50,46 @@ def kernel_problems(
         )
     if kernels.grouped_mlp == "grouped_mm":
         yield from _grouped_mm(model, precision)
+    yield from _fp8(kernels, model, precision)
     if kernels.grouped_mlp_recompute and kernels.grouped_mlp != "triton":
         yield (
             "kernels.grouped_mlp_recompute: "
             f"kernels.grouped_mlp={kernels.grouped_mlp} keeps the pre-activation; it needs "
             "triton"
+        )
+
+
+def _fp8(kernels: KernelsConfig, model: ModelConfig, precision: PrecisionConfig) -> Iterator[str]:
+    """precision.expert_dtype and the back end that has to know it."""
+    key, name = "precision.expert_dtype=fp8", kernels.grouped_mlp
+    if precision.expert_dtype != "fp8":
+        if name in EMULATED:
+            yield f"kernels.grouped_mlp={name}: has fp8's arithmetic alone; it needs {key}"
+        return
+    if name not in (*EMULATED, "transformer_engine"):
+        yield (
+            f"{key}: kernels.grouped_mlp={name} multiplies in precision.compute_dtype; it needs "
+            f"transformer_engine, or slowly, to see what fp8 does, {' or '.join(EMULATED)}"
+        )
+    if precision.compute_dtype != "bf16":
+        yield f"{key}: needs precision.compute_dtype=bf16, not {precision.compute_dtype}"
+    for field in ("hidden_size", "expert_ffn_size"):
+        value = getattr(model, field)
+        if name == "transformer_engine" and value % FP8_MULTIPLE:
+            yield f"{key}: model.{field} {value} must be a multiple of {FP8_MULTIPLE}"
+
+
+def fp8_device_problem(
+    device: str, arch: str | None, capability: tuple[int, int] | None
+) -> Iterator[str]:
+    """Whether a GPU multiplies in fp8: AMD's gfx94x and gfx95x do (`arch`, else None), NVIDIA's
+    from compute capability 8.9 on."""
+    known = arch.startswith(("gfx94", "gfx95")) if arch else (capability or (0, 0)) >= (8, 9)
+    if not known:
+        found = arch or f"compute capability {'.'.join(map(str, capability or ()))}"
+        yield (
+            f"precision.expert_dtype=fp8: {device} ({found}) has no products in fp8; it needs "
+            "gfx942, gfx950, or NVIDIA's from compute capability 8.9 on"
         )
 
 
@@ -65,6 +103,17 @@ def host_problems(kernels: KernelsConfig, command: str) -> Iterator[str]:
             )
     if kernels.grouped_mlp_recompute:
         yield f"kernels.grouped_mlp_recompute: of triton, see above; {command} needs it false"
+
+
+def rounding_problems(precision: PrecisionConfig) -> Iterator[str]:
+    """Experts in fp8, for a check whose layouts have to agree to fp32's rounding: scales are of the
+    rows that are on a rank together."""
+    if precision.expert_dtype == "fp8":
+        yield (
+            "precision.expert_dtype=fp8: zaya doctor compares layouts to fp32's rounding; add "
+            "precision.expert_dtype=compute_dtype kernels.grouped_mlp=eager; zaya parity is the "
+            "check of fp8"
+        )
 
 
 def _library_attention(name: str, model: ModelConfig, precision: PrecisionConfig) -> Iterator[str]:

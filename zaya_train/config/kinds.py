@@ -57,7 +57,7 @@ TAGS: dict[str, dict[Kind, str]] = {
         "speed": "shard expert_parallel context_parallel_limit context_parallel_fit "
         "reshard_after_forward accumulation recompute context_chunks",
     },
-    "precision": {"math": "compute_dtype reduce_dtype"},
+    "precision": {"math": "compute_dtype reduce_dtype expert_dtype"},
     "kernels": {
         "speed": "cca attention norm_residual router moe_permute grouped_mlp "
         "grouped_mlp_recompute linear_cross_entropy newton_schulz",

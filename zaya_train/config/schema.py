@@ -22,8 +22,11 @@ NativeKernelName = Literal["eager", "native", "reference", "triton"]
 AttentionName = Literal["eager", "aiter", "flash_attn", "native", "reference", "sdpa", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
 flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed. native: in C."""
-GroupedMLPName = Literal[NativeKernelName, "grouped_mm", "transformer_engine"]
-"""grouped_mm: torch's product of all experts at once. transformer_engine: GroupedLinear, GPU."""
+GroupedMLPName = Literal[
+    NativeKernelName, "fp8_emulated", "fp8_emulated_fnuz", "grouped_mm", "transformer_engine"
+]
+"""grouped_mm: torch's product of all experts at once. transformer_engine: GroupedLinear, GPU.
+fp8_emulated, for precision.expert_dtype=fp8: its arithmetic anywhere, slowly; fnuz: MI300X's."""
 NewtonSchulzName = Literal["eager", "gram", "reference", "triton"]
 """gram: symmetric products once, on a CPU faster for matrices of 256 rows and more."""
 AccumulationKind = Literal["keep_unsharded", "all_reduce_last", "reduce_each"]

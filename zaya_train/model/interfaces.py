@@ -159,6 +159,8 @@ class Surroundings:
     dispatcher: TokenDispatcher = field(default_factory=LocalDispatcher)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     recompute: RecomputeKind = "none"
+    fp8_experts: bool = False
+    """The experts' products have operands of eight bits."""
     main_gradients: Callable[[nn.Module], MainGradients | None] = no_sums
     """Of a module of experts: fp32 sums to which kernels add its gradients in the coming backward
     pass, or None."""

@@ -42,6 +42,7 @@ class Experts(nn.Module):
         return grouped_mlp(
             rows, counts, own(self.gate_up), own(self.down), kernels.grouped_mlp,
             recompute=kernels.grouped_mlp_recompute, main=self.around.main_gradients(self),
+            fp8=self.around.fp8_experts,
         )  # fmt: skip
 
 

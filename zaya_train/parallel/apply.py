@@ -71,7 +71,12 @@ def sharded_on_meta(
     sums = GradientSums()
     with torch.device("meta"):
         around = Surroundings(
-            exchange, dispatcher, config.kernels, config.parallel.recompute, sums.of
+            exchange,
+            dispatcher,
+            config.kernels,
+            config.parallel.recompute,
+            fp8_experts=config.precision.expert_dtype == "fp8",
+            main_gradients=sums.of,
         )
         model = ZayaModel(model_config, around)
     shard(model, mesh, config.precision, config.parallel.reshard_after_forward)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 MOVES = 6
 """Times that a byte kept for the backward pass is moved: written and read in both passes, with its
 gradient. Assumed."""
+FP8_UNKNOWN = "; experts in fp8 as in bf16, no rate of theirs is known"
 _FP32 = 4
 
 
@@ -109,12 +110,13 @@ def _computing(case: Case, machine: Machine, forward: ForwardFlops) -> list[Term
         ("products again", again[0], machine.products),
         ("attention again", again[1], machine.attention),
     )
+    fp8 = FP8_UNKNOWN if case.config.precision.expert_dtype == "fp8" else ""
     terms = [
         Term(
             name,
             micro * flops / rate.value,
             f"{micro:,} x {flops / 1e12:,.4g} TFLOP / {rate.value / 1e12:,.4g} TFLOP/s",
-            rate.source,
+            rate.source + (fp8 if "products" in name else ""),
         )
         for name, flops, rate in rows
     ]

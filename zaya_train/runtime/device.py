@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import resource
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from zaya_train.config.errors import ConfigError
-from zaya_train.config.kernel_rules import PACKAGES
+from zaya_train.config.kernel_rules import PACKAGES, fp8_device_problem
 
 if TYPE_CHECKING:
+    from zaya_train.config.precision import PrecisionConfig
     from zaya_train.config.schema import KernelsConfig
 
+FP8_VERSION = (2, 3)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
@@ -67,8 +70,9 @@ def pick_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
-    """ConfigError naming the first operation whose back end cannot run on `device`."""
+def check_kernels(kernels: KernelsConfig, precision: PrecisionConfig, device: torch.device) -> None:
+    """ConfigError naming the first operation whose back end cannot run on `device`, or not in this
+    precision."""
     for item in fields(kernels):
         name = getattr(kernels, item.name)
         if name == "native" and device.type != "cpu":
@@ -82,6 +86,23 @@ def check_kernels(kernels: KernelsConfig, device: torch.device) -> None:
         interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if device.type != "cuda" and not interpreted:
             raise ConfigError(f"{key}: needs a GPU, this run is on {device}; choose eager")
+    if precision.expert_dtype == "fp8" and kernels.grouped_mlp == "transformer_engine":
+        _check_fp8(device)
+
+
+def _check_fp8(device: torch.device) -> None:
+    """Current scaling in GroupedLinear is of 2.3: NotImplementedError before."""
+    found = version("transformer_engine")
+    if tuple(int(part) for part in found.split(".")[:2]) < FP8_VERSION:
+        raise ConfigError(
+            f"precision.expert_dtype=fp8: transformer_engine {found} cannot scale experts by what "
+            f"they multiply; it needs {'.'.join(map(str, FP8_VERSION))}, "
+            f"{PACKAGES['transformer_engine'][1]}"
+        )
+    facts = torch.cuda.get_device_properties(device)
+    arch = facts.gcnArchName if torch.version.hip else None
+    for problem in fp8_device_problem(facts.name, arch, (facts.major, facts.minor)):
+        raise ConfigError(problem)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

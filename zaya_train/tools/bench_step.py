@@ -140,7 +140,7 @@ def bench_step(request: StepRequest, console: Console) -> int:
         ranks = start(request.config.runtime)
         stack.callback(stop)
         stack.enter_context(fail_fast(ranks))
-        check_kernels(request.config.kernels, ranks.device)
+        check_kernels(request.config.kernels, request.config.precision, ranks.device)
         seed_rank(request.config.run.seed, ranks.rank)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         figures = _measured(request, ranks, scratch)
@@ -190,7 +190,7 @@ def _measured(request: StepRequest, ranks: Ranks, scratch: Path) -> StepFigures:
     count = sequences_per_step(phase) // (degrees.data * phase.micro_batch_sequences)
     steps = request.warm_steps + request.timed_steps
     # Once, and not within the profile.
-    peaks = peaks_of(ranks.device, config.precision.compute_dtype)
+    peaks = peaks_of(ranks.device, config.precision)
     launch = Launch(ranks, peaks, scratch)
     rows = _steps(request, built, launch, steps)[request.warm_steps :]
     memory = peak_memory_bytes(ranks.device)

@@ -20,7 +20,7 @@ from zaya_train.config.build import to_dict
 from zaya_train.config.check import model_problems, refuse
 from zaya_train.config.derive import config_hash
 from zaya_train.config.errors import EXIT_OK, ConfigError
-from zaya_train.config.kernel_rules import host_problems
+from zaya_train.config.kernel_rules import host_problems, rounding_problems
 from zaya_train.runtime.files import write_text
 from zaya_train.tools import doctor_kernels, doctor_layouts, doctor_leaks
 from zaya_train.tools.doctor_subject import Trial, contexts_of, shrunk
@@ -81,7 +81,13 @@ def doctor(request: DoctorRequest, console: Console) -> int:
     if request.ranks not in (2, 4, 8):
         raise ConfigError(f"--ranks: {request.ranks} is not 2, 4 or 8")
     config = request.config
-    refuse([*model_problems(config.model), *host_problems(config.kernels, "zaya doctor")])
+    refuse(
+        [
+            *model_problems(config.model),
+            *host_problems(config.kernels, "zaya doctor"),
+            *rounding_problems(config.precision),
+        ]
+    )
     findings = examine(request)
     console.print(_leak_table(findings.leaks))
     console.print(_layout_table(findings.verdicts))
