@@ -1,60 +1,18 @@
-"""Settings that save memory, by rising cost in time, and what they are called on a command line."""
+"""Settings that save memory, and what they are called on a command line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.check import problems
 from zaya_train.planning.case import cases_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from zaya_train.config.schema import TrainConfig
-
-
-@dataclass(frozen=True)
-class Change:
-    """Settings that save memory, and what they cost."""
-
-    parallel: Mapping[str, Any]
-    micro_batch_sequences: int | None
-    context_parallel: int | None
-    """A factor."""
-    cost: str
-
-    def applied(self, config: TrainConfig, names: Sequence[str]) -> TrainConfig:
-        """`config` with the change, in phases `names` where it is a phase's affair."""
-        phases = dict(config.plan.phases)
-        for name in names:
-            phase = phases[name]
-            phases[name] = replace(
-                phase,
-                micro_batch_sequences=self.micro_batch_sequences or phase.micro_batch_sequences,
-                context_parallel=phase.context_parallel * (self.context_parallel or 1),
-            )
-        plan = replace(config.plan, phases=phases)
-        leaner = {
-            key: value
-            for key, value in self.parallel.items()
-            if _saves(key, getattr(config.parallel, key), value)
-        }
-        return replace(config, plan=plan, parallel=replace(config.parallel, **leaner))
-
-
-def overrides(before: TrainConfig, after: TrainConfig) -> str:
-    """What `Change.applied` changed, as words for the command line."""
-    pairs: list[tuple[str, Any, Any]] = [("parallel", before.parallel, after.parallel)]
-    for name, phase in after.plan.phases.items():
-        pairs.append((f"plan.phases.{name}", before.plan.phases[name], phase))
-    return " ".join(
-        f"{group}.{key}={_yaml(value)}"
-        for group, old, new in pairs
-        for key, value in vars(new).items()
-        if value != getattr(old, key)
-    )
-
+    from zaya_train.config.schema import ParallelConfig, TrainConfig
 
 _BY_MEMORY: dict[str, tuple[Any, ...]] = {
     "accumulation": ("keep_unsharded", "all_reduce_last", "reduce_each"),
@@ -62,57 +20,89 @@ _BY_MEMORY: dict[str, tuple[Any, ...]] = {
     "reshard_after_forward": (False, True),
 }
 """Values, the leanest last."""
+_SHARDS = (2, 4)
+"""Ranks of a shard group, in those configured."""
 
 
-def _saves(key: str, before: Any, after: Any) -> bool:
-    values = _BY_MEMORY[key]
-    return values.index(after) > values.index(before)
+@dataclass(frozen=True)
+class Reach:
+    """What a change may touch besides these settings of `parallel`."""
+
+    rows: int | None = None
+    """To a micro-batch; None: as configured."""
+    context: int = 1
+    """Ranks to a row, in those configured."""
+    experts: int = 1
+    """Ranks among which experts are divided, at least."""
 
 
-_LEAN = {"accumulation": "reduce_each", "reshard_after_forward": True, "recompute": "full"}
-CHANGES = (
-    Change({"accumulation": "all_reduce_last"}, None, None, "a reduce-scatter every micro-batch"),
-    Change({"recompute": "selective"}, None, None, "norms, convolutions and router computed twice"),
-    Change(
-        {"accumulation": "all_reduce_last", "recompute": "selective"},
-        None,
-        None,
-        "a reduce-scatter every micro-batch; norms, convolutions and router computed twice",
-    ),
-    Change({"recompute": "full"}, None, None, "every layer's forward pass computed twice"),
-    Change(
-        {"accumulation": "all_reduce_last", "recompute": "full"},
-        None,
-        None,
-        "every layer's forward pass computed twice, a reduce-scatter every micro-batch",
-    ),
-    Change(_LEAN, None, None, "weights gathered and layers computed twice, reduced at once"),
-    Change(_LEAN, 1, None, "weights gathered and layers computed twice, on smaller products"),
-    Change(_LEAN, 1, 2, "weights gathered and layers computed twice, twice the ranks to a row"),
-    Change(
-        _LEAN, 1, 4, "weights gathered and layers computed twice, four times the ranks to a row"
-    ),
+REACHES = (
+    Reach(),
+    Reach(rows=1),
+    Reach(rows=1, context=2),
+    Reach(rows=1, context=4),
+    # Last: that tokens fall evenly on the experts is a guess.
+    Reach(rows=1, experts=8),
+    Reach(rows=1, context=4, experts=8),
 )
-"""By rising cost in time."""
+"""The nearest first."""
 
 
-def changed(
-    config: TrainConfig, ranks: int, names: Sequence[str]
-) -> Iterator[tuple[str, TrainConfig]]:
-    """Changes that are valid and change something, by rising cost: the cost, and `config` with it,
-    in phases `names` where it is a phase's affair."""
+def leaner(config: TrainConfig, ranks: int, names: Sequence[str]) -> Iterator[list[TrainConfig]]:
+    """Valid configurations that save memory against `config`, for each of `REACHES`: rows and
+    context ranks are those of phases `names`, settings of `parallel` every phase's."""
     seen = [config]
-    for change in CHANGES:
-        other = change.applied(config, names)
-        if any(problems(other, ranks)):
-            continue
-        if all(case.micro_batches == 1 for case in cases_of(other, ranks, names)):
-            # Nothing to add up.
-            kept = config.parallel.accumulation
-            other = replace(other, parallel=replace(other.parallel, accumulation=kept))
-        if other not in seen:
-            seen.append(other)
-            yield change.cost, other
+    for reach in REACHES:
+        found = []
+        for parallel in _settings(config.parallel, reach, config.model.num_experts):
+            other = _reached(replace(config, parallel=parallel), names, reach)
+            if any(problems(other, ranks)):
+                continue
+            if all(case.micro_batches == 1 for case in cases_of(other, ranks, names)):
+                # Nothing to add up.
+                kept = replace(parallel, accumulation=config.parallel.accumulation)
+                other = replace(other, parallel=kept)
+            if other not in seen:
+                seen.append(other)
+                found.append(other)
+        yield found
+
+
+def _settings(own: ParallelConfig, reach: Reach, experts: int) -> Iterator[ParallelConfig]:
+    """As lean as configured, or leaner."""
+    kept = [values[values.index(getattr(own, key)) :] for key, values in _BY_MEMORY.items()]
+    # Beyond as many ranks as there are experts, shards are padding. All ranks cannot be more.
+    shards = [own.shard, *(n * own.shard for n in _SHARDS if 0 < n * own.shard <= experts)]
+    for shard, *values in product(shards, *kept):
+        chosen = dict(zip(_BY_MEMORY, values, strict=True))
+        degree = max(own.expert_parallel, reach.experts)
+        yield replace(own, shard=shard, expert_parallel=degree, **chosen)
+
+
+def _reached(config: TrainConfig, names: Sequence[str], reach: Reach) -> TrainConfig:
+    """`config` with the rows and context ranks of `reach` in phases `names`."""
+    phases = dict(config.plan.phases)
+    for name in names:
+        phase = phases[name]
+        phases[name] = replace(
+            phase,
+            micro_batch_sequences=reach.rows or phase.micro_batch_sequences,
+            context_parallel=phase.context_parallel * reach.context,
+        )
+    return replace(config, plan=replace(config.plan, phases=phases))
+
+
+def overrides(before: TrainConfig, after: TrainConfig) -> list[str]:
+    """What differs in `parallel` and phases, as words for the command line."""
+    pairs: list[tuple[str, Any, Any]] = [("parallel", before.parallel, after.parallel)]
+    for name, phase in after.plan.phases.items():
+        pairs.append((f"plan.phases.{name}", before.plan.phases[name], phase))
+    return [
+        f"{group}.{key}={_yaml(value)}"
+        for group, old, new in pairs
+        for key, value in vars(new).items()
+        if value != getattr(old, key)
+    ]
 
 
 def _yaml(value: Any) -> str:

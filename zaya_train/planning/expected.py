@@ -17,6 +17,7 @@ from zaya_train.runtime.peaks import row_of
 if TYPE_CHECKING:
     from zaya_train.config.schema import TrainConfig
     from zaya_train.planning.case import Case
+    from zaya_train.planning.machine import Machine
     from zaya_train.planning.time import StepTime
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,14 @@ def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, devic
 
     device_gb: of an accelerator; runtime.memory_gb is taken before it. Neither: nothing is judged.
     """
-    own = Budget(device_gb, f"the {device_gb:.1f} GB of {device}") if device_gb else None
+    known = known_device(device)
+    machine = machine_of(known, config.precision) if known else None
+    own = Budget(device_gb, f"the {device_gb:.1f} GB of {device}", machine) if device_gb else None
     only = config.run.only_phase
-    return judge(config, ranks, configured(config) or own, (only,) if only else ())
+    return judge(config, ranks, configured(config, machine) or own, (only,) if only else ())
 
 
-def configured(config: TrainConfig) -> Budget | None:
+def configured(config: TrainConfig, machine: Machine | None = None) -> Budget | None:
     """What the configuration says of a device's memory."""
     limit = config.runtime.memory_gb
-    return None if limit is None else Budget(limit, f"runtime.memory_gb={limit:g}")
+    return None if limit is None else Budget(limit, f"runtime.memory_gb={limit:g}", machine)

@@ -7,20 +7,23 @@ from typing import TYPE_CHECKING
 
 from zaya_train.config.errors import ConfigError
 from zaya_train.planning.case import cases_of
-from zaya_train.planning.changes import changed, overrides
+from zaya_train.planning.changes import leaner, overrides
 from zaya_train.planning.components import GB, RESERVE
+from zaya_train.planning.machine import machine_of
 from zaya_train.planning.memory import forecast, least_bytes
+from zaya_train.planning.time import plan_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from zaya_train.config.schema import KernelsConfig, TrainConfig
-
+    from zaya_train.planning.machine import Machine
 
 COUNTED = ("eager", "gram", "sdpa")
 """Back ends whose kept tensors the forecast counts (planning.activations)."""
 KEEP_NOTHING = ("newton_schulz",)
 """Operations of the optimizer, of which no back end keeps anything for the backward pass."""
+_TARGET = "MI300X"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Budget:
     """10^9 bytes."""
     source: str
     """Who says so, for messages."""
+    machine: Machine | None = None
+    """By whose rates changes are compared; None: by the data sheet of this project's target."""
 
     @property
     def usable_bytes(self) -> float:
@@ -86,7 +91,8 @@ def refuse_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budg
     """The same of known `peaks` by phase; changes are judged by forecast."""
     short = {name: peak for name, peak in peaks.items() if peak > budget.usable_bytes}
     if short:
-        raise ConfigError(f"{_said(short, budget)}; {advice(config, ranks, peaks, short, budget)}")
+        better = advice(config, ranks, [*peaks], [*short], budget)
+        raise ConfigError(f"{_said(short, budget)}; {better}")
 
 
 def _said(short: Mapping[str, int], budget: Budget) -> str:
@@ -104,17 +110,27 @@ def _said(short: Mapping[str, int], budget: Budget) -> str:
 def advice(
     config: TrainConfig,
     ranks: int,
-    judged: Iterable[str],
-    short: Iterable[str],
+    judged: Sequence[str],
+    short: Sequence[str],
     budget: Budget,
 ) -> str:
     """The cheapest change of the phases `short` under which all those `judged` fit: parallel.* is
-    every phase's."""
-    for cost, other in changed(config, ranks, list(short)):
-        peak = max(forecast(case).peak.bytes for case in cases_of(other, ranks, judged))
-        if peak <= budget.usable_bytes:
+    every phase's. Cheap is what takes the least time by forecast; of equals, the fewest words."""
+    machine = budget.machine or machine_of(_TARGET, config.precision)
+    now = plan_seconds(cases_of(config, ranks, judged), machine)
+    for found in leaner(config, ranks, short):
+        fitting = []
+        for other in found:
+            cases = cases_of(other, ranks, judged)
+            peak = max(forecast(case).peak.bytes for case in cases)
+            if peak <= budget.usable_bytes:
+                more = plan_seconds(cases, machine) / now - 1
+                words = overrides(config, other)
+                fitting.append((round(more, 3), len(words), peak, " ".join(words)))
+        if fitting:
+            more, _, peak, said = min(fitting)
             return (
-                f"the cheapest change that fits: {overrides(config, other)} "
-                f"({peak / GB:.1f} GB; costs {cost})"
+                f"the cheapest change that fits: {said} ({peak / GB:.1f} GB; {more:+.1%} time by "
+                f"forecast for {machine.device})"
             )
     return "no setting of parallel.* makes it fit: more ranks to a shard or more memory"

@@ -25,7 +25,7 @@ from zaya_train.planning.muon import muon_plan
 from zaya_train.planning.weights import weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from zaya_train.config.derive import Layout
     from zaya_train.config.schema import ModelConfig
@@ -91,6 +91,16 @@ def step_time(case: Case, machine: Machine, document_tokens: float) -> StepTime:
     terms += _exchanges(case, machine)
     terms += _optimizer(case, machine)
     return StepTime(case, tuple(term for term in terms if term.seconds))
+
+
+def plan_seconds(cases: Sequence[Case], machine: Machine) -> float:
+    """Of all steps of `cases`, phases of a plan: full batches of documents as long as contexts."""
+    return sum(
+        step_time(case, machine, case.phase.context_tokens).seconds
+        * case.phase.tokens
+        / case.phase.global_batch_tokens
+        for case in cases
+    )
 
 
 def _computing(case: Case, machine: Machine, forward: ForwardFlops) -> list[Term]:

@@ -76,12 +76,13 @@ def budget_of(
     options: argparse.Namespace, config: TrainConfig, clock: Clock | None
 ) -> Budget | None:
     """--memory-gb, else what a launch of `config` is judged by, else the named device's."""
+    machine = clock.source if clock and isinstance(clock.source, Machine) else None
     if options.memory_gb is not None:
-        return Budget(options.memory_gb, f"--memory-gb {options.memory_gb:g}")
-    if clock is None or not isinstance(clock.source, Machine):
+        return Budget(options.memory_gb, f"--memory-gb {options.memory_gb:g}", machine)
+    if machine is None:
         return configured(config)
-    own = clock.source.memory_gb
-    return configured(config) or Budget(own, f"the {own:g} GB of {clock.source.device}")
+    said = f"the {machine.memory_gb:g} GB of {machine.device}"
+    return configured(config, machine) or Budget(machine.memory_gb, said, machine)
 
 
 def clock_of(options: argparse.Namespace, config: TrainConfig) -> Clock | None:

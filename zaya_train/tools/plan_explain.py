@@ -80,7 +80,7 @@ def search_table(config: TrainConfig, found: Searched) -> Table:
     for column in ("time", "days", "peak GB", "settings"):
         table.add_column(column, overflow="fold")
     for one in found.best[:SHOWN]:
-        words = overrides(config, one.config) or "as configured"
+        words = " ".join(overrides(config, one.config)) or "as configured"
         relative = one.seconds / found.best[0].seconds
         days = one.seconds / DAY_SECONDS
         table.add_row(f"{relative:.3f}", f"{days:.1f}", f"{one.peak_bytes / GB:.1f}", words)
