@@ -47,7 +47,6 @@ def one(config: TrainConfig, phase: str, ranks: int = 1024, busiest: float = 1.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # two minutes of CPU for the 8B, more than ten on a busy machine
 @pytest.mark.parametrize("launch", CHECKED)
 def test_shipped_recipes_take_what_is_recorded(launch: str) -> None:
     for phase, rehearsal in rehearsal_table.measured(launch, CHECKED[launch]).items():
