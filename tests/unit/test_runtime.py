@@ -321,6 +321,27 @@ def test_a_signal_before_there_is_anything_to_save_asks_for_a_requeue(number: in
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
 
 
+IN_RENDEZVOUS = """
+from datetime import timedelta
+from torch.distributed import TCPStore
+from zaya_train.runtime.signals import StopFlag
+with StopFlag():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    print("waiting", flush=True)
+    store.wait(["a peer that does not come"], timedelta(hours=1))
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_rank_that_waits_in_c_for_its_peers_hears_a_signal(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", IN_RENDEZVOUS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as rank:
+        assert rank.stdout and rank.stdout.readline() == b"waiting\n"
+        rank.send_signal(number)
+        said = rank.communicate(timeout=600)[1].decode()
+    assert rank.returncode == 75 and said == f"{number.name} before the first step\n"
+
+
 def test_handlers_are_given_back() -> None:
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     flag = StopFlag()

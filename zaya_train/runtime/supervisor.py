@@ -169,8 +169,9 @@ class Supervisor:
 
     def _late(self, ranks: LocalRanks) -> str:
         """Ranks did not end after a stop signal."""
-        ranks.stacks()
+        # Before their stacks are asked for, of which a rank may die that has no handler yet.
         left = [ranks.first_rank + i for i, code in enumerate(ranks.codes()) if code is None]
+        ranks.stacks()
         limit = self._config.stop_seconds
         reason = (
             f"ranks {', '.join(map(str, left))} did not end within {limit:g} s of the stop signal "

@@ -18,6 +18,7 @@ from zaya_train.phases.plan import batch_sequences, schedule_factor
 from zaya_train.train.guard import RollBack, Skipped, norm_limit, remember
 from zaya_train.train.observe import observations, watched
 from zaya_train.train.step import Rates, StepResult, pass_over, train_step
+from zaya_train.train.step_line import step_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -247,39 +248,29 @@ def _report(
 ) -> None:
     """The console line and the metrics row of one step."""
     seconds, data_seconds, speed = timing
-    balance = load_summary(result.load, run.num_experts)
-    work = run.throughput.of(result, seconds)
-    run.metrics.write(
-        "step",
-        step=state.step,
-        phase=run.name,
-        phase_step=state.phase_step,
-        tokens=state.tokens,
-        loss=result.loss,
-        grad_norm=result.grad_norm,
-        muon_lr=now.muon,
-        adamw_lr=now.adamw,
-        supervised_tokens=result.supervised,
-        step_seconds=seconds,
-        data_seconds=data_seconds,
-        tokens_per_second=speed,
-        applied=result.applied,
+    row = {
+        "step": state.step,
+        "phase": run.name,
+        "phase_step": state.phase_step,
+        "tokens": state.tokens,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "muon_lr": now.muon,
+        "adamw_lr": now.adamw,
+        "supervised_tokens": result.supervised,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "tokens_per_second": speed,
+        "applied": result.applied,
         **({"reason": result.reason} if result.reason else {}),
-        **work,
-        **balance,
+        **run.throughput.of(result, seconds),
+        **load_summary(result.load, run.num_experts),
         **observed,
-    )
-    log.info(
-        "%s step %d | loss %.4f | grad %.3f | lr %.2e | %s tokens/s | balance %.3f | skip %.1e",
-        run.name,
-        state.step,
-        result.loss,
-        result.grad_norm,
-        now.muon,
-        f"{speed:,.0f}",
-        balance["load_entropy"],
-        balance["skip_rate"],
-    )
+    }
+    run.metrics.write("step", **row)
+    rows_left = max(0, phase_sequences(run.phase) - state.phase_rows)
+    left = rows_left * run.phase.context_tokens / speed
+    log.info("%s", step_line(row, run.throughput.ranks, left))
 
 
 def load_summary(load: Tensor, num_experts: int) -> dict[str, Any]:
