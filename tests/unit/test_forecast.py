@@ -84,6 +84,17 @@ def test_settings_as_rehearsed_now(overrides: tuple[str, ...], ranks: int, phase
     assert peak_of(overrides, ranks, phase) == pytest.approx(rehearsed, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("reshard", ["false", "true"])
+def test_padding_of_large_groups_as_rehearsed_now(reshard: str) -> None:
+    """16 experts over 64 ranks: what is gathered and sent is four times the weights, more than a
+    layer's activations."""
+    words = (*SMALL, "parallel.shard=64", f"parallel.reshard_after_forward={reshard}")
+    found = forecast(Case(compose(words), "pretrain_1", 1024))
+    for stage, peak in rehearse(compose(words), "pretrain_1", 1024).peaks.items():
+        if stage != "optimizer":
+            assert found.stage(stage) == pytest.approx(peak.bytes, rel=TOLERANCE), stage
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("overrides", "ranks", "phase"), NIGHTLY)
 def test_more_settings_as_rehearsed_now(overrides: tuple[str, ...], ranks: int, phase: str) -> None:

@@ -3,9 +3,12 @@ rehearsal.
 
 A step's fullest moment is one of a few, each a sum of components:
 
+    gathered           the last layer's weights are unpacked, the layer before's still lie there
     loss               the forward pass has ended, the loss makes logits and both gradients
     loss backward      the LM head's gradients meet all activations
     layer backward     a layer's experts, counted for the last layers and for the first one
+    gathered again     the first layer's weights are unpacked, gradients of the second are sent
+    sent               the last layer's whole gradients lie beside what is sent of them
     norm               every shard squared in fp64 for the global norm
     Muon               updates on their way to all replicas
 
@@ -41,7 +44,7 @@ from zaya_train.planning.muon import round_bytes
 from zaya_train.planning.weights import Weights, weights_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.planning.activations import Part
@@ -86,6 +89,8 @@ def forecast(case: Case) -> Forecast:
     step = _Step(case, weights_of(case.model, case.layout), kept)
     layers = sorted({case.model.num_layers - 1, max(0, case.model.num_layers - 2), 0})
     moments = [step.loss(), step.loss_backward(), *(step.layer_backward(i) for i in layers)]
+    if case.layout.fsdp > 1:
+        moments += [step.gathered(), *step.gathered_again(), *step.sent()]
     if case.micro_batches > 1 and case.parallel.accumulation != "keep_unsharded":
         moments += [step.layer_backward(i, last=False) for i in layers]
     return Forecast(case, (*moments, step.norm(), step.muon()))
@@ -144,6 +149,55 @@ class _Step:
         """When the forward pass has ended, of `kept` alone."""
         kept = self.case.model.num_layers * total(self.kept)
         return sum(self._before_backward().values()) + kept
+
+    def gathered(self) -> Moment:
+        """The last layer's weights while they are unpacked; what the layer before's were unpacked
+        from is freed behind them. Weights that are kept are gathered in the first micro-batch,
+        before there are gradients."""
+        case, layers = self.case, self.weights.layers
+        again = case.parallel.reshard_after_forward
+        parts = self._before_backward() if again else self._standing()
+        last = case.compute_bytes * layers[-1].padded
+        parts[GATHERED] = case.compute_bytes * self.weights.root.padded + last
+        if not again:
+            parts[GATHERED] = case.compute_bytes * self.weights.padded
+        parts[BUFFERS] = case.compute_bytes * sum(unit.padded for unit in layers[-2:])
+        parts[ACTIVATIONS] = self._activations(len(layers) - 1)
+        return Moment("gathered", "forward", parts)
+
+    def gathered_again(self) -> Iterator[Moment]:
+        """The first layer's weights while they are unpacked in the backward pass."""
+        case = self.case
+        if not case.parallel.reshard_after_forward:
+            return
+        parts = self._before_backward()
+        self._gathered(parts, 0, last=True)
+        parts[BUFFERS] = case.compute_bytes * self.weights.layers[0].padded
+        self._reduced(parts, 0)
+        self._between_layers(parts, 1)
+        yield Moment("gathered again", "backward", parts)
+
+    def sent(self) -> Iterator[Moment]:
+        """The last layer's gradients of all micro-batches, whole and copied to be sent; its weights
+        are freed."""
+        case, layers = self.case, self.weights.layers
+        if not self._keeps_full:
+            return
+        parts, again = self._before_backward(), case.parallel.reshard_after_forward
+        if not again:
+            parts[GATHERED] -= case.compute_bytes * layers[-1].padded
+        elif len(layers) > 1:
+            parts[BUFFERS] = case.compute_bytes * layers[-2].padded
+        parts[GRADIENTS] = DTYPES[case.config.precision.reduce_dtype].itemsize * layers[-1].padded
+        self._between_layers(parts, len(layers) - 1)
+        yield Moment("sent", "backward", parts)
+
+    def _between_layers(self, parts: Counter[str], layers: int) -> None:
+        """`layers` are left; gradients of the stream, of the router's state and of the LM head."""
+        model = self.case.model
+        parts[ACTIVATIONS] = self._activations(layers)
+        parts[BACKWARD] = _FP32 * (model.hidden_size + model.router_size) * self.case.tokens
+        parts[LOSS] = self.case.compute_bytes * model.vocab_size * model.hidden_size
 
     def loss(self) -> Moment:
         """Logits and their log-softmax beside both gradients."""
