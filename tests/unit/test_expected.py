@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ from zaya_train.planning.calibration import file_of, keep
 from zaya_train.planning.case import Case
 from zaya_train.planning.components import GB
 from zaya_train.planning.expected import check_memory, expectation, known_device
+from zaya_train.planning.machine import machine_of
 from zaya_train.planning.memory import forecast, least_bytes
+from zaya_train.planning.time import step_time
+from zaya_train.tools import tail
 from zaya_train.tools.plan_against import against_forecast, cells, forecasts
 from zaya_train.tools.plan_calibrate import PROBES, case_of, fit
 
@@ -64,6 +68,31 @@ def test_memory_is_always_expected_and_time_where_it_is_known(
     assert "not a calibration" in expectation(case, "a CPU", 2, None)["expected_by"]
 
 
+def test_the_expectation_is_the_forecast_of_this_launch() -> None:
+    """Of its fullest moment, its documents, its nodes, its part of a device."""
+    case = Case(compose(["recipe=zaya1_8b"]), "sft", 16)
+    own = expectation(case, "AMD Instinct MI300X", 4, 1000.0, 304)
+    machine = machine_of("MI300X", case.config.precision, 4)
+    assert own["expected_step_seconds"] == step_time(case, machine, 1000.0).seconds
+    assert own["expected_peak_bytes"] == max(m.bytes for m in forecast(case).moments)
+    assert own["expected_batch_tokens"] == case.phase.global_batch_tokens
+    part = expectation(case, "AMD Instinct MI300X", 4, 1000.0, 38)
+    assert part["expected_step_seconds"] is None and "no data sheet" in part["expected_by"]
+
+
+def test_the_largest_floor_of_all_phases_counts() -> None:
+    config = compose(["recipe=zaya1_8b", "kernels.cca=triton"])
+    floors = [least_bytes(Case(config, name, 1024)) / GB for name in config.plan.phases]
+    assert min(floors) < 0.99 * max(floors)
+    for memory_gb in (0.99 * max(floors) / 0.9, 1.01 * max(floors) / 0.9):
+        limit = replace(config, runtime=replace(config.runtime, memory_gb=memory_gb))
+        if memory_gb * 0.9 > max(floors):
+            assert "not refused" in check_memory(limit, 1024, None, "")
+        else:
+            with pytest.raises(ConfigError, match="GB at least"):
+                check_memory(limit, 1024, None, "")
+
+
 def test_a_launch_that_cannot_fit_is_refused_with_what_would() -> None:
     check_memory(limited(None), 2, None, "")
     check_memory(limited(PEAK_GB / 0.89), 2, None, "")
@@ -79,6 +108,37 @@ def test_a_named_key_launches_anyway() -> None:
     said = check_memory(limited(1e-6, memory_check="warn"), 2, None, "")
     assert said.startswith("launched although phase")
     assert check_memory(limited(PEAK_GB / 0.89, memory_check="warn"), 2, None, "") == ""
+
+
+def floor_of(case: Case) -> list[int]:
+    """What no kernel changes, by hand: the residual stream, the norm, Muon."""
+    moments = {moment.name: moment for moment in forecast(case).moments}
+    model, tokens = case.model, case.tokens
+    parts = moments["loss"].components
+    held = ("master weights", "optimizer state", "gathered weights", "full gradients", "gradients")
+    stream = model.num_layers * 2 * 4 * model.hidden_size * tokens
+    return [
+        sum(parts.get(name, 0) for name in held) + stream,
+        moments["norm"].bytes,
+        moments["Muon"].bytes,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks", "phase", "largest"),
+    [
+        (["recipe=zaya1_8b"], 1024, "sft", 0),
+        (["recipe=zaya1_8b_1gpu", "model.num_layers=1"], 1, "pretrain_1", 1),
+        (["recipe=smoke_cpu", "parallel.shard=1"], 8, "pretrain_1", 2),
+    ],
+)
+def test_the_floor_is_what_no_kernel_changes(
+    words: list[str], ranks: int, phase: str, largest: int
+) -> None:
+    case = Case(compose(words), phase, ranks)
+    floor = floor_of(case)
+    assert floor.index(max(floor)) == largest
+    assert least_bytes(case) == max(floor)
 
 
 @pytest.mark.parametrize("name", ["triton", "reference", "of_another_version"])
@@ -125,7 +185,7 @@ def test_options_of_a_device_need_one(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_kernels_that_are_counted_are_refused() -> None:
-    config = limited(1e-6)
+    config = limited(PEAK_GB / 0.91)
     kernels = replace(config.kernels, attention="sdpa", newton_schulz="gram")
     with pytest.raises(ConfigError, match="exceeds"):
         check_memory(replace(config, kernels=kernels), 2, None, "")
@@ -156,14 +216,27 @@ def test_the_limit_is_a_positive_number() -> None:
     assert any("runtime.memory_gb: -1" in problem for problem in problems(config, 2))
 
 
+def begin(expected: float | None, attempt: int = 1) -> dict[str, Any]:
+    row = {"kind": "phase", "event": "begin", "name": "long", "step": 0, "attempt": attempt}
+    row |= {"expected_step_seconds": expected, "expected_peak_bytes": 2 * GB, "expected_by": "us"}
+    return row | {"expected_batch_tokens": 1024}
+
+
+def step(seconds: float, memory: int = 1, attempt: int = 1, tokens: int = 1024) -> dict[str, Any]:
+    return {
+        "kind": "step",
+        "phase": "long",
+        "attempt": attempt,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "memory_bytes": memory * GB,
+        "applied": True,
+    }
+
+
 def rows(expected: float | None) -> list[dict[str, Any]]:
-    begin = {"kind": "phase", "event": "begin", "name": "long", "step": 0}
-    begin |= {"expected_step_seconds": expected, "expected_peak_bytes": 2 * GB, "expected_by": "us"}
-    steps = [
-        {"kind": "step", "phase": "long", "step_seconds": seconds, "memory_bytes": memory * GB}
-        for seconds, memory in ((9.0, 1), (9.0, 1), (9.0, 1), (2.0, 1), (3.0, 3), (2.5, 2))
-    ]
-    return [begin, *steps]
+    timed = ((9.0, 1), (9.0, 1), (9.0, 1), (2.0, 1), (3.1, 3), (2.5, 2))
+    return [begin(expected), *(step(seconds, memory) for seconds, memory in timed)]
 
 
 def test_forecast_and_measured_stand_side_by_side() -> None:
@@ -176,3 +249,43 @@ def test_forecast_and_measured_stand_side_by_side() -> None:
     )
     assert cells(forecasts(rows(None))[0])[0] == "unknown"
     assert against_forecast(rows(2.0)[1:], "long") == ""
+    fullest = step(1.0) | {"memory_bytes_ranks": [1 * GB, 5 * GB]}
+    assert forecasts([*rows(2.0), fullest])[0].bytes == 5 * GB
+    other = step(7.0, memory=9) | {"phase": "short"}
+    assert forecasts([*rows(2.0), other])[0] == found
+
+
+def test_attempts_on_other_ranks_have_forecasts_of_their_own() -> None:
+    again = [*rows(2.0), begin(2.0, 2), *(step(s, attempt=2) for s in (9.0, 9.0, 9.0, 4.0))]
+    # The second attempt's first steps are cold too.
+    (found,) = forecasts(again)
+    assert found.seconds == 2.8
+    moved = [*again, begin(8.0, 3)]
+    assert [one.expected_seconds for one in forecasts(moved)] == [2.0, 8.0]
+    assert against_forecast(moved, "long").startswith("step 8 s, measured not yet; peak")
+    moved += [step(8.4, attempt=3)]
+    assert [one.seconds for one in forecasts(moved)] == [2.8, 8.4]
+    assert against_forecast(moved, "long").startswith("step 8 s, measured 8.4 s +5%")
+
+
+def test_only_steps_of_a_full_batch_stand_beside_its_forecast() -> None:
+    ramp = [begin(2.0), *(step(0.5, tokens=256) for _ in range(8))]
+    assert forecasts(ramp)[0].seconds is None and forecasts(ramp)[0].bytes == GB
+    skipped = step(0.1) | {"applied": False}
+    (found,) = forecasts([*ramp, step(2.2), skipped, step(0.3, tokens=512)])
+    assert found.seconds == 2.2
+    # Runs of before there was the field.
+    old = [{k: v for k, v in row.items() if k != "expected_batch_tokens"} for row in ramp]
+    assert forecasts(old)[0].seconds == 0.5
+
+
+def test_a_long_run_keeps_its_forecast_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "MAX_ROWS", 4)
+    path = tmp_path / "metrics.jsonl"
+    since = {"kind": "eval", "step": 9, "phase": "long", "losses": {}, "attempt": 1}
+    lines = [json.dumps({"wall_time": 0.0, **row}) + "\n" for row in (begin(2.0), *[since] * 6)]
+    path.write_text("".join(lines))
+    kept = tail.Tail(path).read()
+    assert len(kept) == 5 and against_forecast(kept, "long")

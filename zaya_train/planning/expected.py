@@ -62,7 +62,8 @@ def expectation(
     units: int | None = None,
 ) -> dict[str, Any]:
     """Fields of a phase's first row in the metrics: `expected_peak_bytes` of rank 0,
-    `expected_step_seconds` of a full batch or null, `expected_by`; also said in the log."""
+    `expected_step_seconds` of a full batch or null, `expected_batch_tokens` of that batch,
+    `expected_by`; also said in the log."""
     peak = forecast(case).peak
     time, source = expected_time(case, device, node_ranks, document_tokens, units)
     said = f"{time.seconds:.4g} s a step" if time else "no time"
@@ -73,6 +74,7 @@ def expectation(
     return {
         "expected_peak_bytes": peak.bytes,
         "expected_step_seconds": time.seconds if time else None,
+        "expected_batch_tokens": case.phase.global_batch_tokens,
         "expected_by": source,
     }
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TAIL_BYTES = 8 << 20  # some 600 rows of a model with 40 layers
 MAX_ROWS = 2_000
+_KEPT = ("start", "resume", "phase")
+"""Kinds of few rows that say what later ones are of: they stay however long ago they were."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Tail:
             if begin > self._offset:
                 del lines[0]  # the window begins inside a line
             new = [decode_line(line, str(self.path)) for line in lines]
-            self.rows = current_rows([*self.rows, *new])[-MAX_ROWS:]
+            rows = current_rows([*self.rows, *new])
+            old = [row for row in rows[:-MAX_ROWS] if row["kind"] in _KEPT]
+            self.rows = [*old, *rows[-MAX_ROWS:]]
             self._offset = begin + len(whole) + 1
         return self.rows
