@@ -39,8 +39,8 @@ ENV PATH=/opt/zaya-train/.venv/bin:${PATH}
 FROM train AS ready-none
 
 FROM train AS ready-te
-ARG TE_WHEELS=https://repo.radeon.com/rocm/manylinux/rocm-rel-7.1.1
-ARG TE_VERSION=2.2.0
+ARG TE_WHEELS=https://repo.radeon.com/rocm/manylinux/rocm-rel-7.2
+ARG TE_VERSION=2.4.0
 ARG FLASH_ATTN_VERSION=2.8.3
 # The core comes as a wheel, the bindings compile against the torch installed above.
 RUN .venv/bin/python -m pip install --no-cache-dir --no-build-isolation \

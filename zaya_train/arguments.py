@@ -183,7 +183,7 @@ def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
 
 
 def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
-    """`zaya plan`, `supervise`, `doctor`, `report`, `watch`, `sync`, `diff` and `smoke`."""
+    """`zaya plan`, `supervise`, `doctor`, `parity`, `report`, `watch`, `sync`, `diff`, `smoke`."""
     add_plan(
         add_command(commands, "plan", handlers["plan"], "preview a run: memory, time, layouts")
     )
@@ -201,6 +201,16 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
     parser.add_argument("--ranks", type=int, default=4, help="2, 4 or 8 processes of this machine")
     parser.add_argument("--receipt", type=Path, help="JSON file of all figures")
+    parser = add_command(
+        commands, "parity", handlers["parity"], "does a run with experts in fp8 follow its curve"
+    )
+    parser.add_argument(
+        "overrides", nargs="+", help="as for train: recipe=... precision=fp8_experts"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="of each of the three runs")
+    parser.add_argument(
+        "--output", type=Path, help="folder; default: parity in the run's directory"
+    )
     parser = add_command(
         commands, "report", handlers["report"], "one HTML file with the curves of runs"
     )

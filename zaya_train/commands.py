@@ -162,6 +162,15 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(request, Console())
 
 
+def _parity(options: argparse.Namespace) -> int:
+    from zaya_train.tools.parity import ParityRequest, parity
+
+    config = options.compose(options.overrides)
+    check(config, launched_ranks(os.environ))
+    output = options.output or Path(config.run.dir) / "parity"
+    return parity(ParityRequest(config, output, options.steps), _wide_console())
+
+
 def _report(options: argparse.Namespace) -> None:
     from zaya_train.tools.report import report
 
@@ -314,6 +323,7 @@ HANDLERS = {
     "plan": _plan,
     "supervise": _supervise,
     "doctor": _doctor,
+    "parity": _parity,
     "report": _report,
     "sync": _sync,
     "diff": _diff,

@@ -262,7 +262,7 @@ def _built(
     if found:
         context.store.load(found, built.tensors(), to_dict(built.model_config))
     elif config.checkpoint.initial_weights:
-        _load_initial_weights(built, Path(config.checkpoint.initial_weights))
+        load_initial_weights(built, Path(config.checkpoint.initial_weights))
     context.saver.reserve(built.tensors())
     return built
 
@@ -288,7 +288,7 @@ def _steps(
     return state, stopped, measured
 
 
-def _load_initial_weights(built: Built, folder: Path) -> None:
+def load_initial_weights(built: Built, folder: Path) -> None:
     """Weights of a Hugging Face folder into the sharded model, tensor by tensor."""
     theirs = config_from_hf(folder)
     require_same_model(folder, theirs, built.model_config)

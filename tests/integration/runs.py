@@ -90,13 +90,19 @@ PATIENCE_SECONDS = 540.0
 
 
 class Launched:
-    """`zaya train` on one or several ranks, each a fork of this process (no import to pay for).
+    """`zaya train`, or another command that ranks run together, each of them a fork of this process
+    (no import to pay for).
 
     The environment is torchrun's; output goes to one file per rank.
     """
 
     def __init__(
-        self, overrides: Sequence[str], folder: Path, ranks: int = 1, **limits: int
+        self,
+        overrides: Sequence[str],
+        folder: Path,
+        ranks: int = 1,
+        command: str = "train",
+        **limits: int,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank-{rank}.out" for rank in range(ranks)]
@@ -105,7 +111,7 @@ class Launched:
         self.processes = [
             context.Process(
                 target=_zaya,
-                args=(["train", *overrides], self.logs[rank], _of_rank(launch, rank), limits),
+                args=([command, *overrides], self.logs[rank], _of_rank(launch, rank), limits),
             )
             for rank in range(ranks)
         ]

@@ -149,6 +149,9 @@ def test_images_use_the_pins() -> None:
     assert all(f"`{name}`" in explained for name in pins())
     dependencies = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     assert f"torch {torch_pin(dependencies['dependencies'])} for ROCm" in explained
+    # The same release on both makers' devices.
+    te = f"transformer-engine[pytorch]=={pins()['TE_VERSION']}"
+    assert dependencies["optional-dependencies"]["te"] == [te]
 
 
 def base_images(dockerfile: str) -> list[str]:

@@ -94,15 +94,16 @@ class PhaseRun:
     throughput: Throughput
 
 
-def rates(run: PhaseRun, phase_tokens: int, norm_limit: float = math.inf) -> Rates:
+def rates(
+    phase: PhaseConfig, optim: OptimConfig, phase_tokens: int, norm_limit: float = math.inf
+) -> Rates:
     """Settings of the step that brings the phase to `phase_tokens` consumed tokens."""
-    total = phase_sequences(run.phase) * run.phase.context_tokens
-    factor = schedule_factor(run.phase.schedule, phase_tokens, total)
-    factor *= run.phase.learning_rate_scale
+    total = phase_sequences(phase) * phase.context_tokens
+    factor = schedule_factor(phase.schedule, phase_tokens, total) * phase.learning_rate_scale
     return Rates(
-        muon=run.optim.muon.learning_rate * factor,
-        adamw=run.optim.adamw.learning_rate * factor,
-        clip_norm=run.optim.clip_norm,
+        muon=optim.muon.learning_rate * factor,
+        adamw=optim.adamw.learning_rate * factor,
+        clip_norm=optim.clip_norm,
         norm_limit=norm_limit,
     )
 
@@ -151,7 +152,7 @@ def _one_step(
     micro_batches = next(batches)
     data_seconds = batches.wait_seconds - waited
     consumed = (state.phase_rows + rows) * run.phase.context_tokens
-    now = rates(run, consumed, norm_limit(state.norms, run.guard.config))
+    now = rates(run.phase, run.optim, consumed, norm_limit(state.norms, run.guard.config))
     logged = number % run.log_every_steps == 0
     try:
         with (
