@@ -36,9 +36,8 @@ from zaya_train.phases.chain import only_phase_is_done
 from zaya_train.phases.gates import WITHOUT_STEP
 from zaya_train.phases.lineage import lineage
 from zaya_train.planning.case import Case
-from zaya_train.planning.components import GB
-from zaya_train.planning.expected import check_memory, expectation
-from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes
+from zaya_train.planning.expected import check_memory, expectation, slow_steps
+from zaya_train.runtime.device import check_kernels, describe, peak_memory_bytes, rank_memory
 from zaya_train.runtime.dist import fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.heartbeat import start_heartbeat
 from zaya_train.runtime.log import logging_to
@@ -95,9 +94,8 @@ def train(config: TrainConfig) -> int:
         flag.arm()
         stack.callback(stop)
         check_kernels(config.kernels, config.precision, ranks.device)
-        facts = describe(ranks.device)
-        own_gb = facts.memory_bytes / GB if ranks.device.type == "cuda" else None
-        tight = check_memory(config, ranks.world_size, own_gb, facts.name)
+        memory = rank_memory(ranks.device, ranks.local_world_size)
+        tight = check_memory(config, ranks.world_size, *memory)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))
@@ -149,8 +147,9 @@ def _describe(context: Context, tight: str) -> None:
     device = describe(context.ranks.device)
     log.info("run %s in %s: ranks %d, %s", name, context.run_dir, world, device)
     log.info("%s", context.peaks)
-    if tight and context.ranks.rank == 0:
-        log.warning("%s", tight)
+    for warning in (tight, slow_steps(context.config, world, context.peaks.measured)):
+        if warning and context.ranks.rank == 0:
+            log.warning("%s", warning)
     for note in layout_notes(context.config, world):
         log.info("%s", note)
 

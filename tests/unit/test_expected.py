@@ -12,10 +12,16 @@ from tests.helpers.tiny import tiny
 from zaya_train.config.check import problems
 from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, main
+from zaya_train.model.flops import train_flops_per_token
 from zaya_train.planning.calibration import file_of, keep
 from zaya_train.planning.case import Case
 from zaya_train.planning.components import GB
-from zaya_train.planning.expected import check_memory, expectation, known_device
+from zaya_train.planning.expected import (
+    check_memory,
+    expectation,
+    known_device,
+    slow_steps,
+)
 from zaya_train.planning.machine import machine_of
 from zaya_train.planning.memory import forecast, least_bytes
 from zaya_train.planning.time import step_time
@@ -289,3 +295,15 @@ def test_a_long_run_keeps_its_forecast_on_the_terminal(
     path.write_text("".join(lines))
     kept = tail.Tail(path).read()
     assert len(kept) == 5 and against_forecast(kept, "long")
+
+
+def test_steps_that_take_minutes_are_told_before_the_first() -> None:
+    config = compose(["recipe=zaya1_300m"])
+    assert slow_steps(config, 1, 1e15) == ""
+    said = slow_steps(config, 2, 1e11)
+    flops = train_flops_per_token(config.model, 1) * max(
+        phase.global_batch_tokens for phase in config.plan.phases.values()
+    )
+    assert f"a step takes {flops / 2e11 / 60:,.0f} minutes at least on 2 such devices" in said
+    only = replace(config, run=replace(config.run, only_phase="pretrain_1"))
+    assert "phase pretrain_1: " in slow_steps(only, 1, 1e11)

@@ -29,7 +29,13 @@ from zaya_train.config.errors import EXIT_CONFIG, ConfigError, StorageError
 from zaya_train.config.precision import PrecisionConfig
 from zaya_train.config.schema import KernelsConfig, RuntimeConfig
 from zaya_train.runtime import dist as runtime
-from zaya_train.runtime.device import check_kernels, describe, pick_device, usable_cores
+from zaya_train.runtime.device import (
+    check_kernels,
+    describe,
+    pick_device,
+    rank_memory,
+    usable_cores,
+)
 from zaya_train.runtime.log import FILE_ONLY, log_path, logging_to
 from zaya_train.runtime.seeds import derive_seed, seed_rank
 from zaya_train.runtime.signals import STOP_SIGNALS, StopFlag
@@ -455,3 +461,9 @@ def test_a_signal_on_the_way_out_does_not_take_the_exit_code(number: signal.Sign
         "sys.exit(entry.command())"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 75
+
+
+def test_ranks_on_a_cpu_share_the_machines_memory() -> None:
+    whole = describe(torch.device("cpu")).memory_bytes / 1e9
+    memory_gb, name = rank_memory(torch.device("cpu"), 4)
+    assert memory_gb == pytest.approx(whole / 4) and name.endswith(" for each of 4 ranks")

@@ -6,7 +6,9 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import ConfigError
+from zaya_train.model.flops import train_flops_per_token
 from zaya_train.planning.calibration import calibrated_time, load
+from zaya_train.planning.case import cases_of
 from zaya_train.planning.components import GB
 from zaya_train.planning.fitting import Budget, judge
 from zaya_train.planning.machine import LINKS, machine_of
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from zaya_train.planning.time import StepTime
 
 log = logging.getLogger(__name__)
+
+_LONG_SECONDS = 300.0
+"""The published run's steps take seconds; what takes minutes was meant for another machine."""
 
 
 def known_device(name: str, units: int | None = None) -> str | None:
@@ -90,6 +95,22 @@ def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, devic
     own = Budget(device_gb, f"the {device_gb:.1f} GB of {device}", machine) if device_gb else None
     only = config.run.only_phase
     return judge(config, ranks, configured(config, machine) or own, (only,) if only else ())
+
+
+def slow_steps(config: TrainConfig, ranks: int, product_rate: float) -> str:
+    """What is to be said where a step of a phase takes more than `_LONG_SECONDS` even if all of it
+    were products at `product_rate`, FLOP/s of a device; nothing where none does."""
+    longest, name = 0.0, ""
+    for case in cases_of(config, ranks, (config.run.only_phase,) if config.run.only_phase else ()):
+        flops = train_flops_per_token(config.model, 1) * case.phase.global_batch_tokens
+        if flops / product_rate / ranks > longest:
+            longest, name = flops / product_rate / ranks, case.name
+    if longest < _LONG_SECONDS:
+        return ""
+    return (
+        f"phase {name}: a step takes {longest / 60:,.0f} minutes at least on {ranks} such "
+        f"device{'s' * (ranks > 1)}, of {product_rate / 1e12:,.4g} TFLOP/s in a plain product"
+    )
 
 
 def configured(config: TrainConfig, machine: Machine | None = None) -> Budget | None:

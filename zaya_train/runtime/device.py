@@ -133,6 +133,14 @@ def describe(device: torch.device) -> DeviceFacts:
     )
 
 
+def rank_memory(device: torch.device, local_ranks: int) -> tuple[float, str]:
+    """10^9 bytes that a rank may fill, and what has them: its GPU, or its share of the machine."""
+    facts = describe(device)
+    if device.type != "cpu":
+        return facts.memory_bytes / 1e9, facts.name
+    return facts.memory_bytes / 1e9 / local_ranks, f"{facts.name} for each of {local_ranks} ranks"
+
+
 def _build() -> str:
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"

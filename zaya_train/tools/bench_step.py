@@ -26,7 +26,8 @@ from zaya_train.model.moe import MoE
 from zaya_train.parallel.apply import chunking_of
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
-from zaya_train.runtime.device import check_kernels, peak_memory_bytes
+from zaya_train.planning.expected import check_memory
+from zaya_train.runtime.device import check_kernels, peak_memory_bytes, rank_memory
 from zaya_train.runtime.dist import fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.files import whole_file
 from zaya_train.runtime.peaks import peaks_of
@@ -141,6 +142,11 @@ def bench_step(request: StepRequest, console: Console) -> int:
         stack.callback(stop)
         stack.enter_context(fail_fast(ranks))
         check_kernels(request.config.kernels, request.config.precision, ranks.device)
+        run = replace(request.config.run, only_phase=request.phase_name)
+        memory = rank_memory(ranks.device, ranks.local_world_size)
+        tight = check_memory(replace(request.config, run=run), ranks.world_size, *memory)
+        if tight and ranks.rank == 0:
+            console.print(tight, markup=False)
         seed_rank(request.config.run.seed, ranks.rank)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         figures = _measured(request, ranks, scratch)
