@@ -135,7 +135,7 @@ def test_a_model_larger_than_the_machine_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a CPU too, before weights are made: a terabyte of them here."""
-    words = ["recipe=zaya1_8b_1gpu", "model.num_layers=1200", "--output", str(tmp_path)]
-    assert main(["bench", "step", *words, "runtime.device=cpu"]) == 2
+    words = ["recipe=zaya1_8b_1gpu", "model.num_layers=1200", "runtime.device=cpu"]
+    assert main(["bench", "step", *words, "--output", str(tmp_path)]) == 2
     assert " for each of 1 ranks" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

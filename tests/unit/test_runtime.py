@@ -323,6 +323,7 @@ def test_a_signal_before_there_is_anything_to_save_asks_for_a_requeue(number: in
     if not child:
         with StopFlag():
             os.kill(os.getpid(), number)
+            time.sleep(600)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from zaya_train.config.errors import EXIT_REQUEUE
@@ -38,6 +38,7 @@ class StopFlag:
         self._received = 0
         self._armed = False
         self._written: int | None = None
+        self._leaving = Lock()
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -85,7 +86,7 @@ class StopFlag:
         with open(read, "rb", buffering=0) as numbers:
             while heard := numbers.read(1):
                 if heard[0] in STOP_SIGNALS and not self._armed:
-                    _leave(heard[0])
+                    self._leave(heard[0])
 
     def _end_listening(self) -> None:
         if self._written is not None:
@@ -95,14 +96,15 @@ class StopFlag:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if not self._armed:
-            _leave(number)
+            self._leave(number)
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = self._received or number
 
-
-def _leave(number: int) -> None:
-    sys.stderr.write(f"{signal.Signals(number).name} before the first step\n")
-    sys.stderr.flush()
-    # Rendezvous and imports are C code that no exception leaves in time.
-    os._exit(EXIT_REQUEUE)
+    def _leave(self, number: int) -> None:
+        # Thread and handler may both come here: the other one's exit is a moment away.
+        if self._leaving.acquire(blocking=False):
+            sys.stderr.write(f"{signal.Signals(number).name} before the first step\n")
+            sys.stderr.flush()
+            # Rendezvous and imports are C code that no exception leaves in time.
+            os._exit(EXIT_REQUEUE)
