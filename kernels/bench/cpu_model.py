@@ -58,6 +58,7 @@ NATIVE = KernelsConfig(
     cca="native",
     attention="native",
     norm_residual="native",
+    router="native",
     grouped_mlp="native",
     linear_cross_entropy="native",
 )

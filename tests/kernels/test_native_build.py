@@ -14,7 +14,7 @@ from zaya_kernels.native import library
 
 from zaya_train.config.errors import ConfigError
 
-from . import test_native
+from . import test_native, test_native_router
 
 
 def one_function(folder: Path) -> Path:
@@ -123,3 +123,4 @@ def test_other_processors_and_compilers(
     test_native.test_loss_is_as_exact_as_eager(None, 33, 33, 65, 0.1, dtype)
     test_native.test_experts_are_as_exact_as_eager("odd", (23, 37), dtype, monkeypatch)
     test_native.test_cca_is_as_exact_as_eager(test_native.SHAPES[0], dtype)
+    test_native_router.test_router_is_as_exact_as_eager(test_native_router.SIZES[3], False, dtype)

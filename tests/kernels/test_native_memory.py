@@ -12,7 +12,14 @@ from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 
 from ..helpers.kernels import random, run_pass
 from ..helpers.models import packed
-from . import test_attention, test_cca, test_grouped_mlp, test_linear_cross_entropy
+from . import (
+    test_attention,
+    test_cca,
+    test_grouped_mlp,
+    test_linear_cross_entropy,
+    test_native_router,
+    test_router,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +49,11 @@ def operations() -> dict[str, tuple[Operation, dict[str, Tensor]]]:
         "linear_cross_entropy": (
             lambda x: test_linear_cross_entropy.call(labels, "native", x),
             test_linear_cross_entropy.inputs_of(40, 2100),
+        ),
+        # More tokens than a block has, and parts of the tokens for each thread.
+        "router": (
+            lambda x: test_native_router.pass_of(test_router.context_of((2, 601)), "native", x),
+            test_router.inputs_of((2, 601), torch.float64, False, 20, 24),
         ),
     }
 

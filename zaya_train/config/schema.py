@@ -289,7 +289,7 @@ class KernelsConfig:
     cca: NativeKernelName = "eager"
     attention: AttentionName = "eager"
     norm_residual: NativeKernelName = "eager"
-    router: TritonKernelName = "eager"
+    router: NativeKernelName = "eager"
     moe_permute: TritonKernelName = "eager"
     """Sorts tokens by expert and moves them there and back."""
     grouped_mlp: GroupedMLPName = "eager"

@@ -5,7 +5,6 @@
 #include "gemm.h"
 
 #define SPAN 32
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     long rows, width, stream, branch, normed, threads, parts; /* types of the tensors so named */
@@ -31,20 +30,6 @@ enum { WEIGHT, TOTAL, STREAM, BRANCH, SUMS }; /* of one column */
 typedef struct {
     int stream, branch, normed;
 } Kinds;
-
-/* A vector of the `left` elements from i on, zero beyond them. */
-INLINE vec load_few(const void *x, int type, long i, long left) {
-    if (left >= LANES) return load(x, type, i);
-    float few[LANES] = {0};
-    for (long l = 0; l < left; l++) few[l] = at(x, type, i + l);
-    return *(const vec *)few;
-}
-
-INLINE void store_few(void *x, int type, long i, long left, vec value) {
-    if (left >= LANES) store(x, type, i, value);
-    else
-        for (long l = 0; l < left; l++) put(x, type, i + l, value[l]);
-}
 
 /* (stream + b) a + (branch + b') a' of the columns from c on. */
 INLINE vec scaled(const Inputs *in, long c, long left, vec stream, vec branch) {

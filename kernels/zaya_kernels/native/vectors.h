@@ -24,6 +24,8 @@
 #define HIGH_LANES 2, 6, 3, 7
 #endif
 
+#define INLINE static inline __attribute__((always_inline))
+
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
@@ -120,6 +122,20 @@ static inline float at(const void *x, int type, long i) {
 static inline void put(void *x, int type, long i, float value) {
     if (type == BF16) ((bf16 *)x)[i] = narrow(value);
     else ((float *)x)[i] = value;
+}
+
+/* A vector of the `left` elements from i on, zero beyond them. */
+INLINE vec load_few(const void *x, int type, long i, long left) {
+    if (left >= LANES) return load(x, type, i);
+    float few[LANES] = {0};
+    for (long l = 0; l < left; l++) few[l] = at(x, type, i + l);
+    return *(const vec *)few;
+}
+
+INLINE void store_few(void *x, int type, long i, long left, vec value) {
+    if (left >= LANES) store(x, type, i, value);
+    else
+        for (long l = 0; l < left; l++) put(x, type, i + l, value[l]);
 }
 
 #endif

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import pick
 from zaya_kernels.router.eager import router_eager
+from zaya_kernels.router.native import router_native
 from zaya_kernels.router.reference import router_reference
 from zaya_kernels.router.types import Routed, RouterContext, RouterWeights
 
@@ -27,7 +28,12 @@ def _triton(
     return router_triton(x, previous, weights, context)
 
 
-BACKENDS = {"eager": router_eager, "reference": router_reference, "triton": _triton}
+BACKENDS = {
+    "eager": router_eager,
+    "native": router_native,
+    "reference": router_reference,
+    "triton": _triton,
+}
 
 
 def router(
