@@ -86,8 +86,8 @@ static Tile tile_of(long rows, int paired) {
 static void transpose_block(const char *from, long row, float *to, long width) {
     vec x[LANES], y[LANES];
     for (int i = 0; i < LANES; i++) x[i] = *(const vec *)(from + i * row);
-    for (int round = 1; round < LANES; round *= 2) {
-        for (int i = 0; i < LANES / 2; i++) {
+    _Pragma("GCC unroll 4") for (int round = 1; round < LANES; round *= 2) {
+        _Pragma("GCC unroll 8") for (int i = 0; i < LANES / 2; i++) {
             y[2 * i] = SHUFFLE(x[i], x[i + LANES / 2], LOW_LANES);
             y[2 * i + 1] = SHUFFLE(x[i], x[i + LANES / 2], HIGH_LANES);
         }
@@ -133,9 +133,12 @@ static inline __attribute__((always_inline)) void pack(
     } else if (x.row == 1 && PAIRED) {
         for (; s < whole; s++) {
             const bf16 *even = (const bf16 *)x.data + 2 * s * x.column, *odd = even + x.column;
-            uint32_t out[width];
-            for (long i = 0; i < width; i++) out[i] = even[i] | (uint32_t)odd[i] << 16;
-            memcpy(to + s * width, out, width * 4);
+            words *out = (words *)(to + s * width);
+            for (long i = 0; i + LANES <= width; i += LANES)
+                out[i / LANES] = __builtin_convertvector(*(const halves *)(even + i), words) |
+                                 __builtin_convertvector(*(const halves *)(odd + i), words) << 16;
+            for (long i = width / LANES * LANES; i < width; i++)
+                ((uint32_t *)out)[i] = even[i] | (uint32_t)odd[i] << 16;
         }
     }
     for (; s < steps; s++)
@@ -143,16 +146,18 @@ static inline __attribute__((always_inline)) void pack(
             to[s * width + i] = i < count ? element(x, type, i, s, k) : 0.0f;
 }
 
+static void *place(Result c, long i, long j) {
+    return (char *)c.data + (i * c.row + j) * (c.type == BF16 ? 2 : 4);
+}
+
 static void store_row(const vec *sum, Result c, long i, long j, long columns) {
     if (c.type == BF16) {
-        bf16 row[COLUMNS];
-        store_bf16(row, sum[0]), store_bf16(row + LANES, sum[1]);
-        bf16 *to = (bf16 *)c.data + i * c.row + j;
-        if (columns == COLUMNS) memcpy(to, row, sizeof row);
-        else memcpy(to, row, columns * sizeof *row);
+        bf16 *to = place(c, i, j);
+        store_few(to, BF16, 0, columns, sum[0]);
+        if (columns > LANES) store_few(to, BF16, LANES, columns - LANES, sum[1]);
         return;
     }
-    float *to = (float *)c.data + i * c.row + j;
+    float *to = place(c, i, j);
     if (columns == COLUMNS) {
         vec *at = (vec *)to, *next = (vec *)(to + LANES);
         if (c.accumulate) *at += sum[0], *next += sum[1];
@@ -200,6 +205,7 @@ static void block_of(Product p, long start, long stop, long begin, long end, Res
                     from = (const char *)p.a.data + i * row + begin * 4;
                 }
                 vec sum[2 * ROWS];
+                for (long l = 0; l < rows; l++) __builtin_prefetch(place(c, i + l, first), 1);
                 tile_of(rows, paired)(steps, from, row, step, right + j * size, sum);
                 for (long l = 0; l < rows; l++) store_row(sum + 2 * l, c, i + l, first, width);
             }
