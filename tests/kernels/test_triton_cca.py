@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from zaya_kernels.cca.op import CCAContext
-from zaya_kernels.launch import ARCHITECTURES, COMPUTE_UNITS, INTERPRETED
+from zaya_kernels.launch import ARCHITECTURES, COMPUTE_UNITS, INTERPRETED, recording
 
 from zaya_train.model.rope import rotary_tables
 
@@ -28,7 +28,8 @@ from zaya_kernels.workshop.interpreter import counting
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
-# Blocks hold 128 (forward) and 30 whole rows (backward): several blocks, and an odd last one.
+# Blocks hold 128 (forward) and 30 whole rows (backward), in fp32 64 and 14: several blocks, and an
+# odd last one.
 SEQUENCE = 141
 DOCUMENTS = [[1, 1, 60, 2, 77]]
 USUAL = Shape(query_heads=4, kv_heads=2, head_dim=32, rotated=16)
@@ -142,6 +143,12 @@ def test_silent_tokens_stay_finite() -> None:
     inputs = {n: torch.zeros_like(x) for n, x in inputs_of(USUAL, torch.float32, 40).items()}
     passed = run_pass(lambda name, x: call(name, x, context), "triton", inputs)
     assert all(torch.isfinite(t).all() for t in [*passed.outputs, *passed.gradients.values()])
+
+
+def test_fp32_is_refused_where_the_matrix_unit_takes_none() -> None:
+    context = context_of(USUAL, [[4]], 4)
+    with recording("sm_90"), pytest.raises(ValueError, match=r"kernels\.cca: triton .* on sm_90"):
+        call("triton", inputs_of(USUAL, torch.float32, 4), context)
 
 
 @pytest.mark.parametrize(

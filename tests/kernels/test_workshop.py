@@ -22,8 +22,8 @@ from zaya_kernels.workshop.assembly import (
     nvidia_resources,
     waves_per_simd,
 )
-from zaya_kernels.workshop.budgets import BUDGETS, broken
-from zaya_kernels.workshop.mca import find_mca, score
+from zaya_kernels.workshop.budgets import BUDGETS, OF_CASES, broken
+from zaya_kernels.workshop.mca import _matrix_cycles, find_mca, score
 
 from zaya_train.tools.kernels import changes, triton_version
 
@@ -113,18 +113,32 @@ SHARES = {
     },
 }
 """Of the matrix pipe on gfx942: what the best probes reached before any of these kernels was
-written."""
+written. In `main` are what `many` has not."""
+
+PROBE_GFX950 = 0.526
+"""Of a 128x128x64 product on gfx950, whose pipe multiplies twice as fast: 32 products of 4 cycles
+in the 243.3 that llvm-mca gives the probe."""
+
+
+def shares(case: str, arch: str) -> dict[str, float]:
+    return {
+        row["kernel"]: row["score"]["matrix_share"]
+        for row in golden()
+        if (row["case"], row["arch"]) == (case, arch)
+    }
 
 
 @pytest.mark.parametrize("case", SHARES)
 def test_static_matrix_share(case: str) -> None:
-    found = {
-        row["kernel"]: row["score"]["matrix_share"]
-        for row in golden()
-        if (row["case"], row["arch"]) == (case, "gfx942")
-    }
+    found = shares(case, "gfx942")
     low = {name: found[name] for name, least in SHARES[case].items() if found[name] < least}
     assert low == {}
+
+
+@pytest.mark.parametrize("case", ["linear_cross_entropy/262272", "grouped_mlp/many"])
+def test_static_matrix_share_of_gfx950(case: str) -> None:
+    found = shares(case, "gfx950")
+    assert {name: found[name] for name in SHARES[case] if found[name] < PROBE_GFX950} == {}
 
 
 @pytest.mark.parametrize(
@@ -174,14 +188,14 @@ def test_each_broken_budget_is_named(change: dict[str, Any], complaint: str) -> 
     sound = amd_resources(ASSEMBLY, 20000, 4, "gfx942")
     assert sound.loop is not None
     sound = replace(sound, loop=replace(sound.loop, narrow_loads=0))
-    assert broken("cca_forward", "gfx942", sound) == []
+    assert broken("", "cca_forward", "gfx942", sound) == []
     (name,) = change
     if hasattr(sound, name):
         worse = replace(sound, **change)
     else:
         assert sound.loop is not None
         worse = replace(sound, loop=replace(sound.loop, **change))
-    (found,) = broken("cca_forward", "gfx942", worse)
+    (found,) = broken("", "cca_forward", "gfx942", worse)
     assert complaint in found
 
 
@@ -189,21 +203,58 @@ def test_each_broken_budget_is_named(change: dict[str, Any], complaint: str) -> 
 @pytest.mark.parametrize("kernel", BUDGETS)
 def test_one_narrow_access_more_breaks_every_budget(kernel: str, arch: str) -> None:
     """Loads below 16 bytes and LDS reads below 64 bits, in the shipped kernels' own hot loops."""
-    budget = BUDGETS[kernel]
-    limits = {
-        "narrow_loads": budget.narrow_loads,
-        "narrow_lds_reads": budget.narrow_lds_reads.get(arch, 0),
-    }
     rows = [row for row in golden() if (row["kernel"], row["arch"]) == (kernel, arch)]
     assert rows
     for row in rows:
-        loop = LoopCounts(**row["resources"]["loop"])
-        found = Resources(**{**row["resources"], "loop": loop})
-        assert broken(kernel, arch, found) == []
+        case = row["case"]
+        budget = OF_CASES.get((case, kernel), BUDGETS[kernel])
+        limits = {
+            "narrow_loads": budget.narrow_loads,
+            "narrow_lds_reads": budget.narrow_lds_reads.get(arch, 0),
+        }
+        found = resources_of(row)
+        assert found.loop is not None and broken(case, kernel, arch, found) == []
         for name, limit in limits.items():
-            worse = replace(found, loop=replace(loop, **{name: limit + 1}))
-            (complaint,) = broken(kernel, arch, worse)
+            worse = replace(found, loop=replace(found.loop, **{name: limit + 1}))
+            (complaint,) = broken(case, kernel, arch, worse)
             assert complaint.endswith(f"at most {limit}")
+
+
+def resources_of(row: dict[str, Any]) -> Resources:
+    loop = row["resources"]["loop"]
+    return Resources(**{**row["resources"], "loop": LoopCounts(**loop) if loop else None})
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "complaint"),
+    [
+        ("gfx942", {"lds_bytes": 65536 + 1}, "65537 LDS bytes, at most 65536"),
+        ("gfx950", {"lds_bytes": 163840 + 1}, "163841 LDS bytes, at most 163840"),
+        ("sm_90", {"lds_bytes": 232448 + 1}, "232449 LDS bytes, at most 232448"),
+        ("sm_90", {"scratch_bytes": 9999}, "9999 stack bytes, at most"),
+        ("gfx942", {"waves": 0}, "0 waves per SIMD, at least"),
+        ("gfx950", {"waves": 0}, "0 waves per SIMD, at least"),
+    ],
+    ids=str,
+)
+def test_every_kernel_is_bounded_on_every_architecture(
+    arch: str, change: dict[str, Any], complaint: str
+) -> None:
+    for row in golden():
+        if row["arch"] == arch:
+            worse = replace(resources_of(row), **change)
+            (found,) = broken(row["case"], row["kernel"], arch, worse)
+            assert found.startswith(complaint), row["kernel"]
+
+
+def test_every_product_needs_the_matrix_unit() -> None:
+    """Every kernel with a product says so in its budget, and without one breaks it."""
+    for row in golden():
+        found = resources_of(row)
+        if found.loop is not None and found.loop.matrix:
+            worse = replace(found, loop=replace(found.loop, matrix=0))
+            (complaint,) = broken(row["case"], row["kernel"], row["arch"], worse)
+            assert complaint == "no matrix instruction in the hot loop"
 
 
 def golden() -> list[dict[str, Any]]:
@@ -213,12 +264,15 @@ def golden() -> list[dict[str, Any]]:
 def test_a_change_against_the_golden_file_is_named() -> None:
     rows = golden()
     assert changes(rows, rows) == []
-    heavier, slower, renamed = (copy.deepcopy(rows) for _ in range(3))
+    heavier, slower, idler, renamed = (copy.deepcopy(rows) for _ in range(4))
     heavier[0]["resources"]["registers"] += 1
     assert "resources differ" in changes(heavier, rows)[0]
     at = next(i for i, row in enumerate(rows) if row["score"])
     slower[at]["score"]["clocks"] = int(rows[at]["score"]["clocks"] * 1.06)
     assert "static clocks" in changes(slower, rows)[0]
+    at = next(i for i, row in enumerate(rows) if row["score"] and row["score"]["matrix_share"])
+    idler[at]["score"]["matrix_share"] *= 0.94
+    assert "matrix share" in changes(idler, rows)[0]
     renamed[0]["kernel"] = "another"
     assert "not in the golden file" in changes(renamed, rows)[0]
 
@@ -231,9 +285,13 @@ def test_the_page_shows_the_golden_file() -> None:
 def test_every_shipped_kernel_is_in_the_golden_file_with_a_budget() -> None:
     rows = golden()
     assert {row["kernel"] for row in rows} == set(BUDGETS)
-    cases = {(row["case"], row["kernel"]) for row in rows}
+    assert {kernel for _, kernel in OF_CASES} <= set(BUDGETS)
+    pytest.importorskip("triton", reason="the extra `triton` is not installed")
+    from zaya_kernels.workshop.registry import launches
+
     for arch in ARCHITECTURES:
-        assert {(r["case"], r["kernel"]) for r in rows if r["arch"] == arch} == cases
+        expected = [(case, launch.name) for case, launch in launches(arch)]
+        assert [(r["case"], r["kernel"]) for r in rows if r["arch"] == arch] == expected
     assert all(row["score"] for row in rows if row["arch"] != "sm_90")
 
 
@@ -276,5 +334,29 @@ def test_static_scores_are_reproduced() -> None:
     tool = find_mca()
     if tool is None:
         pytest.skip("needs llvm-mca of LLVM 22: llvm-mca-22 on the path or $LLVM_MCA")
-    found = score(hot_loop(ASSEMBLY), 1, "gfx942", tool)
+    found = score(hot_loop(ASSEMBLY), "gfx942", tool)
     assert 0 < found.matrix_share < 1 and found.clocks > 16
+    # Of fp32 numbers a product of the same size takes twice the cycles for a quarter of the steps.
+    places = (f"a[{at}:{at + 3}]" for at in range(0, 32, 4))
+    fp32 = [f"\tv_mfma_f32_16x16x4_f32 {place}, v0, v1, {place}" for place in places]
+    busy = score(fp32, "gfx942", tool)
+    assert busy.matrix_share > 0.9 and busy.clocks == pytest.approx(8 * 32, rel=0.05)
+
+
+def test_cycles_of_the_matrix_pipe_are_read() -> None:
+    report = """Resources:
+[0]   - HWBranch
+[1]   - HWVALU
+[2]   - HWXDL
+
+
+Resource pressure per iteration:
+[0]    [1]    [2]
+ -     3.00   16.00
+
+Resource pressure by instruction:
+"""
+    assert _matrix_cycles(report) == 16.0
+    assert _matrix_cycles(report.replace("16.00", "-    ")) == 0.0
+    with pytest.raises(RuntimeError, match="no pressure on the matrix pipe"):
+        _matrix_cycles(report.replace("HWXDL", "HWMMA"))

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_SCORE_LOSS = 0.05
-"""A hot loop's static clocks may grow by so much before it counts as a change for the worse."""
+"""A hot loop's static clocks may grow, and its share of the matrix unit fall, by so much before it
+counts as a change for the worse."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,9 @@ def changes(found: list[dict[str, Any]], golden: list[dict[str, Any]]) -> list[s
             now, then = row["score"]["clocks"], expected["score"]["clocks"]
             if now > then * (1 + MAX_SCORE_LOSS):
                 problems.append(f"{name}: {now} static clocks, {then} in the golden file")
+            now, then = row["score"]["matrix_share"], expected["score"]["matrix_share"]
+            if now < then * (1 - MAX_SCORE_LOSS):
+                problems.append(f"{name}: matrix share {now:.1%}, {then:.1%} in the golden file")
     return problems
 
 

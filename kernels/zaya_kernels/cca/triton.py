@@ -60,6 +60,16 @@ CONFIGS = {
         "sm_90": replace(_BACKWARD, num_warps=8),
     },
 }
+"""bf16."""
+
+_AMD = ("gfx942", "gfx950")
+# Numbers of twice the size: half the rows and twice the registers, or the kernels spill.
+WIDE_CONFIGS = {
+    "cca_forward": dict.fromkeys(_AMD, replace(_FORWARD, blocks={"T": 64})),
+    "cca_backward": dict.fromkeys(_AMD, replace(_BACKWARD, blocks={"T": 16}, num_warps=8)),
+}
+"""fp32. On sm_90, which multiplies no fp32 numbers on its matrix units, a thread would need a stack
+of 7 to 10 kB in blocks of any size."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,11 @@ class _Plan:
 def _or(tensor: Tensor | None, instead: Tensor) -> Tensor:
     """A pointer for an argument that the constant HALO says is not read."""
     return instead if tensor is None else tensor
+
+
+def _config(kernel: str, qk: Tensor) -> Config:
+    tables = WIDE_CONFIGS if qk.dtype == torch.float32 else CONFIGS
+    return tables[kernel][architecture(qk.device)]
 
 
 def _parts(qk: Tensor) -> int:
@@ -171,7 +186,7 @@ class _CCA(torch.autograd.Function):
         """Weights as in `_Matrices`."""
         batch, sequence, _ = qk.shape
         constants = plan.constants(qk, halo_qk)
-        config = CONFIGS["cca_forward"][architecture(qk.device)]
+        config = _config("cca_forward", qk)
         length, chunks, blocks = plan.walk(qk, config.blocks["T"])
         size = constants["D"]
         q = torch.empty(batch, sequence, plan.query_heads, size, dtype=qk.dtype, device=qk.device)
@@ -254,7 +269,7 @@ class _Walk:
     @classmethod
     def of(cls, qk: Tensor, halo: Tensor | None, plan: _Plan) -> _Walk:
         arch = architecture(qk.device)
-        config = CONFIGS["cca_backward"][arch]
+        config = _config("cca_backward", qk)
         lead = 0 if halo is None else max(plan.reach, 1)
         rows = config.blocks["T"] - plan.reach
         length, chunks, _ = plan.walk(qk, rows)
@@ -315,6 +330,12 @@ def cca_triton(
     size = weights.grouped.shape[1]
     _require_shape(size, context.cos.shape[-1])
     require_one_type("cca", qk, weights.grouped)
+    arch = architecture(qk.device)
+    if qk.dtype == torch.float32 and arch not in WIDE_CONFIGS["cca_forward"]:
+        raise ValueError(
+            f"kernels.cca: triton takes bf16 on {arch}, whose matrix units multiply no fp32 "
+            "numbers; choose eager"
+        )
     matrices = _Matrices.of(weights)
     plan = _Plan(
         positions=context.positions.contiguous(),

@@ -61,11 +61,12 @@ class _Region:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
-    reader: np.ndarray
-    writer: np.ndarray
+    reader: np.ndarray | None
+    """None: nobody keeps track."""
+    writer: np.ndarray | None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Region:
+    def of(cls, tensor: Tensor, tracked: bool) -> _Region:
         # A broadcast dim has stride 0: its elements are one. The stride of a dim of 1 says nothing.
         every = zip(tensor.shape, tensor.stride(), strict=True)
         dims = [(n, s) for n, s in every if s != 0 and n != 1]
@@ -76,8 +77,8 @@ class _Region:
             shape=tuple(n for n, _ in dims),
             strides=tuple(s for _, s in dims),
             itemsize=tensor.element_size(),
-            reader=np.full(count, _NOBODY, dtype=np.int32),
-            writer=np.full(count, _NOBODY, dtype=np.int32),
+            reader=np.full(count, _NOBODY, dtype=np.int32) if tracked else None,
+            writer=np.full(count, _NOBODY, dtype=np.int32) if tracked else None,
         )
 
     def elements(self, addresses: np.ndarray) -> np.ndarray:
@@ -91,7 +92,7 @@ class _Region:
             inside &= step < size
             index = index * size + step
             offset = offset - step * stride
-        inside &= (offset == 0) & (self.reader.size > 0)
+        inside &= (offset == 0) & (0 not in self.shape)
         return np.where(inside, index, -1)
 
 
@@ -100,6 +101,8 @@ class _Watch:
     """State of the checks: the launch in progress and the counts of those that ended."""
 
     races: bool = True
+    tracked: bool = True
+    """Whether it is kept who touched what; without, there are no races and no distinct bytes."""
     regions: list[_Region] = field(default_factory=list)
     counts: Counts | None = None
     finished: list[Counts] = field(default_factory=list)
@@ -124,6 +127,16 @@ def races_allowed() -> Iterator[None]:
         yield
     finally:
         _watch.races = True
+
+
+@contextlib.contextmanager
+def addresses_only() -> Iterator[None]:
+    """For tensors of which no table of who touched what would fit."""
+    _watch.tracked = False
+    try:
+        yield
+    finally:
+        _watch.tracked = True
 
 
 def install() -> None:
@@ -254,7 +267,7 @@ def _registering(method: Callable[..., Any]) -> Callable[..., Any]:
     def mended(self: Any, arguments: Any, keywords: Any) -> Any:
         found = method(self, arguments, keywords)
         tensors = [x for x in (*found[0], *found[1].values()) if isinstance(x, torch.Tensor)]
-        _watch.regions = [_Region.of(tensor) for tensor in tensors]
+        _watch.regions = [_Region.of(tensor, _watch.tracked) for tensor in tensors]
         return found
 
     return mended
@@ -271,6 +284,7 @@ def _launching(method: Callable[..., Any]) -> Callable[..., Any]:
                 region.itemsize * int((touched != _NOBODY).sum())
                 for region in _watch.regions
                 for touched in (region.reader, region.writer)
+                if touched is not None
             )
             _watch.finished.append(counts)
         finally:
@@ -320,6 +334,8 @@ def _watched_load(method: Callable[..., Any]) -> Callable[..., Any]:
         for region, index in _touched(pointers, mask.data):
             if _watch.counts:
                 _watch.counts.loaded_bytes += region.itemsize * index.size
+            if region.reader is None or region.writer is None:
+                continue
             others = region.writer[index]
             if _watch.races and ((others != _NOBODY) & (others != program)).any():
                 raise MemoryFault(f"program {place} reads what program {others.max()} writes")
@@ -338,23 +354,24 @@ def _watched_store(method: Callable[..., Any]) -> Callable[..., Any]:
         for region, index in _touched(pointers, mask.data):
             if _watch.counts:
                 _watch.counts.stored_bytes += region.itemsize * index.size
+            if region.reader is None or region.writer is None:
+                continue
             if _watch.races:
-                _refuse_races(region, index, program, place)
+                for table, deed in ((region.writer, "writes"), (region.reader, "reads")):
+                    _refuse_others(table[index], deed, program, place)
+                if np.unique(index).size != index.size:
+                    raise MemoryFault(f"program {place} writes one address twice in one store")
             region.writer[index] = program
         return method(self, pointers, value, mask, *rest)
 
     return mended
 
 
-def _refuse_races(
-    region: _Region, index: np.ndarray, program: int, place: tuple[int, int, int]
+def _refuse_others(
+    others: np.ndarray, deed: str, program: int, place: tuple[int, int, int]
 ) -> None:
-    for table, deed in ((region.writer, "writes"), (region.reader, "reads")):
-        others = table[index]
-        if ((others != _NOBODY) & (others != program)).any():
-            raise MemoryFault(f"program {place} writes what another program {deed}")
-    if np.unique(index).size != index.size:
-        raise MemoryFault(f"program {place} writes one address twice in one store")
+    if ((others != _NOBODY) & (others != program)).any():
+        raise MemoryFault(f"program {place} writes what another program {deed}")
 
 
 def _watched_atomic(method: Callable[..., Any], mask_at: int | None) -> Callable[..., Any]:
@@ -366,7 +383,8 @@ def _watched_atomic(method: Callable[..., Any], mask_at: int | None) -> Callable
             if _watch.counts:
                 _watch.counts.loaded_bytes += region.itemsize * index.size
                 _watch.counts.stored_bytes += region.itemsize * index.size
-            region.reader[index] = region.writer[index] = _MANY
+            if region.reader is not None and region.writer is not None:
+                region.reader[index] = region.writer[index] = _MANY
         return method(self, *operands)
 
     return mended

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 
 CLOCKS_PER_CYCLE = 4
 """One cycle of llvm-mca is the time of one wave-wide vector instruction."""
-CLOCKS_PER_MATRIX = 16
-"""Of a 16x16x16 (gfx942) or 16x16x32 (gfx950) bf16 product."""
 _ITERATIONS = 10
 
 
@@ -34,7 +32,7 @@ def find_mca() -> str | None:
     return os.environ.get("LLVM_MCA") or shutil.which("llvm-mca-22")
 
 
-def score(loop: list[str], matrix: int, arch: str, tool: str) -> Score:
+def score(loop: list[str], arch: str, tool: str) -> Score:
     """Cost of a loop's instructions; RuntimeError with llvm-mca's message where it fails."""
     straight = [line for line in loop if not re.match(r"\s+s_c?branch|\s+s_endpgm", line)]
     done = subprocess.run(
@@ -48,4 +46,15 @@ def score(loop: list[str], matrix: int, arch: str, tool: str) -> Score:
     if found is None:
         raise RuntimeError(f"{tool}: {done.stderr.strip().splitlines()[:1]}")
     clocks = int(found.group(1)) * CLOCKS_PER_CYCLE // _ITERATIONS
-    return Score(clocks, round(matrix * CLOCKS_PER_MATRIX / clocks, 3))
+    return Score(clocks, round(_matrix_cycles(done.stdout) * CLOCKS_PER_CYCLE / clocks, 3))
+
+
+def _matrix_cycles(report: str) -> float:
+    """Cycles of an iteration in which the matrix pipe is busy: 4 for each 16x16x16 bf16 product
+    (16x16x32 on gfx950), 8 for a 16x16x4 one of fp32 numbers."""
+    pipe = re.search(r"^\[(\d+)\]\s+- HWXDL$", report, re.MULTILINE)
+    busy = re.search(r"^Resource pressure per iteration:\n.*\n(.*)$", report, re.MULTILINE)
+    if pipe is None or busy is None:
+        raise RuntimeError("llvm-mca reports no pressure on the matrix pipe (HWXDL)")
+    cycles = busy.group(1).split()[int(pipe.group(1))]
+    return 0.0 if cycles == "-" else float(cycles)

@@ -8,8 +8,9 @@ classes, E experts, F expert width, R router width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +19,7 @@ from zaya_kernels.attention.segments import Segment, plan_attention
 from zaya_kernels.cca.op import CCAContext, CCAWeights, Projections, cca
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.grouped_mlp.types import MainGradients
-from zaya_kernels.launch import Launch, recording
+from zaya_kernels.launch import ARCHITECTURES, Launch, recording
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, newton_schulz
@@ -32,7 +33,7 @@ from zaya_kernels.norm_residual.op import (
 from zaya_kernels.router.op import RouterContext, RouterWeights, router
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from torch import Tensor
 
@@ -54,6 +55,7 @@ class Shipped:
     build: Callable[[torch.device], tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]]
     """Inputs on a device: a function of the back end that gives the outputs, and the leaves, of
     which an operation without a backward has none."""
+    architectures: Sequence[str] = ARCHITECTURES
 
     @property
     def name(self) -> str:
@@ -74,10 +76,11 @@ def _tensor(device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat
 
 
 def _norm_residual(
-    device: torch.device,
+    device: torch.device, dtype: torch.dtype
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
-    stream, branch = _tensor(device, B, S, D, dtype=torch.float32), _tensor(device, B, S, D)
-    vectors = [_tensor(device, D) for _ in range(5)]
+    stream = _tensor(device, B, S, D, dtype=torch.float32)
+    branch = _tensor(device, B, S, D, dtype=dtype)
+    vectors = [_tensor(device, D, dtype=dtype) for _ in range(5)]
     scales = ResidualScales(*vectors[:4])
 
     def forward(backend: str) -> Sequence[Tensor]:
@@ -106,24 +109,22 @@ def _stream_norm(
 
 
 def _cca(
-    device: torch.device, chunks: int | None
+    device: torch.device, chunks: int | None, dtype: torch.dtype
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
-    width = K * HEAD_DIM // 2
-    joint = _tensor(device, B, S, C + 2 * width)
+    width, tensor = K * HEAD_DIM // 2, partial(_tensor, device, dtype=dtype)
+    joint = tensor(B, S, C + 2 * width)
     weights = CCAWeights(
-        depthwise=_tensor(device, C, TAPS),
-        depthwise_bias=_tensor(device, C),
-        grouped=_tensor(device, H + K, HEAD_DIM, HEAD_DIM * TAPS),
-        grouped_bias=_tensor(device, C),
-        temperature=_tensor(device, K),
+        depthwise=tensor(C, TAPS),
+        depthwise_bias=tensor(C),
+        grouped=tensor(H + K, HEAD_DIM, HEAD_DIM * TAPS),
+        grouped_bias=tensor(C),
+        temperature=tensor(K),
     )
     positions = torch.arange(S, device=device).expand(B, S).contiguous()
     angles = positions.unsqueeze(-1) * torch.rand(ROTATED // 2, device=device)
     halos: list[Tensor | None] = [None, None]
     if chunks:
-        halos = [
-            _tensor(device, B, chunks, rows, size) for rows, size in ((2 * TAPS - 2, C), (1, width))
-        ]
+        halos = [tensor(B, chunks, rows, size) for rows, size in ((2 * TAPS - 2, C), (1, width))]
     context = CCAContext(H, positions, angles.cos(), angles.sin(), *halos)
     leaves = [joint, *vars(weights).values(), *(halo for halo in halos if halo is not None)]
 
@@ -153,17 +154,21 @@ def _newton_schulz(
 
 
 def _loss(
-    device: torch.device, vocab: int, dtype: torch.dtype
+    device: torch.device, vocab: int, dtype: torch.dtype, gradients: bool = True
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
-    hidden, weight = (_tensor(device, rows, D, dtype=dtype) for rows in (LOSS_TOKENS, vocab))
+    hidden, weight = (
+        _tensor(device, rows, D, dtype=dtype).requires_grad_(gradients)
+        for rows in (LOSS_TOKENS, vocab)
+    )
     labels = torch.arange(LOSS_TOKENS, device=device) % vocab
-    return lambda backend: [linear_cross_entropy(hidden, weight, labels, backend)], [hidden, weight]
+    leaves = [hidden, weight] if gradients else []
+    return lambda backend: [linear_cross_entropy(hidden, weight, labels, backend)], leaves
 
 
 def _moe_permute(
-    device: torch.device, dtype: torch.dtype
+    device: torch.device, dtype: torch.dtype, identity: bool = True
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
-    """As in the model: tokens without an expert put out themselves."""
+    """Tokens without an expert put out themselves (`identity`) or zero."""
     tokens = _tensor(device, B * S, D, dtype=dtype)
     probability = _tensor(device, B * S, dtype=torch.float32)
     choice = torch.arange(B * S, device=device) % CLASSES
@@ -171,7 +176,8 @@ def _moe_permute(
     def forward(backend: str) -> Sequence[Tensor]:
         order = sort_by_expert(count_by_expert(choice, E, backend))
         rows, left = gather(tokens, order)
-        return [scatter(rows, order, rest_of(left, order), probability)]
+        rest = rest_of(left, order) if identity else None
+        return [scatter(rows, order, rest, probability)]
 
     return forward, [tokens, probability]
 
@@ -194,63 +200,99 @@ def _grouped_mlp(
 
 
 def _router(
-    device: torch.device, dtype: torch.dtype
+    device: torch.device, dtype: torch.dtype, first: bool = False, again: bool = False
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
+    """Of the first layer, or of the last one, made again with the choice that it made before."""
     x = _tensor(device, B, S, D, dtype=dtype)
-    previous = _tensor(device, B, S, R, dtype=torch.float32)
+    previous = None if first else _tensor(device, B, S, R, dtype=torch.float32)
     shapes = [(R, D), (R,), (R,), (R,), (R, R), (R,), (R, R), (R,), (CLASSES, R)]
-    weights = [_tensor(device, *shape, dtype=dtype) for shape in shapes]
+    weights = RouterWeights(*(_tensor(device, *shape, dtype=dtype) for shape in shapes))
+    if first:
+        weights = replace(weights, depth_scale=None)
     balancing = torch.zeros(CLASSES, device=device)
     context = RouterContext(balancing, torch.ones(B, S, dtype=torch.bool, device=device), 1e-5)
+    if again:
+        choice = torch.arange(B * S, device=device).view(B, S) % CLASSES
+        context = replace(context, choice=choice, load=balancing)
 
     def forward(backend: str) -> Sequence[Tensor]:
-        routed = router(x, previous, RouterWeights(*weights), context, backend)
-        return [routed.probability, routed.state]
+        routed = router(x, previous, weights, context, backend)
+        return [routed.probability] if again else [routed.probability, routed.state]
 
-    return forward, [x, previous, *weights]
+    leaves = [x, previous, *vars(weights).values()]
+    return forward, [leaf for leaf in leaves if leaf is not None]
 
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+_AMD = ("gfx942", "gfx950")
 
 REGISTRY = (
-    Shipped("norm_residual", "fused", _norm_residual),
+    Shipped("norm_residual", "fused", partial(_norm_residual, dtype=_BF16)),
     Shipped("norm_residual", "residual", _residual),
     Shipped("norm_residual", "norm", _norm),
     Shipped("norm_residual", "stream", _stream_norm),
-    Shipped("cca", "whole", lambda device: _cca(device, None)),
-    Shipped("cca", "chunks", lambda device: _cca(device, 2)),
-    Shipped("attention", "128", lambda device: _attention(device, 128, torch.bfloat16)),
-    Shipped("attention", "64", lambda device: _attention(device, 64, torch.bfloat16)),
-    Shipped("attention", "fp32", lambda device: _attention(device, 128, torch.float32)),
-    Shipped("router", "bf16", lambda device: _router(device, torch.bfloat16)),
+    Shipped("norm_residual", "fp32", partial(_norm_residual, dtype=_FP32)),
+    Shipped("cca", "whole", partial(_cca, chunks=None, dtype=_BF16)),
+    Shipped("cca", "chunks", partial(_cca, chunks=2, dtype=_BF16)),
+    # The larger form; sm_90 takes no fp32.
+    Shipped("cca", "fp32", partial(_cca, chunks=2, dtype=_FP32), _AMD),
+    Shipped("attention", "128", partial(_attention, head_dim=128, dtype=_BF16)),
+    Shipped("attention", "64", partial(_attention, head_dim=64, dtype=_BF16)),
+    Shipped("attention", "fp32", partial(_attention, head_dim=128, dtype=_FP32)),
+    Shipped("router", "bf16", partial(_router, dtype=_BF16)),
+    Shipped("router", "first layer", partial(_router, dtype=_BF16, first=True)),
+    Shipped("router", "made again", partial(_router, dtype=_BF16, again=True)),
+    Shipped("router", "fp32", partial(_router, dtype=_FP32)),
+    Shipped("linear_cross_entropy", "262272", partial(_loss, vocab=V, dtype=_BF16)),
     Shipped(
-        "linear_cross_entropy", "262272", lambda device: _loss(device, 262_272, torch.bfloat16)
+        "linear_cross_entropy",
+        "evaluation",
+        partial(_loss, vocab=V, dtype=_BF16, gradients=False),
     ),
     # Of the full vocabulary a fp32 weight is over 2 GiB, which is slower to address.
-    Shipped("linear_cross_entropy", "fp32", lambda device: _loss(device, 65_536, torch.float32)),
-    Shipped("moe_permute", "bf16", lambda device: _moe_permute(device, torch.bfloat16)),
-    Shipped("moe_permute", "fp32", lambda device: _moe_permute(device, torch.float32)),
-    Shipped("grouped_mlp", "many", lambda device: _grouped_mlp(device, B * S, torch.bfloat16)),
-    Shipped(
-        "grouped_mlp", "main", lambda device: _grouped_mlp(device, B * S, torch.bfloat16, True)
-    ),
-    Shipped("grouped_mlp", "few", lambda device: _grouped_mlp(device, S, torch.bfloat16)),
-    Shipped("grouped_mlp", "fp32", lambda device: _grouped_mlp(device, S, torch.float32)),
-    Shipped("newton_schulz", "2:1", lambda d: _newton_schulz(d, 2 * D, D, torch.bfloat16)),
-    Shipped("newton_schulz", "fp32", lambda d: _newton_schulz(d, 2 * D, D, torch.float32)),
+    Shipped("linear_cross_entropy", "fp32", partial(_loss, vocab=65_536, dtype=_FP32)),
+    Shipped("moe_permute", "bf16", partial(_moe_permute, dtype=_BF16)),
+    Shipped("moe_permute", "zero", partial(_moe_permute, dtype=_BF16, identity=False)),
+    Shipped("moe_permute", "fp32", partial(_moe_permute, dtype=_FP32)),
+    Shipped("grouped_mlp", "many", partial(_grouped_mlp, rows=B * S, dtype=_BF16)),
+    Shipped("grouped_mlp", "main", partial(_grouped_mlp, rows=B * S, dtype=_BF16, main=True)),
+    Shipped("grouped_mlp", "few", partial(_grouped_mlp, rows=S, dtype=_BF16)),
+    Shipped("grouped_mlp", "few main", partial(_grouped_mlp, rows=S, dtype=_BF16, main=True)),
+    Shipped("grouped_mlp", "fp32", partial(_grouped_mlp, rows=S, dtype=_FP32)),
+    Shipped("newton_schulz", "2:1", partial(_newton_schulz, rows=2 * D, columns=D, dtype=_BF16)),
+    Shipped("newton_schulz", "fp32", partial(_newton_schulz, rows=2 * D, columns=D, dtype=_FP32)),
 )
 
 
+def form(launch: Launch) -> Hashable:
+    """What the compiler makes other code for: constants, options, and of each argument its type,
+    whether there is one and, of a tensor, whether 32 bits address it."""
+
+    def kind(argument: object) -> Hashable:
+        if not isinstance(argument, torch.Tensor):
+            return type(argument).__name__
+        return argument.dtype, argument.numel() * argument.element_size() < 2**31
+
+    options = tuple(sorted(launch.config.options(launch.arch).items()))
+    constants = tuple(sorted(launch.keywords.items()))
+    return launch.name, constants, options, tuple(kind(x) for x in launch.arguments)
+
+
 def launches(arch: str) -> list[tuple[str, Launch]]:
-    """(case, launch) of every kernel of the registry as made for `arch`, once for each set of
-    constants; the case of a kernel's second set ends in 2, and so on."""
+    """(case, launch) of every kernel of the registry as made for `arch`, each form once, with the
+    first case that has it; the case of a kernel's second form in it ends in 2, and so on."""
+    known: set[Hashable] = set()
     found = []
     for shipped in REGISTRY:
+        if arch not in shipped.architectures:
+            continue
         with recording(arch) as recorded:
             shipped.run("triton", torch.device("meta"))
-        variants: dict[str, list[Mapping[str, Any]]] = {}
+        numbers: dict[str, int] = {}
         for launch in recorded:
-            known = variants.setdefault(launch.name, [])
-            if launch.keywords not in known:
-                known.append(launch.keywords)
-                number = "" if len(known) == 1 else f" {len(known)}"
-                found.append((shipped.name + number, launch))
+            if form(launch) in known:
+                continue
+            known.add(form(launch))
+            number = numbers[launch.name] = numbers.get(launch.name, 0) + 1
+            found.append((shipped.name + (f" {number}" if number > 1 else ""), launch))
     return found

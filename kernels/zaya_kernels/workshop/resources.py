@@ -36,13 +36,11 @@ def row(case: str, launch: Launch, tool: str | None) -> dict[str, Any]:
         "blocks": dict(launch.config.blocks),
         "seconds": round(compiled.seconds, 1),
         "resources": asdict(found),
-        "broken": broken(compiled.kernel, compiled.arch, found),
+        "broken": broken(case, compiled.kernel, compiled.arch, found),
         "score": None,
     }
     if tool and found.loop is not None:
-        result["score"] = asdict(
-            score(hot_loop(compiled.assembly), found.loop.matrix, compiled.arch, tool)
-        )
+        result["score"] = asdict(score(hot_loop(compiled.assembly), compiled.arch, tool))
     return result
 
 

@@ -1,0 +1,72 @@
+"""What a training step launches is in the registry, so that it is compiled and has a budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from zaya_kernels.launch import recording
+
+from zaya_train.config.schema import KernelsConfig
+from zaya_train.main import compose
+from zaya_train.model import SequenceLayout, ZayaModel
+from zaya_train.model.interfaces import Surroundings
+
+from ..helpers.models import CPU
+
+pytest.importorskip("triton", reason="the extra `triton` is not installed")
+
+from zaya_kernels.workshop.registry import REGISTRY, form, launches
+
+ROWS, LENGTH = 8, 4096
+TRITON = KernelsConfig(
+    cca="triton",
+    norm_residual="triton",
+    attention="triton",
+    router="triton",
+    moe_permute="triton",
+    grouped_mlp="triton",
+    linear_cross_entropy="triton",
+)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        Surroundings(kernels=TRITON),
+        Surroundings(kernels=replace(TRITON, grouped_mlp_recompute=True), recompute="selective"),
+        Surroundings(kernels=TRITON, recompute="full"),
+    ],
+    ids=lambda around: around.recompute,
+)
+def test_every_kernel_of_a_step_of_the_8b_model_is_compiled(around: Surroundings) -> None:
+    """Two layers, of which one is the first and one the last, in bf16 on a chip that is not there;
+    and the loss alone, as in evaluation."""
+    config = replace(compose(["recipe=zaya1_8b"]).model, num_layers=2)
+    with torch.device("meta"):
+        model = ZayaModel(config, around)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    tokens = torch.zeros(ROWS, LENGTH, dtype=torch.int64, device="meta")
+    layout = SequenceLayout.of_documents([[LENGTH]] * ROWS, LENGTH, CPU)
+    with recording("gfx942") as recorded:
+        torch.autograd.backward(model(tokens, tokens, layout).loss)
+        with torch.no_grad():
+            model(tokens, tokens, layout)
+    compiled = {form(launch) for _, launch in launches("gfx942")}
+    assert {launch.name for launch in recorded if form(launch) not in compiled} == set()
+    operations = {launch.name.split("_")[0] for launch in recorded}
+    assert operations == {"norm", "cca", "attention", "router", "permute", "grouped", "loss"}
+
+
+def test_a_form_of_its_own_is_no_other() -> None:
+    """Another type, another constant, or an argument that is not there is other code."""
+    of = {shipped.name: shipped for shipped in REGISTRY}
+    forms = {}
+    for name in ("router/bf16", "router/fp32", "router/first layer", "router/made again"):
+        with recording("gfx942") as recorded:
+            of[name].run("triton", torch.device("meta"))
+        forms[name] = {form(launch) for launch in recorded}
+    usual = forms.pop("router/bf16")
+    assert all(found - usual for found in forms.values())
