@@ -190,6 +190,33 @@ def test_options_of_a_device_need_one(capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*words, "--node-ranks", "8", "--device", "H200"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "H200", "--node-ranks", "0"], "--node-ranks 0: must be positive"),
+        (["--document-tokens", "0"], "--document-tokens 0: must be positive"),
+        (["--phase", "nothing"], "plan.phases: no phase nothing"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *options, "recipe=smoke_cpu", "--ranks", "2"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_preflight_file_lacks_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "preflight.json"
+    path.write_text(json.dumps({"curves": [], "measured": [], "device": "NVIDIA H200"}))
+    words = ["plan", "--device", "H200", "--preflight", str(path), "recipe=smoke_cpu"]
+    assert main([*words, "--ranks", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "by the data sheet: no matrix product measured" in shown
+    assert "by the data sheet: no usable all_reduce curve: node" in shown
+
+
 def test_kernels_that_are_counted_are_refused() -> None:
     config = limited(PEAK_GB / 0.91)
     kernels = replace(config.kernels, attention="sdpa", newton_schulz="gram")

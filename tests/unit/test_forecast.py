@@ -191,6 +191,9 @@ def test_advice_fits_the_phases_that_were_not_refused_too() -> None:
         patch.setattr(fitting, "cases_of", counted)
         fitting.advice(config, 1024, [*config.plan.phases], ["sft"], Budget(1.0, "the test"))
     assert set(seen) == {tuple(config.plan.phases)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "advice", lambda c, n, judged, short, b: f"{judged} for {short}")
+        assert told(config, 81e9, 1024).endswith(f"{[*config.plan.phases]} for ['sft']")
 
 
 def test_nobody_is_told_to_save_less_than_he_does() -> None:

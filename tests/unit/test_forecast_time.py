@@ -13,19 +13,15 @@ import torch
 from tests.helpers import rehearsal_table
 from tests.helpers.tiny import tiny
 from zaya_train.config.derive import Layout, layout
-from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, main
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.parallel.traffic import Flow
-from zaya_train.planning import calibration
-from zaya_train.planning.calibration import PARTS, calibrated_time, features, file_of, keep, load
 from zaya_train.planning.case import Case
 from zaya_train.planning.checkpoint import checkpoint_bytes, host_bytes
 from zaya_train.planning.exchange import group_of, seconds_of
-from zaya_train.planning.machine import Link, machine_of, with_links, with_preflight
+from zaya_train.planning.machine import Link, machine_of, with_links
 from zaya_train.planning.time import muon_flows, muon_work, step_time, work_of
 from zaya_train.tools.doctor_ranks import on_ranks
-from zaya_train.tools.plan_calibrate import PROBES, case_of, fit
 from zaya_train.tools.plan_time import Clock, phase_days
 from zaya_train.train.built import build_phase
 from zaya_train.train.staging import local_shard
@@ -184,6 +180,47 @@ def test_reductions_are_hidden_where_they_run() -> None:
     assert reduced[2] == pytest.approx(reduced[1])
 
 
+def test_gathers_are_hidden_where_they_run() -> None:
+    """Beside the first forward pass, or beside all computing where weights are freed in between."""
+    case = published("pretrain_1")
+    machine = with_links(machine_of("MI300X", case.config.precision), inside_gb=5.0)
+    computing = sum(
+        t.seconds
+        for t in step_time(case, machine, 4096).terms
+        if t.name in ("products", "attention", "elementwise")
+    )
+    for words, room in (
+        ((), computing / 3 / case.micro_batches),
+        (("parallel.reshard_after_forward=true",), computing),
+    ):
+        own = published("pretrain_1", 1024, *words)
+        flows = [f for f in own.traffic().flows() if f.kind == "all_gather" and "weights" in f.what]
+        carried = sum(seconds_of(flow, own.layout, machine) for flow in flows)
+        found = waited_for("weights gathered", *words, inside_gb=5.0)
+        assert found == pytest.approx(carried - room), words
+
+
+def test_what_is_made_again_takes_its_operations_and_its_memory() -> None:
+    case = published("pretrain_1")
+    forward = work_of(case, 4096)
+    machine = machine_of("MI300X", case.config.precision)
+    small = forward.depthwise_convolution + forward.grouped_convolution + forward.router
+    layers = forward.total - forward.attention - forward.head
+    moved = waited_for("elementwise")
+    for kind, products, attention, times in (
+        ("none", 0, 0, 6),
+        ("selective", small, 0, 7),
+        ("full", layers, forward.attention, 8),
+    ):
+        words = f"parallel.recompute={kind}"
+        micro = case.micro_batches
+        again = waited_for("products again", words) * machine.products.value / micro
+        assert again == pytest.approx(products), kind
+        scores = waited_for("attention again", words) * machine.attention.value / micro
+        assert scores == pytest.approx(attention), kind
+        assert waited_for("elementwise", words) == pytest.approx(moved / 6 * times), kind
+
+
 def test_a_second_of_computing_hides_one_of_each_link() -> None:
     """Scattered and between replicas beside the same backward pass: over two links side by side,
     over one of them one after another."""
@@ -210,25 +247,6 @@ def test_a_second_of_computing_hides_one_of_each_link() -> None:
         assert waited(node_ranks, 0.5) == pytest.approx(carried - hidden * room, rel=1e-6)
 
 
-def test_a_part_of_a_node_has_a_part_of_its_pairwise_links() -> None:
-    pairwise = machine_of("MI300X", PUBLISHED.precision)
-    switched = machine_of("H200", PUBLISHED.precision)
-    moved = 10**9
-    for ranks, share in ((2, 1 / 7), (4, 3 / 7), (8, 1.0)):
-        spread = Flow("", "all_to_all", "context", moved, 0)
-        degrees = Layout(replicate=1, shard=8, context=ranks)
-        carried = moved * (ranks - 1) / ranks
-        assert seconds_of(spread, degrees, pairwise) == pytest.approx(carried / (336e9 * share))
-        assert seconds_of(spread, degrees, switched) == pytest.approx(carried / 360e9)
-    # Two ranks of each node: a ring through two adapters and one link inside.
-    ring = Flow("", "reduce_scatter", "replicate", moved, 0)
-    degrees = Layout(replicate=4, shard=4, context=1)
-    assert seconds_of(ring, degrees, pairwise) == pytest.approx(moved * 3 / 4 / 48e9)
-    # One of each: its own adapter, and nothing inside.
-    degrees = Layout(replicate=4, shard=8, context=1)
-    assert seconds_of(ring, degrees, pairwise) == pytest.approx(moved * 3 / 4 / 50e9)
-
-
 def test_days_are_tokens_over_speed() -> None:
     clock = Clock(machine_of("MI300X", PUBLISHED.precision))
     time = clock.of(published("sft"))
@@ -237,75 +255,11 @@ def test_days_are_tokens_over_speed() -> None:
     assert shorter.seconds < time.seconds
 
 
-def test_a_preflight_file_takes_the_place_of_data_sheets(tmp_path: Path) -> None:
-    curves = []
-    for kib in (1024, 65536):
-        size = kib * 1024
-        seconds = 3 * 5e-5 + size * 2 * 7 / 8 / 200e9
-        rate = size * 2 * 7 / 8 / seconds / 1e9
-        curves.append(
-            {
-                "scope": "node",
-                "collective": "all_reduce",
-                "message_kib": kib,
-                "ranks": 8,
-                "gb_per_second": rate,
-            }
-        )
-    measured = [
-        {"check": "matrix product", "value": 600.0},
-        {"check": "memory", "value": 4000.0},
-        {"check": "memory", "value": 4300.0},
-        {"check": "memory", "value": 4100.0},
-    ]
-    path = tmp_path / "preflight.json"
-    report = {"curves": curves, "measured": measured, "device": "AMD Instinct MI300X"}
-    path.write_text(json.dumps(report))
-    machine = with_preflight(machine_of("MI300X", PUBLISHED.precision), path)
-    assert machine.copies.value == 4100e9 and "measured" in machine.copies.source
-    assert machine.lacks == ("no usable all_reduce curve: between nodes",)
-    assert machine.attention.value == pytest.approx(320e12)
-    assert "x 0.67 assumed for attention" in machine.attention.source
-    assert machine.inside.bytes_per_second == pytest.approx(200e9)
-    assert machine.inside.hop_seconds == pytest.approx(5e-5)
-    assert machine.products.value == pytest.approx(480e12) and "measured" in machine.products.source
-    assert machine.between.source == "data sheet"
-    # A bf16 product says nothing of a run in fp32, but of its Muon.
-    sheet = machine_of("MI300X", replace(PUBLISHED.precision, compute_dtype="fp32"))
-    single = with_preflight(sheet, path)
-    assert single.products == sheet.products and single.attention == sheet.attention
-    assert single.by_dtype["bf16"].value == pytest.approx(480e12)
-    assert "the run's are of fp32" in single.lacks[-1]
-    with pytest.raises(ConfigError, match="of AMD Instinct MI300X, not of --device H200"):
-        with_preflight(machine_of("H200", PUBLISHED.precision), path)
-    path.write_text(json.dumps({**report, "measured": [], "curves": []}))
-    assert len(with_preflight(sheet, path).lacks) == 5
-    path.write_text("[]")
-    with pytest.raises(ConfigError, match="no report of zaya preflight"):
-        with_preflight(machine, path)
-
-
 def test_newton_schulz_takes_the_rate_of_its_dtype() -> None:
     full, half = (
         waited_for("Muon", f"optim.muon.newton_schulz_dtype={dtype}") for dtype in ("fp32", "bf16")
     )
     assert full == pytest.approx(half * 1307.4 / 163.4)
-
-
-def test_memory_is_what_torch_reports() -> None:
-    assert machine_of("MI300X", PUBLISHED.precision).memory_gb == pytest.approx(
-        192 * 2**30 / 1e9, rel=0.01
-    )
-    assert machine_of("H200", PUBLISHED.precision).memory_gb == pytest.approx(
-        139 * 2**30 / 1e9, rel=0.01
-    )
-    h100 = machine_of("H100", PUBLISHED.precision)
-    assert h100.device == "H100 80GB HBM3" and 80 < h100.memory_gb < 85.9
-
-
-def test_an_unknown_device_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"--device MI300: .*MI300X"):
-        machine_of("MI300", PUBLISHED.precision)
 
 
 def state_bytes(config: TrainConfig, ranks: int) -> tuple[int, int]:
@@ -324,58 +278,6 @@ def test_a_checkpoint_is_as_large_as_the_state_there_is(dtype: str) -> None:
     assert checkpoint_bytes(config) == whole
     # Balancing and counters are a kilobyte besides.
     assert host_bytes(Case(config, "short", 2)) == pytest.approx(largest, abs=1024)
-
-
-TRUE = {"step": 0.05, "micro_batch": 0.02, "token": 1e-4, "pair": 2e-7, "context": 5e-5}
-
-
-def test_a_calibration_recovers_what_steps_were_made_of() -> None:
-    config = tiny()
-    cases = [case_of(config, probe, 2) for probe in PROBES]
-    seconds = [
-        sum(
-            TRUE[part] * count
-            for part, count in zip(PARTS, features(case, probe.document_tokens), strict=True)
-        )
-        for case, probe in zip(cases, PROBES, strict=True)
-    ]
-    found = fit(cases, PROBES, seconds, "a CPU")
-    for part, value in TRUE.items():
-        assert getattr(found, part) == pytest.approx(value, rel=1e-3), part
-    assert found.largest_error < 1e-6
-    case = Case(config, "long", 2)
-    assert calibrated_time(case, found, 40).seconds == pytest.approx(
-        sum(TRUE[p] * n for p, n in zip(PARTS, features(case, 40), strict=True))
-    )
-
-
-def test_no_part_of_a_calibration_is_negative() -> None:
-    cases = [case_of(tiny(), probe, 2) for probe in PROBES]
-    found = fit(cases, PROBES, [0.3, 0.2, 0.5, 0.3, 0.2, 0.4, 0.1], "a CPU")
-    assert all(getattr(found, part) >= 0 for part in PARTS)
-
-
-def test_a_calibration_is_kept_by_what_it_holds_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config = tiny()
-    assert load(config, "a CPU", 2) is None
-    cases = [case_of(config, probe, 2) for probe in PROBES]
-    found = fit(cases, PROBES, [1.0] * len(PROBES), "a CPU")
-    keep(config, found)
-    assert load(config, "a CPU", 2) == found
-    wider = replace(config, model=replace(config.model, hidden_size=2 * config.model.hidden_size))
-    assert load(wider, "a CPU", 2) is None and load(config, "a CPU", 4) is None
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", "another")
-        assert load(config, "a CPU", 2) is None
-    with monkeypatch.context() as patch:
-        patch.setattr(calibration, "code_hash", lambda: "of other sources")
-        assert load(config, "a CPU", 2) is None
-    file_of(config, "a CPU", 2).write_text("{}")
-    with pytest.raises(ConfigError, match="not a calibration"):
-        load(config, "a CPU", 2)
 
 
 def test_plan_shows_time_or_says_why_not(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import pytest
+
 from zaya_train.config.check import problems
 from zaya_train.main import compose, main
 from zaya_train.planning.case import Case, cases_of
@@ -14,8 +16,6 @@ from zaya_train.planning.memory import forecast
 from zaya_train.planning.search import search
 
 if TYPE_CHECKING:
-    import pytest
-
     from zaya_train.config.schema import TrainConfig
 
 SMALL = ["recipe=zaya1_8b", "model.num_layers=2", "model.vocab_size=32768"]
@@ -49,6 +49,28 @@ def test_what_is_found_is_valid_fits_and_is_the_fastest() -> None:
     assert first.parallel.recompute == "full"
     assert {p.micro_batch_sequences for p in first.plan.phases.values()} == {4}
     assert len(found.best) + sum(found.refused.values()) == found.tried
+
+
+def test_a_plans_seconds_are_those_of_all_its_steps() -> None:
+    """Phases of one context that differ in batch or in context ranks are judged apart."""
+    config = small()
+    first = config.plan.phases["pretrain_1"]
+    phases = {
+        "one": first,
+        "two": replace(first, global_batch_tokens=first.global_batch_tokens // 2),
+        "three": replace(first, context_parallel=4),
+    }
+    config = replace(config, plan=replace(config.plan, phases=phases))
+
+    def by_context(case: Case) -> float:
+        return case.micro_batches / case.phase.context_parallel**2
+
+    best = search(config, (16, 8), Budget(192, "192 GB"), by_context).best[0]
+    chosen = best.config.plan.phases
+    assert [phase.context_parallel for phase in chosen.values()] == [2, 2, 8]
+    steps = [phase.tokens / phase.global_batch_tokens for phase in phases.values()]
+    each = [by_context(case) for case in cases_of(best.config, 16)]
+    assert best.seconds == pytest.approx(sum(n * s for n, s in zip(steps, each, strict=True)))
 
 
 def test_what_does_not_fit_is_counted_with_its_reason() -> None:

@@ -115,7 +115,7 @@ def advice(
     budget: Budget,
 ) -> str:
     """The cheapest change of the phases `short` under which all those `judged` fit: parallel.* is
-    every phase's. Cheap is what takes the least time by forecast; of equals, the fewest words."""
+    every phase's. Cheap is what takes the least time by forecast; of equals, the leanest."""
     machine = budget.machine or machine_of(_TARGET, config.precision)
     now = plan_seconds(cases_of(config, ranks, judged), machine)
     for found in leaner(config, ranks, short):
@@ -125,10 +125,9 @@ def advice(
             peak = max(forecast(case).peak.bytes for case in cases)
             if peak <= budget.usable_bytes:
                 more = plan_seconds(cases, machine) / now - 1
-                words = overrides(config, other)
-                fitting.append((round(more, 3), len(words), peak, " ".join(words)))
+                fitting.append((round(more, 3), peak, " ".join(overrides(config, other))))
         if fitting:
-            more, _, peak, said = min(fitting)
+            more, peak, said = min(fitting)
             return (
                 f"the cheapest change that fits: {said} ({peak / GB:.1f} GB; {more:+.1%} time by "
                 f"forecast for {machine.device})"
