@@ -187,7 +187,10 @@ def smoke(corpora: Path) -> list[str]:
 
 def smaller(corpora: Path, folder: Path, steps: int) -> list[str]:
     """The smoke recipe with two of its layers."""
-    base = [*smoke(corpora), "model.num_layers=2", "kernels.grouped_mlp=fp8_emulated"]
+    base = [
+        *smoke(corpora), "model.num_layers=2", "kernels.grouped_mlp=fp8_emulated",
+        "plan.phases.pretrain_1.global_batch_tokens=1024",
+    ]  # fmt: skip
     return [*base, "--steps", str(steps), "--output", str(folder)]
 
 
