@@ -16,10 +16,11 @@ from zaya_kernels.workshop.registry import REGISTRY
 from zaya_kernels.workshop.timing import WARM_ROUNDS, Sample, Spread, alternating
 
 from zaya_train.main import compose, main
-from zaya_train.tools import kernel_shapes
+from zaya_train.tools import doctor_kernels, kernel_shapes
+from zaya_train.tools.kernel_cases import operations_at
 from zaya_train.tools.kernel_results import COLUMNS, read
 from zaya_train.tools.kernel_rivals import contenders
-from zaya_train.tools.kernel_shapes import SHAPES, Shape, Timed, operations_at, to_check
+from zaya_train.tools.kernel_shapes import SHAPES, Shape, Timed, to_check
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -199,11 +200,11 @@ def test_unknown_names_are_refused_with_the_nearest(
     assert expected in capsys.readouterr().err and not out.exists()
 
 
-def test_both_parts_of_norm_residual_go_by_its_key(tmp_path: Path) -> None:
+def test_all_parts_of_norm_residual_go_by_its_key(tmp_path: Path) -> None:
     out = tmp_path / "results.csv"
     words = ["--op", "norm_residual", "--shape", "smoke_odd", "--backend", "eager"]
     assert bench(out, *words, "--dtype", "bf16") == 0
-    expected = {"norm_residual (norm)", "norm_residual (residual)"}
+    expected = {f"norm_residual ({part})" for part in ("norm", "residual", "fused", "stream")}
     assert {row["op"] for row in read(out)} == expected
     assert {row["dtype"] for row in read(out)} == {"bf16"}
 
@@ -211,6 +212,26 @@ def test_both_parts_of_norm_residual_go_by_its_key(tmp_path: Path) -> None:
 def test_every_registered_operation_is_timed() -> None:
     timed = {name.split(" ")[0] for name in operations()}
     assert timed == {shipped.op for shipped in REGISTRY}
+
+
+def test_the_doctor_compares_what_is_timed() -> None:
+    config = compose(["recipe=smoke_cpu"])
+    checked = {check.timed.op: check.backend for check in doctor_kernels._checks(config)}
+    assert checked.keys() == operations().keys()
+    assert all(getattr(config.kernels, op.split(" ")[0]) == name for op, name in checked.items())
+
+
+def test_what_changes_no_arithmetic_is_cut() -> None:
+    model = compose(["recipe=zaya1_8b"]).model
+    found = {
+        timed.op: timed.inputs
+        for timed in operations_at(model, SHAPES[-1], CPU, most=doctor_kernels._MOST)
+        if timed.op in ("grouped_mlp", "linear_cross_entropy", "newton_schulz")
+    }
+    assert found["grouped_mlp"]["down"].shape == (2, model.hidden_size, model.expert_ffn_size)
+    assert found["linear_cross_entropy"]["weight"].shape[0] == 4096
+    # Of the sides' ratio.
+    assert found["newton_schulz"]["matrices"].shape == (2, 512, 256)
 
 
 def test_on_a_gpu_our_kernels_run_and_the_reference_does_not() -> None:
@@ -276,6 +297,11 @@ def test_bytes_are_the_fewest_the_kernels_count() -> None:
     # Fused, the new stream is not read again.
     fewest = of_norm(1024, 128, "gfx942", backward=False)[1]
     assert norm["forward"].bytes + residual["forward"].bytes - 4 * 1024 * 128 == fewest
+    assert bytes_of["norm_residual (fused)"]["forward"].bytes == fewest
+    # The stream that is handed on is not written.
+    stream = bytes_of["norm_residual (stream)"]
+    assert stream["forward"].bytes == norm["forward"].bytes
+    assert stream["backward"].bytes == norm["backward"].bytes + 4 * 1024 * 128
     assert residual["both"].bytes == residual["forward"].bytes + residual["backward"].bytes
     forward, _ = of_cca((8, 128, 4, 2, 32, 16), (2, 2), "gfx942")
     assert bytes_of["cca"]["forward"].bytes == pytest.approx(forward.fewest, rel=0.01)

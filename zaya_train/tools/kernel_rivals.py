@@ -15,13 +15,15 @@ import torch
 from torch.nn import functional
 
 from zaya_train.config.kernel_rules import PACKAGES
-from zaya_train.tools.kernel_shapes import NORM, Timed
+from zaya_train.tools.kernel_cases import NORM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from zaya_kernels.newton_schulz.types import Polynomials
+
+    from zaya_train.tools.kernel_shapes import Timed
 
 
 @dataclass(frozen=True)

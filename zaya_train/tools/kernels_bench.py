@@ -24,10 +24,11 @@ from zaya_train.config.suggest import unknown_name
 from zaya_train.runtime.device import DeviceChoice, describe, pick_device
 from zaya_train.runtime.peaks import product_rate
 from zaya_train.tools.doctor_kernels import FLOOR, SLACK
+from zaya_train.tools.kernel_cases import operations_at
 from zaya_train.tools.kernel_plots import draw_roofline, plot_path
 from zaya_train.tools.kernel_results import Result, append, check_table, read, setting_of
 from zaya_train.tools.kernel_rivals import Contender, contenders
-from zaya_train.tools.kernel_shapes import SHAPES, Shape, Timed, Work, operations_at, to_check
+from zaya_train.tools.kernel_shapes import SHAPES, Shape, Timed, Work, to_check
 from zaya_train.tools.preflight_compute import copy_rate, sizes_for
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def _chosen_shapes(request: BenchRequest, device: torch.device) -> list[Shape]:
 
 
 def _chosen(option: str, words: Sequence[str], known: Sequence[str]) -> list[str]:
-    """All of `known` without words; `norm_residual` stands for both of its parts."""
+    """All of `known` without words; `norm_residual` stands for all of its parts."""
     found: list[str] = []
     for word in words:
         matching = [name for name in known if word in (name, name.split(" ")[0])]
