@@ -61,6 +61,7 @@ QUICK = (
     "an expert's last tile forgotten",
     "rows to the end of all rows",
     "up where gate is",
+    "another expert's weights",
     "slope of silu left out",
     "rows of the next expert summed",
 )

@@ -104,6 +104,7 @@ BUGS = {
 
 
 QUICK = (
+    "tokens past the last counted",
     "only the first block of a step",
     "places not stable",
     "rows stored where tokens stand",
