@@ -26,7 +26,7 @@ from zaya_train.data.check import check_corpora, keep_tokenizer
 from zaya_train.data.ledger import LedgerWriter, PhaseEntry
 from zaya_train.data.lengths import document_tokens
 from zaya_train.data.stream import PhaseStream, past_phases, prefetch, validation_rows
-from zaya_train.data.survey import survey
+from zaya_train.data.survey import say_passes, survey
 from zaya_train.hub.config import config_from_hf, require_same_model
 from zaya_train.hub.convert import read_hf
 from zaya_train.parallel.apply import chunking_of
@@ -89,7 +89,7 @@ def train(config: TrainConfig) -> int:
         heartbeat = start_heartbeat()
         stack.callback(heartbeat.close)
         corpora = check_corpora(config)
-        survey(config)
+        passes = survey(config)
         ranks = start(config.runtime)
         flag.arm()
         stack.callback(stop)
@@ -139,6 +139,8 @@ def train(config: TrainConfig) -> int:
             peaks=peaks_of(ranks.device, config.precision),
         )
         _describe(context, tight)
+        if ranks.rank == 0:
+            say_passes(passes)
         return _run_plan(context)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from tests.helpers.tiny import RUN, changed
 from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.config.schema import TrainConfig
-from zaya_train.data.survey import survey
+from zaya_train.data.survey import say_passes, survey
 
 from .builders import CorpusFactory, problem, problems
 
@@ -44,3 +45,12 @@ def test_settings_must_be_positive(corpora: CorpusFactory, key: str) -> None:
     path = corpora.chat("c", problems(5, longest=5))
     with pytest.raises(ConfigError, match=f"sources.problems.{key}: 0 must be positive"):
         survey(config(path, **{key: 0}))
+
+
+def test_passes_are_said_and_many_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    say_passes({"web": 0.5, "code": 4.01, "math": 4.0})
+    said, *warned = [record.getMessage() for record in caplog.records]
+    assert said.endswith("in the whole plan: code 4.01, math 4.00, web 0.50")
+    assert len(warned) == 1 and warned[0].startswith("source code is too small for this plan: 4.0 ")
+    assert "data.sources.code.max_epochs=4" in warned[0]

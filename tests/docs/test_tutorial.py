@@ -4,6 +4,7 @@ output is what the page shows."""
 from __future__ import annotations
 
 import re
+import subprocess
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,23 @@ def test_a_planted_fault_is_found(text: str, shown: str | None, fault: str, tmp_
     walk = Walk(checkout(tmp_path / "checkout"), is_long=False)
     found = walk.take(Step(Block("page", 1, "bash", text), shown))
     assert found is not None and fault in found
+
+
+def test_a_checkout_is_set_up_and_never_installs_into_the_running_environment(
+    tmp_path: Path,
+) -> None:
+    root = checkout(tmp_path / "checkout")
+    asked = subprocess.run(
+        ["make", "--dry-run", "setup"], cwd=root, check=True, capture_output=True, text=True
+    )
+    assert ".ci/setup" not in asked.stdout
+    (root / ".venv" / ".ready").unlink()
+    asked = subprocess.run(
+        ["make", "--dry-run", "setup"], cwd=root, check=True, capture_output=True, text=True
+    )
+    assert ".ci/setup" in asked.stdout
+    own = subprocess.run(
+        [str(root / ".venv/bin/python"), "-c", "import sys, torch; print(sys.prefix)"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert own.stdout.strip() == str(root / ".venv")

@@ -8,17 +8,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from tests.helpers.pages import Block, blocks_of, name_of
 from tests.helpers.paths import REPOSITORY
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 PAGES = sorted((REPOSITORY / "docs" / "tutorial").glob("0*.md"))
 _LONGEST_SECONDS = 1800
-_LINKED = ("zaya_train", "kernels", "launch", "tests", "docs", ".ci", "docker")
+_STAMP = ".ready"
+_LINKED = ("zaya_train", "kernels", "launch", "tests", "docs", ".ci", "docker", "README.md")
 _COPIED = ("configs", "Makefile", "pyproject.toml")
 
 
@@ -68,15 +66,23 @@ def missing(shown: str, output: str) -> str | None:
 
 def checkout(root: Path) -> Path:
     """A working folder as `git clone` and `make setup` leave it: code by links, what a reader adds
-    files to as copies. The copies look older than the set-up, so make does not repeat it."""
+    files to as copies.
+
+    Its environment has a stamp of its own, newer than all that make looks at: `make setup` would
+    install this short-lived folder into the environment that runs the tests.
+    """
     root.mkdir(parents=True)
     for name in _LINKED:
         (root / name).symlink_to(REPOSITORY / name)
     for name in _COPIED:
         copy = shutil.copytree if (REPOSITORY / name).is_dir() else shutil.copy
         copy(REPOSITORY / name, root / name)
-        os.utime(root / name, (0, 0))
-    (root / ".venv").symlink_to(sys.prefix)
+    environment = root / ".venv"
+    environment.mkdir()
+    for path in Path(sys.prefix).iterdir():
+        if path.name != _STAMP:
+            (environment / path.name).symlink_to(path)
+    (environment / _STAMP).touch()
     return root
 
 

@@ -15,7 +15,7 @@ from zaya_train.main import compose, main
 from zaya_train.model.flops import train_flops_per_token
 from zaya_train.planning.calibration import file_of, keep
 from zaya_train.planning.case import Case
-from zaya_train.planning.components import GB
+from zaya_train.planning.components import GB, in_gb
 from zaya_train.planning.expected import (
     check_memory,
     expectation,
@@ -104,7 +104,7 @@ def test_a_launch_that_cannot_fit_is_refused_with_what_would() -> None:
     check_memory(limited(PEAK_GB / 0.89), 2, None, "")
     with pytest.raises(ConfigError, match=r"90% of runtime.memory_gb=.*launches anyway"):
         check_memory(limited(PEAK_GB / 0.91), 2, None, "")
-    with pytest.raises(ConfigError, match=r"90% of the 0.0 GB of a card; .*"):
+    with pytest.raises(ConfigError, match=r"90% of the 0.000\d+ GB of a card; "):
         check_memory(limited(None), 2, PEAK_GB / 0.91, "a card")
     # The configuration's figure counts, not the card's.
     check_memory(limited(PEAK_GB / 0.89), 2, 1e-6, "a card")
@@ -334,3 +334,9 @@ def test_steps_that_take_minutes_are_told_before_the_first() -> None:
     assert f"a step takes {flops / 2e11 / 60:,.0f} minutes at least on 2 such devices" in said
     only = replace(config, run=replace(config.run, only_phase="pretrain_1"))
     assert "phase pretrain_1: " in slow_steps(only, 1, 1e11)
+
+
+def test_what_is_below_a_gigabyte_is_not_said_to_be_nothing() -> None:
+    assert [in_gb(count) for count in (55.24e9, 1e9, 28_900_000)] == ["55.2", "1.0", "0.0289"]
+    with pytest.raises(ConfigError, match=r"a peak of 0\.000\d+ GB exceeds 9e-05 GB, 90% of"):
+        check_memory(limited(1e-4), 2, None, "")

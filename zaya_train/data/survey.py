@@ -15,9 +15,15 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.data.stream import PhaseStream, past_phases
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from zaya_train.config.schema import TrainConfig
 
+
 _LOG = logging.getLogger(__name__)
+
+MANY_PASSES = 4.0
+"""Up to so many, repeated tokens teach nearly what new ones would (arXiv 2305.16264, section 5)."""
 
 
 def survey(config: TrainConfig) -> dict[str, float]:
@@ -42,8 +48,20 @@ def survey(config: TrainConfig) -> dict[str, float]:
                 f"data.sources.{name}.max_epochs: the plan makes {made:.3f} passes over it, "
                 f"at most {most} are allowed; lower its weights or the phases' tokens"
             )
-        _LOG.info("source %s: %.3f passes over the whole plan", name, made)
     return dict(passes)
+
+
+def say_passes(passes: Mapping[str, float]) -> None:
+    """Passes of the whole plan over each source into the log; a warning for what is too small."""
+    listed = ", ".join(f"{name} {made:,.2f}" for name, made in sorted(passes.items()))
+    _LOG.info("passes over each source in the whole plan: %s", listed)
+    for name, made in sorted(passes.items()):
+        if made > MANY_PASSES:
+            _LOG.warning(
+                "source %s is too small for this plan: %s passes over it, and beyond %g repeats "
+                "teach less and less; data.sources.%s.max_epochs=%g would refuse",
+                name, f"{made:,.1f}", MANY_PASSES, name, MANY_PASSES,
+            )  # fmt: skip
 
 
 def _check_settings(config: TrainConfig) -> None:

@@ -23,3 +23,8 @@ RESERVE = 0.10
 """Share of a device's memory that a peak must leave free for what nobody counts: RCCL, hipBLASLt,
 the allocator's rounding (10 to 15 % are usual)."""
 GB, MB = 10**9, 10**6
+
+
+def in_gb(count: float) -> str:
+    """Bytes in GB for a message: to a tenth, and what is below one not as 0.0."""
+    return f"{count / GB:.1f}" if count >= GB else f"{count / GB:.3g}"

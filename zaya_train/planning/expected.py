@@ -9,7 +9,7 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.model.flops import train_flops_per_token
 from zaya_train.planning.calibration import calibrated_time, load
 from zaya_train.planning.case import cases_of
-from zaya_train.planning.components import GB
+from zaya_train.planning.components import GB, in_gb
 from zaya_train.planning.fitting import Budget, judge
 from zaya_train.planning.machine import LINKS, machine_of
 from zaya_train.planning.memory import forecast
@@ -92,7 +92,9 @@ def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, devic
     """
     known = known_device(device)
     machine = machine_of(known, config.precision) if known else None
-    own = Budget(device_gb, f"the {device_gb:.1f} GB of {device}", machine) if device_gb else None
+    own = None
+    if device_gb:
+        own = Budget(device_gb, f"the {in_gb(device_gb * GB)} GB of {device}", machine)
     only = config.run.only_phase
     return judge(config, ranks, configured(config, machine) or own, (only,) if only else ())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from zaya_train.config.errors import ConfigError
 from zaya_train.planning.case import cases_of
 from zaya_train.planning.changes import leaner, overrides
-from zaya_train.planning.components import GB, RESERVE
+from zaya_train.planning.components import GB, RESERVE, in_gb
 from zaya_train.planning.machine import machine_of
 from zaya_train.planning.memory import forecast, least_bytes
 from zaya_train.planning.time import plan_seconds
@@ -66,7 +66,7 @@ def judge_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budge
         least = max(least_bytes(case) for case in cases_of(config, ranks, peaks))
         if others and least <= budget.usable_bytes:
             return f"by eager kernels, not refused because of {others}: {error}"
-        said = f"; with whatever {others} keeps, {least / GB:.1f} GB at least" if others else ""
+        said = f"; with whatever {others} keeps, {in_gb(least)} GB at least" if others else ""
         raise ConfigError(f"{error}{said}; runtime.memory_check=warn launches anyway") from error
     return ""
 
@@ -98,11 +98,11 @@ def refuse_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budg
 def _said(short: Mapping[str, int], budget: Budget) -> str:
     (worst, peak), *others = sorted(short.items(), key=lambda item: -item[1])
     said = (
-        f"phase {worst}: a peak of {peak / GB:.1f} GB exceeds {budget.usable_bytes / GB:.1f} GB, "
+        f"phase {worst}: a peak of {in_gb(peak)} GB exceeds {in_gb(budget.usable_bytes)} GB, "
         f"{1 - RESERVE:.0%} of {budget.source}"
     )
     if others:
-        listed = ", ".join(f"{name} ({peak / GB:.1f})" for name, peak in others)
+        listed = ", ".join(f"{name} ({in_gb(peak)})" for name, peak in others)
         said += f", and so does that of {listed}"
     return said
 
@@ -129,7 +129,7 @@ def advice(
         if fitting:
             more, peak, said = min(fitting)
             return (
-                f"the cheapest change that fits: {said} ({peak / GB:.1f} GB; {more:+.1%} time by "
+                f"the cheapest change that fits: {said} ({in_gb(peak)} GB; {more:+.1%} time by "
                 f"forecast for {machine.device})"
             )
     return "no setting of parallel.* makes it fit: more ranks to a shard or more memory"
