@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
     """Says what a misspelt command or choice may have meant; its subcommands' parsers too."""
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and message and exit with 2."""
+        """Print usage and message, where only a command is missing all commands; exit with 2."""
+        if message.endswith("required: COMMAND"):
+            self.exit(2, self.format_help())
         found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if found:
             known = re.findall(r"[\w.-]+", found[2])
@@ -70,7 +72,7 @@ def add_data(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser = add_command(
         data, "inspect", handlers["inspect"], "show a corpus and one document's sections"
     )
-    parser.add_argument("corpus", type=Path)
+    parser.add_argument("corpus", type=Path, help="its directory: train/ or heldout/")
     parser.add_argument("--index", type=int, default=0, help="document to show")
     parser.add_argument("--budget", type=int, help="show what trimming to this many tokens removes")
     parser.add_argument(
@@ -144,10 +146,12 @@ def _trim(parser: argparse.ArgumentParser) -> None:
 
 
 def _synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--count", required=True, type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("train", "heldout"), default="train")
+    parser.add_argument("--output", required=True, type=Path, help="JSONL file to write")
+    parser.add_argument("--count", required=True, type=int, help="problems")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems")
+    parser.add_argument(
+        "--split", choices=("train", "heldout"), default="train", help="no problem is in both"
+    )
     parser.add_argument("--families", nargs="+", help="names of problem families; all by default")
 
 
@@ -156,7 +160,7 @@ def _aggregate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSONL of conversations")
     parser.add_argument("--candidates", type=int, default=4, help="attempts in an example")
     parser.add_argument("--tail", type=int, default=4096, help="tokens of each attempt's end")
-    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("--tokenizer", default="bytes", help="by which --tail counts")
     parser.add_argument("--seed", type=int, default=0, help="chooses among more attempts")
 
 
@@ -170,15 +174,15 @@ def _ledger(data: Any, handlers: Mapping[str, Handler]) -> None:
         handlers["ledger verify"],
         "prove that a run read its data once, in order, without loss",
     )
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, help="run directory")
     parser.add_argument(
         "--plan-only", action="store_true", help="do not read every row to compare fingerprints"
     )
     parser = add_command(
         ledger, "show", handlers["ledger show"], "print the text that a step was made of"
     )
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("run_dir", type=Path, help="run directory")
+    parser.add_argument("--step", type=int, required=True, help="counted from 1")
     parser.add_argument("--rows", type=int, default=4, help="rows to print")
 
 
@@ -192,8 +196,8 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     )
     parser.add_argument("overrides", nargs="+", help="as for train: recipe=zaya1_8b ...")
     parser.add_argument("--ranks", type=int, default=1, help="processes of this node")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--nodes", type=int, default=1, help="of the run")
+    parser.add_argument("--node-rank", type=int, default=0, help="this node's number, from 0")
     parser.add_argument("--master", help="host:port where the nodes meet")
     parser = add_command(
         commands, "doctor", handlers["doctor"], "prove a configuration on local ranks, shrunk"
@@ -214,12 +218,12 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser = add_command(
         commands, "report", handlers["report"], "one HTML file with the curves of runs"
     )
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, overlaid")
     parser.add_argument("--output", type=Path, help="default: report.html in the first run")
     parser = add_command(
         commands, "sync", handlers["sync"], "show a run's metrics in TensorBoard and wandb"
     )
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, help="run directory")
     parser.add_argument(
         "--only", choices=("tensorboard", "wandb"), help="one of them; both by default"
     )
@@ -235,23 +239,24 @@ def add_runs(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("second", type=Path, help="the same")
     parser.add_argument("--json", action="store_true", help="everything, for programs")
     parser = add_command(commands, "watch", handlers["watch"], "a live run in the terminal")
-    parser.add_argument("run_dir", metavar="run", type=Path)
+    parser.add_argument("run_dir", metavar="run", type=Path, help="run directory")
     parser.add_argument("--once", action="store_true", help="print one frame and end")
     parser.add_argument("--every-seconds", type=float, default=2.0, help="between frames")
     parser = add_command(
         commands, "router", handlers["router"], "the balancing controller: state, advice, what-if"
     )
-    parser.add_argument("run_dir", metavar="run", type=Path)
+    parser.add_argument("run_dir", metavar="run", type=Path, help="run directory")
     parser.add_argument(
         "--gains",
         action="append",
-        default=[],
         help="replay the routing trace under these: learning_rate=0.003,beta1=0.8; repeatable",
     )
     parser = add_command(commands, "smoke", handlers["smoke"], "the whole main job on this machine")
-    parser.add_argument("--output", type=Path, default=Path("runs/smoke"))
+    parser.add_argument("--output", type=Path, default=Path("runs/smoke"), help="folder of it all")
     parser.add_argument("--data", help="train on this dataset instead of generated problems")
-    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument(
+        "--tokenizer", default="bytes", help="bytes, a tokenizer.json or a hub name"
+    )
     parser.add_argument("overrides", nargs="*", help="Hydra overrides for the training runs")
 
 
@@ -310,7 +315,9 @@ def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser = add_command(
         commands, "preflight", handlers["preflight"], "is every node fit for a run, on every rank"
     )
-    parser.add_argument("--level", choices=("quick", "full"), default="quick")
+    parser.add_argument(
+        "--level", choices=("quick", "full"), default="quick", help="full: minutes, with load"
+    )
     parser.add_argument(
         "--directory", type=Path, default=Path("."), help="folder that all nodes see, to write in"
     )
@@ -323,7 +330,13 @@ def add_cluster(commands: Any, handlers: Mapping[str, Handler]) -> None:
         "--minimum", action="append", metavar="NAME=VALUE", help="a limit of this site"
     )
     parser.add_argument("--timeout", type=float, default=300.0, help="longest wait for a rank, s")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device(parser)
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: ROCm, too"
+    )
 
 
 def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
@@ -349,7 +362,7 @@ def add_kernels(commands: Any, handlers: Mapping[str, Handler]) -> None:
     parser.add_argument("--shape", action="append", help="default: those for the device")
     parser.add_argument("--backend", action="append", help="eager, triton, compile ...; all")
     parser.add_argument("--rounds", type=int, help="samples; 20 on a GPU, 5 on a CPU")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _device(parser)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="bf16 on a GPU, fp32 on a CPU")
     parser.add_argument(
         "--out", type=Path, default=Path("kernels/bench/results.csv"), help="table to append to"

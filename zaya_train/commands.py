@@ -200,7 +200,7 @@ def _watch(options: argparse.Namespace) -> None:
 def _router(options: argparse.Namespace) -> None:
     from zaya_train.tools.router import router
 
-    router(options.run_dir, options.gains, Console())
+    router(options.run_dir, options.gains or [], Console())
 
 
 def _smoke(options: argparse.Namespace) -> int:

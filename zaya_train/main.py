@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["train"]:
             return _train(words[1:])
-        options = _parser().parse_args(words)
+        options = _parsed(words)
         return int(options.run(options) or EXIT_OK)
     except ZayaError as error:
         return _told(error)
@@ -77,6 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_OK
     except OSError as error:
         return _told(named_failure(error))
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    """Options may stand between overrides; argparse takes positional words of one stretch only."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(words)
+    taken = getattr(options, "overrides", None) or getattr(options, "words", None)
+    if rest and (not taken or any(word.startswith("-") or "=" not in word for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if taken:
+        taken += rest
+    return options
 
 
 def _told(error: ZayaError) -> int:
