@@ -202,6 +202,8 @@ def write_hf(
         keys = account(names, tensors, out, files)
         receipt = {"format": RECEIPT_FORMAT, "layout": form.layout, "keys": keys}
         write_json(partial / RECEIPT, receipt)
+        # Half as much again as the model in bf16, and nobody's any more.
+        del out
         if finish:
             finish(partial)
 

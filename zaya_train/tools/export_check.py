@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from zaya_train.config.schema import ModelConfig
     from zaya_train.hub.names import Layout
+    from zaya_train.tools.export_passes import SkipOutput
     from zaya_train.tools.export_tokens import CheckTokens
 
 HOW = {
@@ -69,39 +70,54 @@ def check(subject: Subject, tokens: CheckTokens) -> dict[str, Any]:
     """
     documents = [torch.tensor(document) for document in tokens.documents]
     # What merged transformers computes for a skipped token, whatever was trained.
-    ours = model_of(subject.stored, subject.config, "zero")
-    twin, read = twin_of(subject.folder, subject.layout, torch.float32)
+    mine = _passes(subject.stored, subject.config, "zero", documents)
+    agreement, other, loading = _against_twin(subject, tokens, documents, mine)
+    skip = _skip(subject, documents, (mine, other)) | loading
+    if any(value.dtype == torch.bfloat16 for value in subject.stored.values()):
+        agreement["stored_dtype"] = _in_stored_dtype(subject, mine, documents)
+    if subject.trained is not None:
+        agreement["cast"] = _cast(subject.trained, subject.config, mine, documents)
+    return {"agreement": agreement, "skip": skip}
+
+
+def _passes(
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    skip_output: SkipOutput,
+    documents: Sequence[Tensor],
+) -> list[Pass]:
+    """What our model makes of every document. The passes stay and the model does not: a published
+    one is ten times as large, and two at a time are what a host cannot hold."""
+    model = model_of(tensors, config, skip_output)
+    return [our_pass(model, ids) for ids in documents]
+
+
+def _against_twin(
+    subject: Subject, tokens: CheckTokens, documents: Sequence[Tensor], mine: Sequence[Pass]
+) -> tuple[dict[str, Any], list[Pass], dict[str, Any]]:
+    """transformers in fp32: the section `agreement`, its choices and scores, and what loading
+    changed, of a folder that it loads itself."""
+    twin, read = twin_of(subject.folder, subject.layout, torch.float32, subject.stored)
     reset = restore_skip_biases(twin, read)
-    comparison = Comparison()
-    mine, other = [], []
-    for ids in documents:
-        mine.append(our_pass(ours, ids))
-        other.append(their_pass(twin, ids, mine[-1].choices))
-        comparison.add(ids, mine[-1], other[-1])
-        _slim(mine[-1], other[-1])
+    comparison, other = Comparison(), []
+    for ids, own in zip(documents, mine, strict=True):
+        other.append(their_pass(twin, ids, own.choices))
+        comparison.add(ids, own, other[-1])
+        # Its choices and scores are all that is needed of it from here on.
+        other[-1].logits, other[-1].streams = torch.empty(0), []
     agreement = _agreement(comparison.result())
     if found := problems(agreement["fp32"]):
         raise NumericsError(
             f"export: transformers computes something else than our model on {tokens.source}: "
             + "; ".join(found)
         )
-    skip = _skip(subject, documents, (mine, other))
-    if subject.layout == "native":
-        skip["loading"] = "lost" if reset else "kept"
-        skip["biases_reset_by_transformers"] = _reset(twin, documents, reset)
-    del twin, read
-    if any(value.dtype == torch.bfloat16 for value in subject.stored.values()):
-        agreement["stored_dtype"] = _in_stored_dtype(subject, ours, documents)
-    if subject.trained is not None:
-        agreement["cast"] = _cast(subject, ours, documents)
-    return {"agreement": agreement, "skip": skip}
-
-
-def _slim(*passes: Pass) -> None:
-    """Choices and scores are all that is needed of a document once it is compared."""
-    for found in passes:
-        found.logits = torch.empty(0)
-        found.streams = []
+    if subject.layout != "native":
+        return agreement, other, {}
+    loading = {
+        "loading": "lost" if reset else "kept",
+        "biases_reset_by_transformers": _reset(twin, documents, reset),
+    }
+    return agreement, other, loading
 
 
 def _agreement(result: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +161,9 @@ def _skip(
         "touched_documents": touched,
     }
     if any(layers):
-        section["difference"] = _difference(subject, documents, touched)
+        section["difference"] = _difference(
+            subject, [documents[i] for i in touched], [mine[i] for i in touched]
+        )
     return section
 
 
@@ -155,15 +173,13 @@ def _skips(found: Pass, experts: int) -> Tensor:
 
 
 def _difference(
-    subject: Subject, documents: Sequence[Tensor], touched: Sequence[int]
+    subject: Subject, documents: Sequence[Tensor], zero: Sequence[Pass]
 ) -> dict[str, Any]:
     """What the other output of skipped tokens changes in the documents that have any."""
     comparison = Comparison()
-    one = model_of(subject.stored, subject.config, "identity")
-    two = model_of(subject.stored, subject.config, "zero")
-    for number in touched:
-        first, second = our_pass(one, documents[number]), our_pass(two, documents[number])
-        comparison.add_unscored(documents[number], first, second)
+    identity = _passes(subject.stored, subject.config, "identity", documents)
+    for ids, first, second in zip(documents, identity, zero, strict=True):
+        comparison.add_unscored(ids, first, second)
     result = comparison.summary()
     return {
         "logits_largest": result["largest"],
@@ -185,20 +201,26 @@ def _reset(twin: Any, documents: Sequence[Tensor], layers: Sequence[int]) -> dic
     return {"layers": list(layers), "to": SKIP_BIAS, "choices_changed": changed}
 
 
-def _in_stored_dtype(subject: Subject, ours: Any, documents: Sequence[Tensor]) -> dict[str, Any]:
+def _in_stored_dtype(
+    subject: Subject, mine: Sequence[Pass], documents: Sequence[Tensor]
+) -> dict[str, Any]:
     """transformers as it computes by itself, in the stored type, against fp32; no tolerance."""
-    twin, _ = twin_of(subject.folder, subject.layout, None)
+    twin, _ = twin_of(subject.folder, subject.layout, None, subject.stored)
     comparison = Comparison()
-    for ids in documents:
-        comparison.add(ids, our_pass(ours, ids), their_pass(twin, ids))
+    for ids, own in zip(documents, mine, strict=True):
+        comparison.add(ids, own, their_pass(twin, ids))
     return {"dtype": str(twin.dtype).removeprefix("torch."), **comparison.result()}
 
 
-def _cast(subject: Subject, ours: Any, documents: Sequence[Tensor]) -> dict[str, Any]:
+def _cast(
+    trained: Mapping[str, Tensor],
+    config: ModelConfig,
+    mine: Sequence[Pass],
+    documents: Sequence[Tensor],
+) -> dict[str, Any]:
     """What rounding the weights costs our own model; no tolerance."""
-    assert subject.trained is not None
-    before = model_of(subject.trained, subject.config, "zero")
     comparison = Comparison()
-    for ids in documents:
-        comparison.add_unscored(ids, our_pass(before, ids), our_pass(ours, ids))
+    before = _passes(trained, config, "zero", documents)
+    for ids, first, second in zip(documents, before, mine, strict=True):
+        comparison.add_unscored(ids, first, second)
     return comparison.summary()

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from zaya_train.config.errors import CheckpointError
 from zaya_train.hub.config import config_from_hf, config_to_hf, read_config
-from zaya_train.hub.convert import from_hf, meta_model, tensor_files
+from zaya_train.hub.convert import meta_model, tensor_files
 from zaya_train.hub.names import tensor_names
 from zaya_train.tools.generate import load_model
 
@@ -116,10 +116,10 @@ def model_of(
 
 
 def twin_of(
-    folder: Path, layout: Layout, dtype: torch.dtype | None
+    folder: Path, layout: Layout, dtype: torch.dtype | None, held: Mapping[str, Tensor]
 ) -> tuple[Any, Callable[[str], Tensor]]:
     """transformers' model of an exported folder, and what reads a stored tensor by its native name;
-    dtype None: the one that is stored.
+    dtype None: the one that is stored; held: our names -> values read from the folder.
 
     transformers reads the native layout. A legacy folder is read by this project and handed over
     under the native names: what its file holds is tried, its names are not.
@@ -128,7 +128,7 @@ def twin_of(
         CheckpointError: a tensor is missing, surplus, of another shape, or not what the file holds
             (but for the skip class's balancing biases).
     """
-    names, read = _reader(folder, layout)
+    names, read = _reader(folder, layout, held)
     if layout == "native":
         model = load_model(folder, dtype or "auto", experts="eager")
     else:
@@ -158,10 +158,12 @@ def restore_skip_biases(model: Any, read: Callable[[str], Tensor]) -> list[int]:
     return changed
 
 
-def _reader(folder: Path, layout: Layout) -> tuple[set[str], Callable[[str], Tensor]]:
-    """Native names of a folder's tensors, and what reads one; all of a legacy one are held."""
+def _reader(
+    folder: Path, layout: Layout, held: Mapping[str, Tensor]
+) -> tuple[set[str], Callable[[str], Tensor]]:
+    """Native names of a folder's tensors, and what reads one; of a legacy one from what is held."""
     if layout == "legacy":
-        state = dict(_native_state(folder))
+        state = dict(_native_state(config_from_hf(folder), held))
         return set(state), state.__getitem__
     files = tensor_files(folder)
 
@@ -173,12 +175,10 @@ def _reader(folder: Path, layout: Layout) -> tuple[set[str], Callable[[str], Ten
     return set(files), read
 
 
-def _native_state(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    model = from_hf(folder)
-    state = model.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    for name in tensor_names(shapes, model.config, "native").values():
-        yield name.theirs[0], state[name.ours].reshape(name.their_shape)
+def _native_state(config: ModelConfig, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    shapes = {name: tuple(value.shape) for name, value in held.items()}
+    for name in tensor_names(shapes, config, "native").values():
+        yield name.theirs[0], held[name.ours].reshape(name.their_shape)
 
 
 def _require_loaded(
