@@ -138,6 +138,10 @@ def test_a_given_choice_is_kept() -> None:
     routed = call("native", inputs, replace(context, choice=choice, load=load))
     assert torch.equal(routed.choice, choice) and torch.equal(routed.load, load)
     assert not routed.choice.requires_grad
+    # As eager: a choice without its load is made anew.
+    free = call("native", inputs, context)
+    again = call("native", inputs, replace(context, choice=(free.choice + 1) % CLASSES))
+    assert torch.equal(again.choice, free.choice) and torch.equal(again.load, free.load)
 
 
 @pytest.mark.parametrize("used", [0, 1])

@@ -220,10 +220,12 @@ static void backward_task(const Task *t, const Tensors *x) {
     gather(t, x->q, 0, rows, r.queries);
     gather(t, x->grad, 0, rows, r.grad);
     for (long i = 0; i < rows; i++) {
-        float dot = 0;
+        vec dots = all(0);
         long from = place(t, i, size);
-        for (long c = 0; c < size; c++) dot += at(x->grad, type, from + c) * at(x->out, type, from + c);
-        r.mean[i] = dot, r.lse[i] = x->lse[place(t, i, 1)];
+        for (long c = 0; c < size; c += LANES)
+            dots += load_few(x->grad, type, from + c, size - c) *
+                    load_few(x->out, type, from + c, size - c);
+        r.mean[i] = total(dots), r.lse[i] = x->lse[place(t, i, 1)];
     }
     for (long start = 0; start < t->segment.key_count; start += BLOCK_KEYS) {
         long left = t->segment.key_count - start, keys = left < BLOCK_KEYS ? left : BLOCK_KEYS;

@@ -17,6 +17,8 @@
 #define STEPS 256
 #define PANELS 16
 #define TILES 8
+/* Rows that packing asks for before it reads them: it takes 64 bytes of each. */
+#define AHEAD 32
 
 #if defined(__AVX512BF16__)
 #define PAIRED 1
@@ -134,6 +136,7 @@ static inline __attribute__((always_inline)) void pack(
         for (; s < whole; s++) {
             const bf16 *even = (const bf16 *)x.data + 2 * s * x.column, *odd = even + x.column;
             words *out = (words *)(to + s * width);
+            __builtin_prefetch(even + AHEAD * x.column), __builtin_prefetch(odd + AHEAD * x.column);
             for (long i = 0; i + LANES <= width; i += LANES)
                 out[i / LANES] = __builtin_convertvector(*(const halves *)(even + i), words) |
                                  __builtin_convertvector(*(const halves *)(odd + i), words) << 16;
