@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.launch import recording
 
 from zaya_train.config.schema import KernelsConfig
@@ -70,3 +71,16 @@ def test_a_form_of_its_own_is_no_other() -> None:
         forms[name] = {form(launch) for launch in recorded}
     usual = forms.pop("router/bf16")
     assert all(found - usual for found in forms.values())
+
+
+@pytest.mark.parametrize(("rows", "large"), [(511, False), (512, True)])
+def test_tiles_of_experts_go_by_their_rows(rows: int, large: bool) -> None:
+    """On average, for how many each one has stays on the device."""
+    experts, wide = 4, 256
+    shapes = ((experts * rows, wide), (experts, 2 * wide, wide), (experts, wide, wide))
+    x, gate_up, down = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes)
+    counts = torch.empty(experts, dtype=torch.int64, device="meta")
+    with recording("gfx942") as recorded:
+        grouped_mlp(x, counts, gate_up, down, "triton")
+    blocks = {launch.name: launch.config.blocks["BM"] for launch in recorded}
+    assert blocks["grouped_mlp_up"] == (256 if large else 128)
