@@ -195,7 +195,7 @@ def test_people_read_a_verdict(runs: Runs, capsys: pytest.CaptureFixture[str]) -
     assert main(["diff", str(runs["base"]), str(runs["speed"])]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "the two must give the same loss curve, to rounding"
-    assert "1 more differ that change no number; --json lists them" in lines
+    assert "1 difference that changes no number; --json lists it all" in lines
     assert main(["diff", str(runs["base"]), str(runs["math"])]) == 1
     out = capsys.readouterr().out
     assert "optim.muon.learning_rate" in out and "0.02" in out and "0.01" in out

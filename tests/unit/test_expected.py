@@ -280,6 +280,11 @@ def test_forecast_and_measured_stand_side_by_side() -> None:
     assert against_forecast(rows(2.0), "long").startswith(
         "step 2 s, measured 2.5 s +25%; peak 2.00"
     )
+    on_cpu = [{"kind": "start", "device": "cpu"}, *rows(2.0)]
+    assert against_forecast(on_cpu, "long").endswith(
+        "3.00 GB with torch and all of its process; us"
+    )
+    assert against_forecast(rows(2.0), "long").endswith("measured 3.00 GB; us")
     assert cells(forecasts(rows(None))[0])[0] == "unknown"
     assert against_forecast(rows(2.0)[1:], "long") == ""
     fullest = step(1.0) | {"memory_bytes_ranks": [1 * GB, 5 * GB]}

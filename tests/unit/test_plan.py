@@ -15,6 +15,7 @@ from zaya_train.config.derive import phase_sequences, sequences_per_step
 from zaya_train.config.schema import BatchRampConfig, PhaseConfig, ScheduleConfig, ScheduleKind
 from zaya_train.phases.carry import carry_over
 from zaya_train.phases.plan import batch_sequences, schedule_factor, steps_in
+from zaya_train.tools.plan import PlanRequest, as_launched
 
 TOTAL = 1000
 PHASE = tiny().plan.phases["short"]
@@ -163,3 +164,12 @@ def test_carry_over_says_what_changes_and_what_is_kept() -> None:
     assert rows["context parallel"].detail == "1 -> 2"
     assert rows["RoPE base"].detail == "10000.0 -> 100000.0"
     assert rows["learning-rate scale"].fate == "kept"
+
+
+def test_edges_show_the_degrees_of_the_launch() -> None:
+    config = tiny()
+    config = replace(config, parallel=replace(config.parallel, context_parallel_fit=True))
+    for ranks, degrees in ((1, [1, 1]), (2, [1, 2])):
+        phases = as_launched(PlanRequest(config, ranks))
+        assert [phase.context_parallel for phase in phases.values()] == degrees
+        assert list(phases) == list(config.plan.phases)

@@ -21,6 +21,7 @@ from zaya_train.tools.report import report
 from zaya_train.tools.report_data import MAX_MATRIX_ROWS, load_run
 from zaya_train.tools.report_maps import average_over_time
 from zaya_train.tools.report_panels import extremes, numbers, smooth
+from zaya_train.train.identity import Identity, record_identity
 from zaya_train.train.loop import load_summary
 from zaya_train.train.metrics import METRICS_FILE, MetricsWriter
 
@@ -157,6 +158,20 @@ def test_the_page_needs_nothing_from_outside(finished: tuple[Path, str]) -> None
     assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|importScripts|sendBeacon)\b", text)
     for link in set(page.links) - set(outside):
         assert (output.parent / unquote(link)).exists(), link
+
+
+def test_the_page_says_what_ran_where_and_in_which_units(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "folder")
+    versions = {"code": "c0de", "torch": "2.0", "device": "a <card>"}
+    for attempt, ranks in ((1, 8), (2, 16)):
+        identity = Identity(math_hash="abcd", config={}, world_size=ranks, versions=versions)
+        record_identity(run_dir, attempt, 0, identity)
+    (run_dir / "config.json").write_text(json.dumps({"run": {"name": "mine"}}))
+    text = report([run_dir], tmp_path / "report.html").read_text()
+    said = "run.name mine | 16 ranks on a &lt;card&gt; | torch 2.0 | code c0de | math abcd"
+    assert text.count(said) == 1
+    assert "<b>Memory <small>GiB</small></b>" in text and "<b>Loss <small>nats</small></b>" in text
+    assert "<b>Learning rate</b>" in text
 
 
 def test_every_section_is_there_once(finished: tuple[Path, str]) -> None:

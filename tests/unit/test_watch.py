@@ -106,7 +106,7 @@ def test_a_frame_says_where_the_run_is(tmp_path: Path) -> None:
     # 30 whole rows of the first phase and 30 K tokens, at 2,000 a second.
     assert "step 45 | phase long | 45 K tokens of 60 K | 7.5 s left at this rate" in text
     assert "0.1111" in text and "text 0.1500, sums 0.1750" in text
-    assert "peak 1.00 GiB" in text and "step 40, 3 MB" in text and "incidents: 0" in text
+    assert "peak 1.07 GB" in text and "step 40, 3 MB" in text and "incidents: 0" in text
 
 
 def test_a_frame_tells_the_supervisors_view_and_the_incidents(tmp_path: Path) -> None:
@@ -168,3 +168,17 @@ def test_a_record_is_not_lost_in_a_line_that_another_process_was_killed_inside(
     found, unreadable = read_incidents(tmp_path)
     assert ([record["step"] for record in found], unreadable) == ([1, 2, 3], 1)
     assert guard.path.read_bytes().count(b"\n") == 4
+
+
+def test_a_pipe_hears_of_a_run_that_has_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, seen = io.StringIO(), []
+
+    def asleep(seconds: float) -> None:
+        seen.append(pipe.getvalue())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("zaya_train.tools.watch.time.sleep", asleep)
+    watch(tmp_path, Console(file=pipe, width=100), once=False, every_seconds=1.0)
+    assert len(seen) == 1 and "waiting for metrics.jsonl" in seen[0]

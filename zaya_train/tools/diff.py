@@ -259,7 +259,8 @@ def _show(result: RunDifference, console: Console) -> None:
             table.add_row(*(Text(str(cell)) for cell in cells))
         console.print(table)
     if silent := len(result.findings) - len(shown):
-        console.print(f"{silent} more differ that change no number; --json lists them")
+        found = "1 difference that changes" if silent == 1 else f"{silent} differences that change"
+        console.print(f"{found} no number; --json lists it all")
     for line in result.unknown:
         console.print(Text(f"not recorded on both sides: {line}"))
     console.print(Text(_VERDICTS[result.effect]))

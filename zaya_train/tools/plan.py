@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from zaya_train.config.check import check_all
-from zaya_train.config.derive import layout, layout_notes, phase_sequences
+from zaya_train.config.derive import context_degree, layout, layout_notes, phase_sequences
 from zaya_train.model.flops import model_size, train_flops_per_token
 from zaya_train.model.shapes import parameter_shapes
 from zaya_train.optim.table import assign, summary
@@ -57,8 +57,17 @@ def show_plan(request: PlanRequest, console: Console) -> None:
     lines = "\n".join(_optimizer_lines(request))
     console.print(lines, highlight=False, markup=False, soft_wrap=True)
     console.print(_traffic_table(request))
-    for (before_name, before), (name, after) in pairwise(request.config.plan.phases.items()):
+    for (before_name, before), (name, after) in pairwise(as_launched(request).items()):
         console.print(edge_table(f"{before_name} -> {name}", before, after))
+
+
+def as_launched(request: PlanRequest) -> dict[str, PhaseConfig]:
+    """The phases with the context-parallel degrees of this launch, which may be lower."""
+    parallel = request.config.parallel
+    return {
+        name: replace(phase, context_parallel=context_degree(phase, parallel, request.ranks))
+        for name, phase in request.config.plan.phases.items()
+    }
 
 
 def edge_table(title: str, before: PhaseConfig, after: PhaseConfig) -> Table:

@@ -93,4 +93,9 @@ def against_forecast(rows: Sequence[dict[str, Any]], phase: str) -> str:
         return ""
     expected, measured, ratio, memory, own = cells(of_phase[-1])
     step = f"step {expected}, measured {measured or 'not yet'} {ratio}".strip()
-    return f"{step}; peak {memory}, measured {own}; {of_phase[-1].source}"
+    around = " with torch and all of its process" if _on_cpu(rows) else ""
+    return f"{step}; peak {memory}, measured {own}{around}; {of_phase[-1].source}"
+
+
+def _on_cpu(rows: Sequence[dict[str, Any]]) -> bool:
+    return any(row.get("device") == "cpu" for row in rows)

@@ -13,7 +13,7 @@ from zaya_train.phases.plan import schedule_factor, steps_in
 from zaya_train.planning.case import cases_of
 from zaya_train.planning.components import GB
 from zaya_train.planning.memory import forecast
-from zaya_train.tools.plan import edge_table, phase_table
+from zaya_train.tools.plan import as_launched, edge_table, phase_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +39,7 @@ def show_phases(request: PlanRequest, console: Console) -> None:
         console.print(f"note: {note}", highlight=False)
     start = request.config.checkpoint.branch_from or request.config.checkpoint.initial_weights
     console.print(f"starts from: {start or 'a fresh initialisation'}", highlight=False)
-    for (before_name, before), (name, after) in pairwise(phases.items()):
+    for (before_name, before), (name, after) in pairwise(as_launched(request).items()):
         console.print(edge_table(f"{before_name} -> {name}", before, after))
         for line in entry_checks(before_name, before, name):
             console.print(f"  entry check: {line}", highlight=False, soft_wrap=True)

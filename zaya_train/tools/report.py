@@ -111,8 +111,9 @@ def _page(runs: Sequence[RunData], base: Path) -> str:
 
 
 def _figure(panel: dict[str, Any]) -> str:
+    unit = f" <small>{escape(panel['unit'])}</small>" if panel["unit"] else ""
     return (
-        f'<figure id="{panel["id"]}"><figcaption><b>{escape(panel["title"])}</b>'
+        f'<figure id="{panel["id"]}"><figcaption><b>{escape(panel["title"])}{unit}</b>'
         f'{escape(panel["caption"])}</figcaption><div class="plot"></div></figure>'
     )
 

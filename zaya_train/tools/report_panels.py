@@ -64,8 +64,8 @@ PANELS = (
         "compute",
         "Compute",
         "Share of what the devices can: of the data sheet's peak where it is known, and of a plain "
-        "product measured at the start. Rows of older versions carry neither: GFLOP/s per rank of "
-        "the weight products, attention scores not counted.",
+        "product measured at the start. Where rows have neither: GFLOP/s a rank in products with "
+        "weights.",
         "",
         zero=True,
     ),

@@ -21,6 +21,7 @@ from zaya_train.tools.router import (
     replay_cells,
     state_cells,
 )
+from zaya_train.train.identity import RUN_FILE, read_attempts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,7 +72,26 @@ def cards_html(run: RunData) -> str:
         f'<div class="card"><span>{escape(label)}</span><strong>{escape(value)}</strong></div>'
         for label, value in cards
     )
-    return f'<div class="cards">{body}</div>'
+    return f'{_about_html(run)}<div class="cards">{body}</div>'
+
+
+def _about_html(run: RunData) -> str:
+    """What the newest attempt is: its configuration's name, ranks, device, versions; nothing of a
+    run that kept no manifest."""
+    attempts = read_attempts(run.run_dir) if (run.run_dir / RUN_FILE).is_file() else []
+    if not attempts:
+        return ""
+    newest = attempts[-1]
+    versions = newest.get("versions", {})
+    name = run.config.get("run", {}).get("name", run.name)
+    facts = [
+        f"run.name {name}",
+        f"{newest.get('world_size')} ranks on {versions.get('device')}",
+        f"torch {versions.get('torch')}",
+        f"code {versions.get('code')}",
+        f"math {newest['math_hash']}",
+    ]
+    return f'<p class="about">{escape(" | ".join(facts))}</p>'
 
 
 def run_html(run: RunData, base: Path, several: bool) -> str:

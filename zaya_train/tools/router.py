@@ -309,7 +309,8 @@ def router(run_dir: Path, wanted: Sequence[str], console: Console) -> None:
     """Print the cockpit of a run. Errors as `cockpit`; DataError without a step."""
     rows = newest_steps(run_dir)
     if not rows:
-        raise DataError(f"{run_dir / METRICS_FILE}: holds no applied step yet")
+        why = "holds no applied step yet" if run_dir.is_dir() else "no such run"
+        raise DataError(f"{run_dir / METRICS_FILE}: {why}")
     seen = cockpit(run_dir, rows, wanted)
     console.print(_state_table(seen.states, seen.step))
     console.print(LEGEND, style="dim", highlight=False)

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zaya_train.config.errors import DataError
+from zaya_train.planning.components import GB
 from zaya_train.runtime.supervisor import STATUS_FILE
 from zaya_train.tools.plan_against import against_forecast
 from zaya_train.tools.report_data import read_incidents
@@ -49,8 +50,10 @@ def watch(run_dir: Path, console: Console, once: bool, every_seconds: float) -> 
     if not run_dir.is_dir():
         raise DataError(f"watch: {run_dir} is no directory")
     tail = Tail(run_dir / METRICS_FILE)
-    if once:
+    # Where nothing can be redrawn, Live shows its last frame alone, when the run has ended.
+    if once or not console.is_terminal:
         console.print(frame(run_dir, tail.read(), console, time.time()))
+    if once:
         return
     with Live(console=console, auto_refresh=False, screen=False) as live:
         try:
@@ -195,7 +198,7 @@ def _curves(
             values = [math.log(v) if v > 0 else math.nan for v in values]
         table.add_row(label, sparkline(values, width, blocks), value)
     table.add_row("held out", held_out, "")
-    table.add_row("memory", f"peak {memory / 2**30:.2f} GiB, the fullest rank", "")
+    table.add_row("memory", f"peak {memory / GB:.2f} GB, the fullest rank", "")
     words = against_forecast(rows, last["phase"])
     if words:
         table.add_row("forecast", words, "")
