@@ -309,6 +309,9 @@ def test_attempts_on_other_ranks_have_forecasts_of_their_own() -> None:
 def test_only_steps_of_a_full_batch_stand_beside_its_forecast() -> None:
     ramp = [begin(2.0), *(step(0.5, tokens=256) for _ in range(8))]
     assert forecasts(ramp)[0].seconds is None and forecasts(ramp)[0].bytes == GB
+    # Tokens a second times seconds are a little less than the tokens were.
+    rounded = next(n / 100 for n in range(1, 999) if 1024 / (n / 100) * (n / 100) < 1024)
+    assert forecasts([*ramp, step(rounded)])[0].seconds == rounded
     skipped = step(0.1) | {"applied": False}
     (found,) = forecasts([*ramp, step(2.2), skipped, step(0.3, tokens=512)])
     assert found.seconds == 2.2
