@@ -106,6 +106,10 @@ def test_a_launch_that_cannot_fit_is_refused_with_what_would() -> None:
         check_memory(limited(PEAK_GB / 0.91), 2, None, "")
     with pytest.raises(ConfigError, match=r"90% of the 0.000\d+ GB of a card; "):
         check_memory(limited(None), 2, PEAK_GB / 0.91, "a card")
+    # Changes are compared by the card's own rates, where they are known.
+    for name, rates in (("a card", "MI300X"), ("NVIDIA H200", "H200")):
+        with pytest.raises(ConfigError, match=rf"% time by forecast for {rates}\)"):
+            check_memory(limited(None), 2, PEAK_GB / 0.91, name)
     # The configuration's figure counts, not the card's.
     check_memory(limited(PEAK_GB / 0.89), 2, 1e-6, "a card")
 
@@ -176,6 +180,8 @@ def test_plan_judges_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert "90% of runtime.memory_gb=0.01" in capsys.readouterr().err
     assert main([*words[:1], "--device", "H200", *words[1:]]) == 2
     assert "90% of runtime.memory_gb=0.01" in capsys.readouterr().err
+    assert main([*words[:1], "--device", "H200", "--memory-gb", "0.12", *words[1:]]) == 2
+    assert "time by forecast for H200" in capsys.readouterr().err
     assert main([*words, "runtime.memory_check=warn"]) == 0
     assert "warning: launched although phase" in capsys.readouterr().out
     assert main([*words[:1], "--memory-gb", "100", *words[1:]]) == 0
@@ -301,8 +307,9 @@ def test_attempts_on_other_ranks_have_forecasts_of_their_own() -> None:
     moved = [*again, begin(8.0, 3)]
     assert [one.expected_seconds for one in forecasts(moved)] == [2.0, 8.0]
     assert against_forecast(moved, "long").startswith("step 8 s, measured not yet; peak")
-    moved += [step(8.4, attempt=3)]
+    moved += [step(8.4, memory=7, attempt=3)]
     assert [one.seconds for one in forecasts(moved)] == [2.8, 8.4]
+    assert [one.bytes for one in forecasts(moved)] == [3 * GB, 7 * GB]
     assert against_forecast(moved, "long").startswith("step 8 s, measured 8.4 s +5%")
 
 

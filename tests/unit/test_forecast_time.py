@@ -20,7 +20,7 @@ from zaya_train.planning.case import Case
 from zaya_train.planning.checkpoint import checkpoint_bytes, host_bytes
 from zaya_train.planning.exchange import group_of, seconds_of
 from zaya_train.planning.machine import Link, machine_of, with_links
-from zaya_train.planning.time import muon_flows, muon_work, step_time, work_of
+from zaya_train.planning.time import muon_flows, muon_work, plan_seconds, step_time, work_of
 from zaya_train.tools.doctor_ranks import on_ranks
 from zaya_train.tools.plan_time import Clock, phase_days
 from zaya_train.train.built import build_phase
@@ -245,6 +245,13 @@ def test_a_second_of_computing_hides_one_of_each_link() -> None:
         machine = replace(with_links(sheet, 0.5, 0.5), node_ranks=node_ranks)
         carried = sum(seconds_of(flow, case.layout, machine) for flow in flows)
         assert waited(node_ranks, 0.5) == pytest.approx(carried - hidden * room, rel=1e-6)
+
+
+def test_a_plans_seconds_are_those_of_its_steps() -> None:
+    cases = [published(name) for name in ("midtrain", "sft")]
+    machine = machine_of("H200", PUBLISHED.precision)
+    days = [phase_days(Clock(machine).of(case)) for case in cases]
+    assert plan_seconds(cases, machine) == pytest.approx(sum(days) * 86400, rel=1e-5)
 
 
 def test_days_are_tokens_over_speed() -> None:
