@@ -10,7 +10,9 @@ from tests.helpers.tiny import RUN, changed
 from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.config.schema import TrainConfig
-from zaya_train.data.survey import say_passes, survey
+from zaya_train.data.corpus import read_manifest
+from zaya_train.data.survey import MANY_PASSES, say_passes, survey
+from zaya_train.tools.plan_sources import source_lines
 
 from .builders import CorpusFactory, problem, problems
 
@@ -45,6 +47,23 @@ def test_settings_must_be_positive(corpora: CorpusFactory, key: str) -> None:
     path = corpora.chat("c", problems(5, longest=5))
     with pytest.raises(ConfigError, match=f"sources.problems.{key}: 0 must be positive"):
         survey(config(path, **{key: 0}))
+
+
+def test_a_plan_estimates_passes_and_names_what_is_not_there(
+    corpora: CorpusFactory, tmp_path: Path
+) -> None:
+    path = corpora.chat("c", problems(40, longest=30))
+    planned = sum(phase.tokens for phase in config(path).plan.phases.values())
+    made = planned / read_manifest(path).tokens
+    lines = source_lines(config(path))
+    assert lines[0] == f"passes over each source, by tokens: problems {made:,.2f}"
+    # The tiny rows are padded by an eighth.
+    assert made / survey(config(path))["problems"] == pytest.approx(1.15, abs=0.02)
+    assert [line.startswith("warning: source problems is read") for line in lines[1:]] == [True] * (
+        made > MANY_PASSES
+    )
+    absent = source_lines(config(tmp_path / "no corpus"))
+    assert absent == [f"sources not on this machine: problems ({tmp_path / 'no corpus'})"]
 
 
 def test_passes_are_said_and_many_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

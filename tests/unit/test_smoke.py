@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,8 @@ from zaya_kernels.native import library
 
 from zaya_train.main import main
 from zaya_train.tools.evaluate import EvalSample
-from zaya_train.tools.smoke import _room, _sample_line, smoke_kernels
+from zaya_train.tools.launch import Launch
+from zaya_train.tools.smoke import _point_to, _room, _sample_line, smoke_kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,3 +120,11 @@ def test_kernels_are_native_where_c_compiles_and_said_where_not(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert smoke_kernels(console) == "eager"
     assert console.export_text() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_without_a_progress_bar_the_log_is_named(terminal: bool, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal)
+    _point_to(Launch(tmp_path / "run", [], 2, tmp_path / "launch.log"), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert (f"zaya watch {tmp_path / 'run'}" in said and "launch.log" in said) != terminal

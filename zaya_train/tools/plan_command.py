@@ -19,6 +19,7 @@ from zaya_train.tools.plan import PlanRequest, show_plan
 from zaya_train.tools.plan_calibrate import calibrate
 from zaya_train.tools.plan_explain import explain, search_table
 from zaya_train.tools.plan_phases import show_phases
+from zaya_train.tools.plan_sources import source_lines
 from zaya_train.tools.plan_time import Clock, time_table, total_line
 from zaya_train.tools.rehearsal_table import RehearsalRequest, show_rehearsal
 
@@ -57,6 +58,8 @@ def run_plan(
     memory_gb = budget.memory_gb if budget else None
     request = PlanRequest(config, options.ranks, memory_gb)
     (show_phases if chain else show_plan)(request, console)
+    for line in source_lines(config):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     cases = cases_of(config, options.ranks, phases)
     show_time(cases, clock, console)
     if options.explain:

@@ -296,8 +296,18 @@ def _train(job: _Job, run_dir: Path) -> None:
     # The reference run needs no dashboards.
     overrides = [*job.overrides(run_dir), "logging.wandb=disabled", "logging.tensorboard=false"]
     launch = Launch(run_dir, overrides, job.ranks, run_dir / "logs" / "launch.log")
+    _point_to(launch, job.console)
     with _progress(job) as bar:
         run_to_end(launch, _follow(bar, job, run_dir))
+
+
+def _point_to(launch: Launch, console: Console) -> None:
+    """Where minutes of training can be followed that no progress bar shows."""
+    if not console.is_terminal:
+        console.print(
+            f"log: {launch.log}; zaya watch {launch.run_dir} shows it live",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _train_with_kill(job: _Job, run_dir: Path) -> int:
@@ -307,6 +317,7 @@ def _train_with_kill(job: _Job, run_dir: Path) -> int:
     every = config.checkpoint.every_steps
     kill_at = max(1, _plan_steps(config, job.ranks) // 2 // every) * every + every // 2
     launch = Launch(run_dir, job.overrides(run_dir), job.ranks, run_dir / "logs" / "launch.log")
+    _point_to(launch, job.console)
     with _progress(job) as bar:
         follow = _follow(bar, job, run_dir)
         process = start(launch)
