@@ -280,7 +280,7 @@ def check_loss() -> None:
         "loss_grad_weight": 2 * by_columns,
         "loss_finish": 2,
     }
-    few = {"hidden": hidden.double(), "weight": weight[-1024 - LAST :].double()}
+    few = {"hidden": hidden.double(), "weight": weight[-256 - LAST :].double()}
     compare(
         run,
         {"hidden": hidden, "weight": weight},
@@ -351,10 +351,13 @@ def quick(far: None, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(router_host.CONFIGS, INTERPRETED, sizes, monkeypatch)
     shrink(permute_host.CONFIGS, INTERPRETED, {"BT": 2**13, "BB": 2**5}, monkeypatch)
     monkeypatch.setattr(permute_host, "_BLOCK_NUMBERS", 2**15)
-    sizes = {"BM": 16, "BN": 1024, "BK": 1024, "BT": 32, "BLOCK": 2**20}
+    sizes = {"BM": 16, "BN": 256, "BK": 1024, "BT": 32, "BLOCK": 2**16}
     shrink(loss_host.CONFIGS, INTERPRETED, sizes, monkeypatch)
-    by_classes = {INTERPRETED: Config({"BM": 1024, "BN": 1024, "BK": 16})}
-    monkeypatch.setitem(loss_host.CONFIGS, "loss_grad_weight", by_classes)
+    for name, blocks in (
+        ("loss_grad_hidden", {"BM": 16, "BN": 1024, "BK": 256}),
+        ("loss_grad_weight", {"BM": 256, "BN": 1024, "BK": 16}),
+    ):
+        monkeypatch.setitem(loss_host.CONFIGS, name, {INTERPRETED: Config(blocks)})
     sizes = {"T": 128, "BM": 128, "BN": 128, "BK": 128, "GROUP": 1, "XCDS": 1}
     shrink(newton_host.CONFIGS, INTERPRETED, sizes, monkeypatch)
 
