@@ -111,17 +111,9 @@ def test_small_probabilities_are_not_zero() -> None:
 
 
 GUARDED = """
-import ctypes, mmap, torch
+import torch
+from tests.helpers.guard_pages import guarded
 from zaya_kernels.native.product import multiply
-libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-def guarded(x):
-    "A copy of x that ends where nothing may be read."
-    used = -(-x.nbytes // page) * page
-    memory = mmap.mmap(-1, used + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert libc.mprotect(ctypes.c_void_p(start + used), ctypes.c_size_t(page), 0) == 0
-    at = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=used - x.nbytes)
-    return at.view(x.shape).copy_(x)
 for dtype in (torch.float32, torch.bfloat16):
     for m in (1, 4, 7, 8, 9, 12, 13, 20):
         for n, k in ((1, 2), (33, 6), (64, 35)):

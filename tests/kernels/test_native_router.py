@@ -243,19 +243,11 @@ def fakes() -> dict[str, Tensor]:
 
 
 GUARDED = """
-import ctypes, mmap, torch
+import torch
+from tests.helpers.guard_pages import guarded
 from tests.kernels.test_router import call, context_of, inputs_of
-libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 torch.set_num_threads(1)
 empty = torch.empty
-def guarded(x):
-    "A copy of x that ends where nothing may be touched."
-    used = -(-x.nbytes // page) * page
-    memory = mmap.mmap(-1, used + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert libc.mprotect(ctypes.c_void_p(start + used), ctypes.c_size_t(page), 0) == 0
-    at = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=used - x.nbytes)
-    return at.view(x.shape).copy_(x)
 def made_guarded(*shape, dtype, device=None):
     return guarded(empty(*shape, dtype=dtype).zero_())
 torch.empty = torch.zeros = made_guarded
