@@ -118,10 +118,11 @@ for dtype in (torch.float32, torch.bfloat16):
     for m in (1, 4, 7, 8, 9, 12, 13, 20):
         for n, k in ((1, 2), (33, 6), (64, 35)):
             a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
-            out = guarded(torch.empty(m, n))
+            out, same = guarded(torch.empty(m, n)), guarded(torch.empty(m, n, dtype=dtype))
             for left in (guarded(a), guarded(a.t().contiguous()).t()):
                 for right in (guarded(b), guarded(b.t().contiguous()).t()):
                     assert (multiply(left, right, out) == k).all()
+                    assert (multiply(left, right, same) == k).all()
 print("whole")
 """
 
