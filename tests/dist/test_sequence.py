@@ -103,7 +103,7 @@ def errors_in_bf16(head_tail: bool) -> tuple[float, float, float]:
     ours = (mine.grad.double() - exact).abs() / place
     reduced = torch.empty_like(mine.detach())
     parts = [local_part(upstream[rank], chunking, r) for r in range(ranks)]
-    dist.reduce_scatter_tensor(reduced, torch.cat(parts), group=group)
+    dist.reduce_scatter_single(reduced, torch.cat(parts), group=group)
     theirs = (reduced.view_as(mine).double() - exact).abs() / place
     return float(ours.max()), float(ours.mean()), float(theirs.mean())
 

@@ -27,7 +27,7 @@ class _GatherDim0(torch.autograd.Function):
         ctx.group = group
         ctx.rows = x.shape[0]
         full = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(full, x.contiguous(), group=group)
+        dist.all_gather_single(full, x.contiguous(), group=group)
         return full
 
     @staticmethod
