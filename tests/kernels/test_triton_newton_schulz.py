@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,11 +13,9 @@ from zaya_kernels.newton_schulz.op import FIVE_QUINTICS, QUINTIC, newton_schulz
 
 from tests.dist.harness import relative
 from tests.dist.muon_ranks import Grid, some_steps
-from zaya_train.planning.muon import muon_plan
 
 from ..helpers.distributed import run_ranks
 from ..helpers.kernels import error, random
-from ..helpers.muon_table import shapes_of_8b
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,17 +144,6 @@ def test_operations_of_the_models_matrices(arch: str) -> None:
     assert wide <= 0.55 * plain_wide
     assert square <= 0.69 * plain_square
     assert wide + square <= 0.6 * (plain_wide + plain_square)
-
-
-@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != INTERPRETED])
-def test_operations_of_all_matrices_of_the_8b_model(arch: str) -> None:
-    """Projections, convolutions, routers and experts, five steps each."""
-    matrices = muon_plan(shapes_of_8b(), replicas=1, shards=1).matrices
-    sides = Counter((min(m.rows, m.columns), max(m.rows, m.columns)) for m in matrices)
-    done = {shape: triton.operations(*shape, FIVE_QUINTICS, arch) for shape in sides}
-    mine, plain = (sum(n * done[shape][i] for shape, n in sides.items()) for i in range(2))
-    assert sides.total() == 2000
-    assert mine <= 0.6 * plain
 
 
 def test_products_are_bitwise_symmetric_and_written_whole() -> None:

@@ -10,6 +10,7 @@ import torch
 from zaya_kernels import products
 
 from tests.helpers.models import (
+    NATIVE,
     REFERENCE,
     TINY,
     blocks,
@@ -46,7 +47,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("smallest", [1, products.SMALLEST_PRODUCT], ids=["onednn", "torch"])
-@pytest.mark.parametrize("kernels", [None, REFERENCE], ids=["eager", "reference"])
+@pytest.mark.parametrize("kernels", [None, REFERENCE, NATIVE], ids=["eager", "reference", "native"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_bitwise_those_of_keeping_everything(
     kind: RecomputeKind,

@@ -128,8 +128,10 @@ def _check(
     if choice is None or isinstance(choice, FakeTensor):
         return
     check_shape("router: choice", choice, x.shape[:-1])
-    if bool(((choice < 0) | (choice >= classes)).any()):
-        ends = f"{int(choice.min())} to {int(choice.max())}"
+    # By NumPy: selective recomputation accepts no torch operation that the first pass had not.
+    found = choice.numpy()
+    if found.size and (found.min() < 0 or found.max() >= classes):
+        ends = f"{found.min()} to {found.max()}"
         raise IndexError(f"router: a choice of {ends} is none of {classes} classes")
 
 
