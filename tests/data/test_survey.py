@@ -10,7 +10,7 @@ from tests.helpers.tiny import RUN, changed
 from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError, DataError
 from zaya_train.config.schema import TrainConfig
-from zaya_train.data.corpus import read_manifest
+from zaya_train.data.corpus import MANIFEST, read_manifest
 from zaya_train.data.survey import MANY_PASSES, say_passes, survey
 from zaya_train.tools.plan_sources import source_lines
 
@@ -63,7 +63,10 @@ def test_a_plan_estimates_passes_and_names_what_is_not_there(
         made > MANY_PASSES
     )
     absent = source_lines(config(tmp_path / "no corpus"))
-    assert absent == [f"sources not on this machine: problems ({tmp_path / 'no corpus'})"]
+    told = "sources without a readable corpus on this machine: problems"
+    assert absent == [f"{told} ({tmp_path / 'no corpus'})"]
+    (path / MANIFEST).write_text("{")
+    assert source_lines(config(path)) == [f"{told} ({path})"]
 
 
 def test_passes_are_said_and_many_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

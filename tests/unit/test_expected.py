@@ -311,6 +311,8 @@ def test_attempts_on_other_ranks_have_forecasts_of_their_own() -> None:
     assert [one.seconds for one in forecasts(moved)] == [2.8, 8.4]
     assert [one.bytes for one in forecasts(moved)] == [3 * GB, 7 * GB]
     assert against_forecast(moved, "long").startswith("step 8 s, measured 8.4 s +5%")
+    # Back on the ranks of the first.
+    assert against_forecast([*moved, begin(2.0, 4)], "long").startswith("step 2 s, measured 2.8")
 
 
 def test_only_steps_of_a_full_batch_stand_beside_its_forecast() -> None:

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from tests.helpers.tiny import tiny
-from zaya_train.tools.parity import arms_of
+from zaya_train.config.errors import ConfigError
+from zaya_train.tools.parity import ParityRequest, _phase_at, arms_of
 from zaya_train.tools.parity_verdict import (
     GRADIENT_LIMIT,
     LOSS_LIMIT,
@@ -24,6 +25,7 @@ from zaya_train.tools.parity_verdict import (
     compare,
     write,
 )
+from zaya_train.train.state import TrainState
 from zaya_train.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def verdict(fp8: Curve = GOOD, other: Curve = OTHER) -> Any:
 def test_differences_are_relative_and_have_no_sign() -> None:
     assert apart_by((4.004, 1.998), (4.0, 2.0)) == pytest.approx(0.001)
     assert math.isnan(apart_by((4.0, math.nan), (4.0, 2.0)))
+    assert math.isnan(apart_by((4.0, 1.0), (4.0, 0.0)))
 
 
 def test_a_curve_within_the_limits_holds() -> None:
@@ -65,7 +68,8 @@ def test_a_curve_within_the_limits_holds() -> None:
         ({"losses": (4.0, 2.0 * (1 - 2.01 * LOSS_LIMIT))}, "loss"),
         ({"losses": (4.0, math.nan)}, "loss"),
         ({"gradient_errors": {"down": 0.01, "gate_up": 1.01 * GRADIENT_LIMIT}}, "gradients"),
-        ({"gradient_errors": {"down": math.nan}}, "gradients"),
+        ({"gradient_errors": {"down": 0.01, "gate_up": math.nan}}, "gradients"),
+        ({"gradient_errors": {"down": math.nan, "gate_up": 0.01}}, "gradients"),
         ({"skipped": 1}, "skipped"),
     ],
 )
@@ -123,3 +127,10 @@ def test_the_runs_differ_in_the_experts_products_alone(backend: str, own: str) -
             precision=config.precision,
         )
         assert back == config
+
+
+def test_only_the_phase_that_goes_on_can_be_compared(tmp_path: Path) -> None:
+    config = tiny({**FP8, "run.only_phase": "long"})
+    with pytest.raises(ConfigError, match="run.only_phase=long: what is there .* is in short"):
+        _phase_at(ParityRequest(config, tmp_path, steps=1), TrainState())
+    assert _phase_at(ParityRequest(tiny(FP8), tmp_path, steps=1), TrainState()) == "short"

@@ -14,5 +14,6 @@ class PrecisionConfig:
     """Gradient reduction."""
     expert_dtype: Literal["compute_dtype", "fp8"] = "compute_dtype"
     """Operands of the experts' products. fp8: eight bits, scaled per expert from what is multiplied
-    (docs/kernels.md); master weights, sums and all else are as without. Needs kernels.grouped_mlp=
-    transformer_engine on a GPU with fp8, or an emulation. `zaya parity` compares the two curves."""
+    (docs/kernels.md); master weights, sums and all else are as without. Needs
+    kernels.grouped_mlp=transformer_engine on a GPU with fp8, or an emulation. `zaya parity`
+    compares the two curves."""

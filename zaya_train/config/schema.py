@@ -371,7 +371,7 @@ class RuntimeConfig:
     """CPU threads per rank; 0 divides the cores among the ranks of this node."""
     memory_gb: float | None = None
     """Memory of a rank's device, 10^9 bytes, that a launch must fit with a tenth to spare; None:
-    what the accelerator says, no limit on a CPU. `zaya submit` knows no other."""
+    what the accelerator says, or a CPU rank's share of the machine. `submit` knows no other."""
     memory_check: Literal["refuse", "warn"] = "refuse"
     """What becomes of a launch whose forecast peak does not fit (docs/planner.md)."""
 

@@ -31,8 +31,9 @@ from zaya_train.parallel.collectives import sum_over
 from zaya_train.parallel.fsdp import Reduction
 from zaya_train.parallel.mesh import Mesh
 from zaya_train.phases.plan import batch_sequences
+from zaya_train.planning.expected import check_memory
 from zaya_train.run import load_initial_weights
-from zaya_train.runtime.device import check_kernels
+from zaya_train.runtime.device import check_kernels, rank_memory
 from zaya_train.runtime.dist import fail_fast, shorten_timeouts, start, stop
 from zaya_train.runtime.seeds import seed_rank
 from zaya_train.tools.parity_verdict import EXIT_APART, Curve, compare, write
@@ -96,6 +97,10 @@ def parity(request: ParityRequest, console: Console) -> int:
         stack.callback(stop)
         stack.enter_context(fail_fast(ranks))
         check_kernels(config.kernels, config.precision, ranks.device)
+        memory = rank_memory(ranks.device, ranks.local_world_size)
+        tight = check_memory(config, ranks.world_size, *memory)
+        if tight and ranks.rank == 0:
+            console.print(tight, markup=False)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         branch = config.checkpoint.branch_from
         found = branch_point(Path(branch), Peers.world()) if branch else None
@@ -133,6 +138,11 @@ def _phase_at(request: ParityRequest, state: TrainState) -> str:
     if state.phase_index >= len(names):
         raise ConfigError(f"checkpoint.branch_from: {config.checkpoint.branch_from} ends the plan")
     name = names[state.phase_index]
+    if config.run.only_phase not in (None, name):
+        raise ConfigError(
+            f"run.only_phase={config.run.only_phase}: what is there to start from is in {name}; "
+            "name a checkpoint of that phase's beginning in checkpoint.branch_from"
+        )
     phase = config.plan.phases[name]
     left = phase_sequences(phase) - state.phase_rows
     most = left * phase.context_tokens // phase.global_batch_tokens

@@ -14,7 +14,7 @@ from zaya_train.runtime.files import write_json
 from zaya_train.tools.revision import revision
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -105,7 +105,7 @@ def compare(config: TrainConfig, phase: str, step: int, curves: dict[str, Curve]
     """`curves`: without, rounding and fp8; `step`: done before the first of theirs."""
     base, other, fp8 = (curves[name] for name in ("without", "rounding", "fp8"))
     apart = [apart_by(curve.losses, base.losses) for curve in (fp8, other)]
-    gradients = [max(curve.gradient_errors.values()) for curve in (fp8, other)]
+    gradients = [largest(curve.gradient_errors.values()) for curve in (fp8, other)]
     return Verdict(
         config,
         phase,
@@ -126,9 +126,14 @@ def compare(config: TrainConfig, phase: str, step: int, curves: dict[str, Curve]
     )
 
 
+def largest(errors: Iterable[float]) -> float:
+    """NaN where one is: `max` finds it in the first place only."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
+
+
 def apart_by(found: Sequence[float], expected: Sequence[float]) -> float:
     """Mean of |found - expected| / expected; NaN where a number is not finite."""
-    gaps = [abs(a - b) / b for a, b in zip(found, expected, strict=True)]
+    gaps = [abs(a - b) / b if b else math.nan for a, b in zip(found, expected, strict=True)]
     return math.fsum(gaps) / len(gaps) if all(map(math.isfinite, gaps)) else math.nan
 
 

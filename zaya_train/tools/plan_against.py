@@ -33,10 +33,12 @@ def forecasts(rows: Sequence[dict[str, Any]]) -> list[Against]:
     """Of every phase that has a forecast, in order. Attempts that expected the same, as they do on
     the same ranks and devices, are one; each other has a forecast of its own."""
     attempts: dict[tuple[Any, ...], list[int]] = {}
-    begun = {}
+    begun: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if row["kind"] == "phase" and row["event"] == "begin" and "expected_by" in row:
             said = (row["name"], *(row[key] for key in sorted(row) if key.startswith("expected_")))
+            # The newest last: an attempt may expect again what one before the last did.
+            begun.pop(said, None)
             begun[said] = row
             attempts.setdefault(said, []).append(row["attempt"])
     steps = [row for row in rows if row["kind"] == "step"]

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zaya_train.config.errors import DataError
 from zaya_train.data.corpus import MANIFEST, read_manifest
 from zaya_train.data.survey import MANY_PASSES
 
@@ -25,8 +26,8 @@ def source_lines(config: TrainConfig) -> list[str]:
         for name, weight in phase.mixture.items():
             planned[name] += int(phase.tokens * weight / whole)
     paths = {name: Path(config.data.sources[name].path) for name in sorted(planned)}
-    here = {name: path for name, path in paths.items() if (path / MANIFEST).is_file()}
-    passes = {name: planned[name] / read_manifest(path).tokens for name, path in here.items()}
+    here = {name: tokens for name, path in paths.items() if (tokens := _tokens(path))}
+    passes = {name: planned[name] / tokens for name, tokens in here.items()}
     lines = []
     if passes:
         said = ", ".join(f"{name} {made:,.2f}" for name, made in passes.items())
@@ -38,5 +39,15 @@ def source_lines(config: TrainConfig) -> list[str]:
                 "teach less and less"
             )
     if absent := [f"{name} ({path})" for name, path in paths.items() if name not in here]:
-        lines.append(f"sources not on this machine: {', '.join(absent)}")
+        lines.append(f"sources without a readable corpus on this machine: {', '.join(absent)}")
     return lines
+
+
+def _tokens(corpus: Path) -> int:
+    """0 where no corpus is, or none that can be read: `train` says what is wrong with it."""
+    if not (corpus / MANIFEST).is_file():
+        return 0
+    try:
+        return read_manifest(corpus).tokens
+    except DataError:
+        return 0

@@ -140,8 +140,10 @@ static inline __attribute__((always_inline)) void pack(
             for (long i = 0; i + LANES <= width; i += LANES)
                 out[i / LANES] = __builtin_convertvector(*(const halves *)(even + i), words) |
                                  __builtin_convertvector(*(const halves *)(odd + i), words) << 16;
-            for (long i = width / LANES * LANES; i < width; i++)
-                ((uint32_t *)out)[i] = even[i] | (uint32_t)odd[i] << 16;
+            for (long i = width / LANES * LANES; i < width; i++) {
+                uint32_t bits = even[i] | (uint32_t)odd[i] << 16;
+                memcpy(to + s * width + i, &bits, 4);
+            }
         }
     }
     for (; s < steps; s++)
