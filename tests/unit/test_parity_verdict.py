@@ -131,6 +131,6 @@ def test_the_runs_differ_in_the_experts_products_alone(backend: str, own: str) -
 
 def test_only_the_phase_that_goes_on_can_be_compared(tmp_path: Path) -> None:
     config = tiny({**FP8, "run.only_phase": "long"})
-    with pytest.raises(ConfigError, match="run.only_phase=long: what is there .* is in short"):
+    with pytest.raises(ConfigError, match=r"run.only_phase=long: what is there .* is in short"):
         _phase_at(ParityRequest(config, tmp_path, steps=1), TrainState())
     assert _phase_at(ParityRequest(tiny(FP8), tmp_path, steps=1), TrainState()) == "short"
