@@ -31,6 +31,7 @@ from zaya_kernels.dtypes import DTYPES
 from zaya_train.config.labels import IGNORE_LABEL
 from zaya_train.config.schema import KernelsConfig, ModelConfig
 from zaya_train.hub.convert import from_hf, to_hf
+from zaya_train.main import compose
 from zaya_train.model import SequenceLayout, ZayaModel, initialise
 from zaya_train.model.flops import train_flops_per_token
 from zaya_train.model.interfaces import Surroundings
@@ -54,16 +55,6 @@ CONFIG = ModelConfig(
     skip_output="zero",
 )
 BATCH, SEQUENCE = 2, 1024
-NATIVE = KernelsConfig(
-    cca="native",
-    attention="native",
-    norm_residual="native",
-    router="native",
-    grouped_mlp="native",
-    linear_cross_entropy="native",
-)
-
-
 AGREE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 1e-1)}
 """Largest difference of the losses and relative one of the embedding gradients, by compute type;
 bf16 has 8 bits, and the two round at different places."""
@@ -196,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        kernels = KernelsConfig() if arguments.kernels == "eager" else NATIVE
+        kernels = compose(["recipe=smoke_cpu", f"kernels={arguments.kernels}"]).kernels
         ours, theirs = models(Path(folder) / "model", DTYPES[arguments.dtype], kernels)
     run_ours, run_theirs = passes(ours, theirs)
     losses = run_ours(), run_theirs()

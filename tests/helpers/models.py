@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 import transformers
@@ -21,24 +21,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-REFERENCE = KernelsConfig(
-    cca="reference",
-    attention="reference",
-    norm_residual="reference",
-    router="reference",
-    moe_permute="reference",
-    grouped_mlp="reference",
-    linear_cross_entropy="reference",
-    newton_schulz="reference",
-)
-NATIVE = KernelsConfig(
-    cca="native",
-    attention="native",
-    norm_residual="native",
-    router="native",
-    grouped_mlp="native",
-    linear_cross_entropy="native",
-)
+
+
+def every(backend: str) -> KernelsConfig:
+    """All operations that have this back end by it, the others eager."""
+    kinds = get_type_hints(KernelsConfig)
+    names = {name: backend for name, kind in kinds.items() if f"'{backend}'" in str(kind)}
+    return replace(KernelsConfig(), **names)  # type: ignore[arg-type]
+
+
+REFERENCE = every("reference")
+NATIVE = every("native")
 TINY = ModelConfig(
     vocab_size=101,
     num_layers=3,

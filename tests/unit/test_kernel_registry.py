@@ -9,27 +9,18 @@ import torch
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.launch import recording
 
-from zaya_train.config.schema import KernelsConfig
 from zaya_train.main import compose
 from zaya_train.model import SequenceLayout, ZayaModel
 from zaya_train.model.interfaces import Surroundings
 
-from ..helpers.models import CPU
+from ..helpers.models import CPU, every
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
 from zaya_kernels.workshop.registry import REGISTRY, form, launches
 
 ROWS, LENGTH = 8, 4096
-TRITON = KernelsConfig(
-    cca="triton",
-    norm_residual="triton",
-    attention="triton",
-    router="triton",
-    moe_permute="triton",
-    grouped_mlp="triton",
-    linear_cross_entropy="triton",
-)
+TRITON = every("triton")
 
 
 @pytest.mark.parametrize(

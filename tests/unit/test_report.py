@@ -53,11 +53,11 @@ def step_values(step: int, loss: float, layers: int = 3) -> dict[str, Any]:
         "load_entropy": 0.95,
         "skip_rate": 0.2,
         "max_violation": 0.5,
-        "memory_bytes": 2**30,
+        "memory_bytes": 10**9,
         "stream_rms": [0.5, 1.0, 2.0, 4.0],
         "eda_gain": [1.1, 0.9],
         "balancing_bias": [[0.01, -0.01, -1.0]] * layers,
-        "memory_bytes_ranks": [2**29, 2**30],
+        "memory_bytes_ranks": [10**9 // 2, 10**9],
         "drawn_rows": {"text": phase_step, "sums": 3 * phase_step},
     }
 
@@ -170,7 +170,7 @@ def test_the_page_says_what_ran_where_and_in_which_units(tmp_path: Path) -> None
     text = report([run_dir], tmp_path / "report.html").read_text()
     said = "run.name mine | 16 ranks on a &lt;card&gt; | torch 2.0 | code c0de | math abcd"
     assert text.count(said) == 1
-    assert "<b>Memory <small>GiB</small></b>" in text and "<b>Loss <small>nats</small></b>" in text
+    assert "<b>Memory <small>GB</small></b>" in text and "<b>Loss <small>nats</small></b>" in text
     assert "<b>Learning rate</b>" in text
 
 

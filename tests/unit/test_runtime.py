@@ -41,6 +41,7 @@ from zaya_train.runtime.seeds import derive_seed, seed_rank
 from zaya_train.runtime.signals import STOP_SIGNALS, StopFlag
 
 BF16 = PrecisionConfig()
+FP32 = PrecisionConfig(compute_dtype="fp32")
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -234,6 +235,11 @@ def test_triton_kernels_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatc
             check_kernels(KernelsConfig(cca="triton"), BF16, cpu)
         return
     check_kernels(KernelsConfig(cca="triton"), BF16, torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match=r"kernels\.cca=triton: takes bf16 on NVIDIA GPUs"):
+        check_kernels(KernelsConfig(cca="triton"), FP32, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    check_kernels(KernelsConfig(cca="triton"), FP32, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.version, "hip", None)
     check_kernels(KernelsConfig(cca="native"), BF16, cpu)
     with pytest.raises(ConfigError, match=r"kernels\.cca=native: computes on a CPU"):
         check_kernels(KernelsConfig(cca="native"), BF16, torch.device("cuda", 0))

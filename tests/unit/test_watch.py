@@ -79,6 +79,24 @@ def test_of_a_long_file_only_the_end_is_read(
     assert steps_of(Tail(path).read()) == ([7, 8, 9] if inside > 0 else [8, 9])
 
 
+@pytest.mark.parametrize("inside", [-1, 0, 1])
+def test_of_what_is_not_read_the_phases_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: int
+) -> None:
+    """Also one on whose border, or in which, the window begins."""
+    path = tmp_path / METRICS_FILE
+    begun = [json.dumps({"kind": "phase", "name": name, "event": "begin", "step": 0,
+                         "wall_time": 1.0, "attempt": 1}).encode() + b"\n"
+             for name in ("core", "long")]  # fmt: skip
+    path.write_bytes(begun[0] + b"not JSON\n" + line(1) + line(2) + begun[1] + line(3))
+    monkeypatch.setattr(reading, "TAIL_BYTES", len(begun[1] + line(3)) + inside)
+    tail = Tail(path)
+    rows = tail.read()
+    assert [row["name"] for row in rows if row["kind"] == "phase"] == ["core", "long"]
+    assert steps_of(rows) == [3]
+    assert tail.read() == rows
+
+
 def test_steps_that_were_rolled_back_are_gone(tmp_path: Path) -> None:
     write_attempt(tmp_path, 0, 20)
     tail = Tail(tmp_path / METRICS_FILE)
@@ -106,7 +124,7 @@ def test_a_frame_says_where_the_run_is(tmp_path: Path) -> None:
     # 30 whole rows of the first phase and 30 K tokens, at 2,000 a second.
     assert "step 45 | phase long | 45 K tokens of 60 K | 7.5 s left at this rate" in text
     assert "0.1111" in text and "text 0.1500, sums 0.1750" in text
-    assert "peak 1.07 GB" in text and "step 40, 3 MB" in text and "incidents: 0" in text
+    assert "peak 1.00 GB" in text and "step 40, 3 MB" in text and "incidents: 0" in text
 
 
 def test_a_frame_tells_the_supervisors_view_and_the_incidents(tmp_path: Path) -> None:

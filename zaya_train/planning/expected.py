@@ -110,7 +110,7 @@ def slow_steps(config: TrainConfig, ranks: int, product_rate: float) -> str:
     if longest < _LONG_SECONDS:
         return ""
     return (
-        f"phase {name}: a step takes {longest / 60:,.0f} minutes at least on {ranks} such "
+        f"phase {name}: a step takes some {longest / 60:,.0f} minutes or more on {ranks} such "
         f"device{'s' * (ranks > 1)}, of {product_rate / 1e12:,.4g} TFLOP/s in a plain product"
     )
 

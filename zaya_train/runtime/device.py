@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from zaya_train.config.precision import PrecisionConfig
     from zaya_train.config.schema import KernelsConfig
 
-FP8_VERSION = (2, 3)
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+FP8_VERSION = (2, 3)
+"""Of Transformer Engine, from which its GroupedLinear has current scaling (docs/decisions/0019)."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,18 @@ def check_kernels(kernels: KernelsConfig, precision: PrecisionConfig, device: to
         interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
         if device.type != "cuda" and not interpreted:
             raise ConfigError(f"{key}: needs a GPU, this run is on {device}; choose eager")
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    if nvidia and kernels.cca == "triton" and precision.compute_dtype == "fp32":
+        raise ConfigError(
+            "kernels.cca=triton: takes bf16 on NVIDIA GPUs, whose matrix units multiply no fp32 "
+            "numbers, and precision.compute_dtype is fp32; choose eager"
+        )
     if precision.expert_dtype == "fp8" and kernels.grouped_mlp == "transformer_engine":
         _check_fp8(device)
 
 
 def _check_fp8(device: torch.device) -> None:
-    """Current scaling in GroupedLinear is of 2.3: NotImplementedError before."""
+    """ConfigError where the installed Transformer Engine or the device cannot do it."""
     found = version("transformer_engine")
     if tuple(int(part) for part in found.split(".")[:2]) < FP8_VERSION:
         raise ConfigError(

@@ -15,6 +15,7 @@ from zaya_train.config.build import build
 from zaya_train.config.errors import ConfigError
 from zaya_train.config.schema import ModelConfig
 from zaya_train.model.flops import matmul_flops_per_token
+from zaya_train.planning.components import GB
 from zaya_train.tools.report_data import MANY
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ PANELS = (
         "Memory",
         "Peak so far: of the process or device that writes the metrics, and of the ranks with "
         "the most and the least.",
-        "GiB",
+        "GB",
         zero=True,
     ),
     Panel(
@@ -266,10 +267,10 @@ def _compute(run: RunData) -> Lines:
 
 
 def _memory(run: RunData) -> Lines:
-    own = run.column("memory_bytes") / 2**30
+    own = run.column("memory_bytes") / GB
     lines = [_line("writer", np.where(own > 0, own, np.nan))]
     pairs = [row.get("memory_bytes_ranks", [np.nan, np.nan]) for row in run.steps]
-    least, most = np.array(pairs, dtype=np.float64).T / 2**30
+    least, most = np.array(pairs, dtype=np.float64).T / GB
     if np.nanmax(most, initial=0) > 0 and not np.array_equal(least, most):
         lines += [_line("rank with most", most, dash=True), _line("with least", least, dash=True)]
     return lines

@@ -207,6 +207,7 @@ def smoke_kernels(console: Console) -> str:
     """Of configs/kernels: native where it trains on the CPU and C compiles here, else eager; which
     of them is said, and why where it is the slower one."""
     if torch.cuda.is_available():
+        console.print("kernels=eager: native computes on a CPU")
         return "eager"
     try:
         library.ready()

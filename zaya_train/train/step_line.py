@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,13 +24,5 @@ def step_line(row: Mapping[str, Any], ranks: int, seconds_left: float) -> str:
         f"{row['phase']} step {row['step']} | loss {row['loss']:.4f} | grad {row['grad_norm']:.3f}"
         f" | lr {row['muon_lr']:.2e} | {speed:,.0f} tokens/s{each}{mfu}"
         f" | {row['memory_bytes'] / 1e9:.1f} GB | load entropy {row['load_entropy']:.3f}"
-        f" | skip {row['skip_rate']:.1e} | {clock(seconds_left)} left"
+        f" | skip {row['skip_rate']:.1e} | {timedelta(seconds=round(seconds_left))} left"
     )
-
-
-def clock(seconds: float) -> str:
-    """Days, hours, minutes and seconds, as 2d 03:04:05."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (f"{days}d " if days else "") + f"{hour:02d}:{minute:02d}:{second:02d}"

@@ -21,24 +21,22 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from zaya_kernels.grouped_mlp.eager import grouped_mlp_eager
 from zaya_kernels.grouped_mlp.swiglu import SwiGLU
+from zaya_train.config.kernel_rules import FP8_MULTIPLE
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import Tensor, nn
 
-FP8_MULTIPLE = 16
-"""Of every dimension of a product in fp8."""
-
 
 @cache
 def _module(num_gemms: int, shape: tuple[int, int], dtype: torch.dtype, fp8: bool) -> nn.Module:
-    """A `GroupedLinear` for weights [out, in], without storage: every call brings its own."""
+    """A `GroupedLinear` for weights [out, in], without storage: every call brings its own. One for
+    each precision, since the module keeps what its last one was."""
     from transformer_engine.pytorch import GroupedLinear
 
     made: nn.Module = GroupedLinear(
@@ -74,37 +72,6 @@ def _product(rows: Tensor, splits: list[int], stack: Tensor, fp8: bool) -> Tenso
     with _precision(fp8):
         out: Tensor = functional_call(module, weights, (rows, splits))
     return out
-
-
-class _Spread(torch.autograd.Function):
-    """rows [R, D] to their places [R] among `total` rows, the others zero."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, total: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(total, rows.shape[1]).index_copy_(0, places, rows)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return grad.index_select(0, places), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """Rows [N, D] at places [R] -> [R, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, spread: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.total = spread.shape[0]
-        return spread.index_select(0, places)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.total, grad.shape[1]).index_copy_(0, places, grad), None
 
 
 def _places(splits: list[int], padded: list[int], device: torch.device) -> Tensor:
@@ -143,14 +110,12 @@ def grouped_mlp_transformer_engine_fp8(
     return by_grouped_linear_fp8(rows, counts, gate_up, down)
 
 
-def by_grouped_linear(
-    rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, fp8: bool = False
-) -> Tensor:
+def by_grouped_linear(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """`grouped_mlp_transformer_engine` wherever the installed module runs."""
     splits = counts.tolist()
     if not rows.shape[0]:
         return grouped_mlp_eager(rows, counts, gate_up, down)
-    return _product(SwiGLU.apply(_product(rows, splits, gate_up, fp8)), splits, down, fp8)
+    return _experts(rows, splits, gate_up, down, fp8=False)
 
 
 def by_grouped_linear_fp8(rows: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -162,10 +127,18 @@ def by_grouped_linear_fp8(rows: Tensor, counts: Tensor, gate_up: Tensor, down: T
             f"{FP8_MULTIPLE} in fp8, not {hidden} and {width}"
         )
     splits = counts.tolist()
+    if not rows.shape[0]:
+        return grouped_mlp_eager(rows, counts, gate_up, down)
     padded = [-(-count // FP8_MULTIPLE) * FP8_MULTIPLE for count in splits]
     if padded == splits:
-        return by_grouped_linear(rows, counts, gate_up, down, fp8=True)
+        return _experts(rows, splits, gate_up, down, fp8=True)
     places = _places(splits, padded, rows.device)
-    spread = _Spread.apply(rows, places, sum(padded))
-    out = by_grouped_linear(spread, torch.tensor(padded), gate_up, down, fp8=True)
-    return _Collect.apply(out, places)
+    # No place twice, so the additions in the gradient of index_select have no order.
+    spread = rows.new_zeros(sum(padded), hidden).index_copy(0, places, rows)
+    return _experts(spread, padded, gate_up, down, fp8=True).index_select(0, places)
+
+
+def _experts(
+    rows: Tensor, splits: list[int], gate_up: Tensor, down: Tensor, *, fp8: bool
+) -> Tensor:
+    return _product(SwiGLU.apply(_product(rows, splits, gate_up, fp8)), splits, down, fp8)
