@@ -44,6 +44,16 @@ def test_gates_far_from_zero_are_closed_or_open(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.gradients, usual.gradients, rtol=steps, atol=1e-30)
 
 
+@TYPES
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_infinity_in_a_pair_stays_one(dtype: torch.dtype, turned: bool) -> None:
+    """Two bf16 that are multiplied together stand in 4 bytes, which are no number of their own."""
+    a = torch.tensor([[1.0, float("inf")], [float("-inf"), 2.0]]).repeat(8, 3).to(dtype)
+    left = a.t().contiguous().t() if turned else a
+    found = multiply(left, torch.ones(6, 5, dtype=dtype), torch.empty(16, 5))
+    assert torch.equal(found, (a.double() @ torch.ones(6, 5).double()).float())
+
+
 @pytest.mark.parametrize("label", [-1, 7])
 def test_labels_that_are_no_class_are_refused(label: int) -> None:
     hidden, weight = random(3, 4, seed=1).float(), random(7, 4, seed=2).float()

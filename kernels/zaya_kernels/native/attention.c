@@ -4,8 +4,8 @@
  * their gradients are rounded to the operands' type for the products that follow, as there. */
 #include "gemm.h"
 
-#define BLOCK_ROWS 256 /* queries times heads at once */
-#define BLOCK_KEYS 256
+#define BLOCK_ROWS 192 /* queries times heads at once */
+#define BLOCK_KEYS 384
 
 typedef struct {
     long heads, kv_heads, size; /* query heads, key heads, channels of a head */
@@ -59,17 +59,16 @@ static Task task_of(const Shape *shape, const long *segments, long number) {
  * maximum and its share of the sum. Columns from `count` to `padded` become zero. */
 static float soften(float *score, long count, long padded, float scale, float *maximum, void *to,
                     int type) {
-    vec top = all(*maximum);
-    long i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        vec x = *(vec *)(score + i) * scale;
-        top = choose(x > top, x, top);
+    for (long i = count; i < padded; i++) score[i] = -INFINITY;
+    vec top = all(-INFINITY), other = top;
+    long i = LANES;
+    for (; i < padded; i += 2 * LANES) {
+        top = larger(*(vec *)(score + i - LANES), top);
+        other = larger(*(vec *)(score + i), other);
     }
-    for (; i < count; i++) top[0] = fmaxf(top[0], score[i] * scale);
-    float best = top[0];
-    for (int l = 1; l < LANES; l++) best = fmaxf(best, top[l]);
+    if (i == padded) top = larger(*(vec *)(score + i - LANES), top);
+    float best = fmaxf(*maximum, largest_of(larger(top, other)) * scale);
     vec sum = all(0);
-    for (i = count; i < padded; i++) score[i] = -INFINITY;
     for (i = 0; i < padded; i += LANES) {
         vec x = exp_of(*(vec *)(score + i) * scale - best);
         sum += x;

@@ -76,9 +76,9 @@ static Task task_of(const Shape *s, const Inputs *in, long row, long group, floa
     return t;
 }
 
-/* Asks for `bytes` from `x` on, which may lie outside of everything. */
-static inline void ask_for(const char *x, long bytes) {
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch(x + i);
+/* Asks for `bytes` at `ahead` bytes from `x`, which may lie outside of everything. */
+static inline void ask_for(const char *x, long ahead, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((void *)((uintptr_t)x + ahead + i));
 }
 
 /* One token's columns of the group, in fp32. */
@@ -95,7 +95,7 @@ static void read_token(const Task *t, long token, float *to) {
                ((t->row + 1) * s->halo_rows + token) * channels * unit;
     for (long m = 0; m < t->members; m++) {
         long first = head_of(t, m) * s->size;
-        ask_for(from + (first + AHEAD * s->stride) * unit, s->size * unit);
+        ask_for(from, (first + AHEAD * s->stride) * unit, s->size * unit);
         for (long c = 0; c < s->size; c++) to[m * s->size + c] = at(from, s->type, first + c);
     }
 }
@@ -225,7 +225,7 @@ static void norm_backward(const Task *t, Slopes *g, const Gradients *out, long f
     long from = m == queries ? token * s->kv_heads + t->group : token * s->heads + head_of(t, m);
     long heads = m == queries ? s->kv_heads : s->heads, unit = s->type == BF16 ? 2 : 4;
     const char *given = m == queries ? out->grad_k : out->grad_q;
-    ask_for(given + (from + AHEAD * heads) * d * unit, d * unit);
+    ask_for(given, (from + AHEAD * heads) * d * unit, d * unit);
     for (long c = 0; c < d; c++) grad[c] = at(given, s->type, from * d + c);
     rotate(t, first + i, grad, -1);
     double length = sqrt(dot(x, x, d)), along = dot(grad, x, d);

@@ -49,9 +49,9 @@ static inline vec pair_sum(vec sum, vec a, vec b) {
 #endif
 }
 
-/* out[rows][2] of `steps` steps; a: 4-byte elements, strides in bytes. */
+/* c [rows, COLUMNS] (+)= sums over `steps` steps; a: 4-byte elements, strides in bytes. */
 #define TILE(name, rows, multiply)                                                             \
-    static void name(long steps, const char *a, long row, long step, const float *b, vec *out) { \
+    static void name(long steps, const char *a, long row, long step, const float *b, Result c) { \
         vec sum[rows][2];                                                                      \
         for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = all(0);                         \
         for (long s = 0; s < steps; s++, a += step, b += COLUMNS) {                            \
@@ -62,7 +62,22 @@ static inline vec pair_sum(vec sum, vec a, vec b) {
                 sum[i][1] = multiply(sum[i][1], x, right);                                     \
             }                                                                                  \
         }                                                                                      \
-        for (int i = 0; i < rows; i++) out[2 * i] = sum[i][0], out[2 * i + 1] = sum[i][1];     \
+        if (c.type == BF16) {                                                                  \
+            _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {                          \
+                store_bf16((bf16 *)c.data + i * c.row, sum[i][0]);                             \
+                store_bf16((bf16 *)c.data + i * c.row + LANES, sum[i][1]);                     \
+            }                                                                                  \
+            return;                                                                            \
+        }                                                                                      \
+        if (c.accumulate)                                                                      \
+            _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {                          \
+                sum[i][0] += *(vec *)((float *)c.data + i * c.row);                            \
+                sum[i][1] += *(vec *)((float *)c.data + i * c.row + LANES);                    \
+            }                                                                                  \
+        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {                              \
+            *(vec *)((float *)c.data + i * c.row) = sum[i][0];                                 \
+            *(vec *)((float *)c.data + i * c.row + LANES) = sum[i][1];                         \
+        }                                                                                      \
     }
 #define FMA(sum, x, y) ((sum) + (x) * (y))
 TILE(tile_4, 4, FMA)
@@ -74,7 +89,7 @@ TILE(tile_12, 12, FMA)
 TILE(pairs_12, 12, pair_sum)
 #endif
 
-typedef void (*Tile)(long, const char *, long, long, const float *, vec *);
+typedef void (*Tile)(long, const char *, long, long, const float *, Result);
 
 static Tile tile_of(long rows, int paired) {
 #if ROWS == 12
@@ -114,6 +129,33 @@ static inline float element(Operand x, int type, long i, long s, long k) {
     return out;
 }
 
+#if PAIRED
+/* Asks for what is `ahead` bytes from x, which may lie outside of everything. */
+static inline void ask_for(const void *x, long ahead) {
+    __builtin_prefetch((void *)((uintptr_t)x + ahead));
+}
+
+/* Pairs of the `left` elements of two rows, zeros up to `width`; LANES of them or less. */
+static inline void interleave(const bf16 *even, const bf16 *odd, long left, float *to, long width) {
+    __mmask16 given = left < LANES ? (1 << left) - 1 : 0xffff;
+    __mmask16 wanted = width < LANES ? (1 << width) - 1 : 0xffff;
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(given, even));
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(given, odd));
+    _mm512_mask_storeu_epi32(to, wanted, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+/* The same of the first `count` of `width` columns of x, over `steps` steps. */
+static inline void pack_pairs(Operand x, long count, long steps, float *to, long width) {
+    const bf16 *even = x.data;
+    for (long s = 0; s < steps; s++, even += 2 * x.column, to += width) {
+        const bf16 *odd = even + x.column;
+        ask_for(even, AHEAD * x.column * 2), ask_for(odd, AHEAD * x.column * 2);
+        for (long i = 0; i < width; i += LANES)
+            interleave(even + i, odd + i, count < i ? 0 : count - i, to + i, width - i);
+    }
+}
+#endif
+
 /* Panel of `count` <= width rows of x [., steps], starting at row `first` and step `begin`:
  * to[steps][width], zeros in missing rows. For b, x is its transpose. */
 static inline __attribute__((always_inline)) void pack(
@@ -122,7 +164,7 @@ static inline __attribute__((always_inline)) void pack(
     long s = 0, unit = type == BF16 ? 2 : 4, group = PAIRED && type == BF16 ? 2 : 1;
     x.data = (const char *)x.data + (first * x.row + begin * group * x.column) * unit;
     k -= begin * group;
-    long whole = count < width ? 0 : k / group < steps ? k / group : steps;
+    long full = k / group < steps ? k / group : steps, whole = count < width ? 0 : full;
     if (x.column == 1 && (type == FP32 || PAIRED) && width % LANES == 0) {
         for (; s + LANES <= whole; s += LANES)
             for (long i = 0; i < width; i += LANES)
@@ -132,20 +174,11 @@ static inline __attribute__((always_inline)) void pack(
     } else if (x.row == 1 && type == FP32) {
         for (; s < whole; s++)
             memcpy(to + s * width, (const float *)x.data + s * x.column, width * 4);
-    } else if (x.row == 1 && PAIRED) {
-        for (; s < whole; s++) {
-            const bf16 *even = (const bf16 *)x.data + 2 * s * x.column, *odd = even + x.column;
-            words *out = (words *)(to + s * width);
-            __builtin_prefetch(even + AHEAD * x.column), __builtin_prefetch(odd + AHEAD * x.column);
-            for (long i = 0; i + LANES <= width; i += LANES)
-                out[i / LANES] = __builtin_convertvector(*(const halves *)(even + i), words) |
-                                 __builtin_convertvector(*(const halves *)(odd + i), words) << 16;
-            for (long i = width / LANES * LANES; i < width; i++) {
-                uint32_t bits = even[i] | (uint32_t)odd[i] << 16;
-                memcpy(to + s * width + i, &bits, 4);
-            }
-        }
     }
+#if PAIRED
+    else if (x.row == 1)
+        pack_pairs(x, count, s = full, to, width);
+#endif
     for (; s < steps; s++)
         for (long i = 0; i < width; i++)
             to[s * width + i] = i < count ? element(x, type, i, s, k) : 0.0f;
@@ -155,22 +188,14 @@ static void *place(Result c, long i, long j) {
     return (char *)c.data + (i * c.row + j) * (c.type == BF16 ? 2 : 4);
 }
 
-static void store_row(const vec *sum, Result c, long i, long j, long columns) {
-    if (c.type == BF16) {
-        bf16 *to = place(c, i, j);
-        store_few(to, BF16, 0, columns, sum[0]);
-        if (columns > LANES) store_few(to, BF16, LANES, columns - LANES, sum[1]);
-        return;
-    }
-    float *to = place(c, i, j);
-    if (columns == COLUMNS) {
-        vec *at = (vec *)to, *next = (vec *)(to + LANES);
-        if (c.accumulate) *at += sum[0], *next += sum[1];
-        else *at = sum[0], *next = sum[1];
-        return;
-    }
-    for (long l = 0; l < columns; l++)
-        to[l] = (c.accumulate ? to[l] : 0.0f) + sum[l / LANES][l % LANES];
+/* The part of a tile that c has. */
+static void store_part(const float *tile, Result c, long rows, long columns) {
+    for (long i = 0; i < rows; i++, tile += COLUMNS)
+        for (long j = 0; j < columns; j += LANES) {
+            vec sum = *(const vec *)(tile + j);
+            if (c.accumulate) sum += load_few(c.data, FP32, i * c.row + j, columns - j);
+            store_few(c.data, c.type, i * c.row + j, columns - j, sum);
+        }
 }
 
 typedef struct {
@@ -187,6 +212,8 @@ static void block_of(Product p, long start, long stop, long begin, long end, Res
     long panels = (stop - start + COLUMNS - 1) / COLUMNS;
     float *right = scratch(SCRATCH_RIGHT, panels * size * 4);
     float *left = scratch(SCRATCH_LEFT, TILES * ROWS * steps * 4);
+    float part[ROWS * COLUMNS];
+    Result apart = {part, COLUMNS, FP32, 0};
     Operand turned = {p.b.data, p.b.column, p.b.row};
     for (long j = 0; j < panels; j++) {
         long first = start + j * COLUMNS, count = stop - first < COLUMNS ? stop - first : COLUMNS;
@@ -209,10 +236,11 @@ static void block_of(Product p, long start, long stop, long begin, long end, Res
                     row = p.a.row * unit, step = 4;
                     from = (const char *)p.a.data + i * row + begin * 4;
                 }
-                vec sum[2 * ROWS];
                 for (long l = 0; l < rows; l++) __builtin_prefetch(place(c, i + l, first), 1);
-                tile_of(rows, paired)(steps, from, row, step, right + j * size, sum);
-                for (long l = 0; l < rows; l++) store_row(sum + 2 * l, c, i + l, first, width);
+                Result to = {place(c, i, first), c.row, c.type, c.accumulate};
+                int whole = width == COLUMNS && rows % 4 == 0;
+                tile_of(rows, paired)(steps, from, row, step, right + j * size, whole ? to : apart);
+                if (!whole) store_part(part, to, rows, width);
             }
         }
     }

@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -73,9 +73,12 @@ static inline void store_bf16(bf16 *to, vec x) {
 #endif
 }
 
+/* By its bits: 0 + x would be an addition, and no copy of -0 or of a pair of bf16. */
 static inline vec all(float x) {
-    vec zero = {0};
-    return zero + x;
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    words zero = {0};
+    return (vec)(zero + bits);
 }
 
 static inline float total(vec x) {
@@ -88,12 +91,32 @@ static inline vec choose(words where, vec yes, vec no) {
     return (vec)(((words)yes & where) | ((words)no & ~where));
 }
 
-/* e^x to 2 units in the last place; 0 below -87, infinite above 88; NaN stays NaN. */
+/* The larger of two; b where one is NaN. */
+static inline vec larger(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
+
+static inline float largest_of(vec x) {
+    float top = x[0];
+    for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+/* e^x to 2 units in the last place, 0 below -87 (AVX-512: -104), infinite above 88.7; NaN stays. */
 static inline vec exp_of(vec x) {
+#if defined(__AVX512F__)
+    x = larger(all(-105), (vec)_mm512_min_ps((__m512)all(89), (__m512)x));
+    vec whole = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
     words small = x < all(-87.0f), large = x > all(88.0f);
     x = choose(small, all(-87.0f), x);
     vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 x 2^23: rounds to an integer */
     vec whole = shifted - 12582912.0f;
+#endif
     x = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     vec sum = x * 1.9875691500e-4f + 1.3981999507e-3f;
     sum = sum * x + 8.3334519073e-3f;
@@ -101,8 +124,12 @@ static inline vec exp_of(vec x) {
     sum = sum * x + 1.6666665459e-1f;
     sum = sum * x + 0.5f;
     sum = sum * x * x + x + 1.0f;
+#if defined(__AVX512F__)
+    return (vec)_mm512_scalef_ps((__m512)sum, (__m512)whole);
+#else
     vec power = (vec)(((words)shifted << 23) + ((words)all(1)));
     return choose(large, all(INFINITY), choose(small, all(0), sum * power));
+#endif
 }
 
 /* Elements of a tensor of `type`, a vector from i on or one. */
