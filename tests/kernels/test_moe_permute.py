@@ -46,7 +46,7 @@ def ordered(choice: Tensor, backend: str, known: bool = False) -> Order:
     return sort_by_expert(load, int(load.counts[:-1].sum()) if known else None)
 
 
-@pytest.mark.parametrize("backend", ["eager", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["eager", "native", "reference", "triton"])
 @pytest.mark.parametrize("name", ["random", "long", "skipped", "none", "one", "first", "last"])
 def test_sorted_stably_and_counted(name: str, backend: str) -> None:
     choice = choices(name)
@@ -105,20 +105,22 @@ def test_rows_and_gradients(name: str, known: bool, skip: str) -> None:
         return there_and_back(name, known, skip, backend, x)
 
     assert_backends_agree(run, inputs_of(name, torch.float64))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert_no_worse(run, inputs_of(name, dtype), "triton")
-    if skip == "identity":
-        assert_bitwise(run, inputs_of(name, torch.bfloat16), "triton")
-        alone = inputs_of(name, torch.float32)
-        del alone["probability"]
-        assert_no_worse(run, alone, "triton")
+    for backend in ("native", "triton"):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_no_worse(run, inputs_of(name, dtype), backend)
+        if skip == "identity":
+            assert_bitwise(run, inputs_of(name, torch.bfloat16), backend)
+            alone = inputs_of(name, torch.float32)
+            del alone["probability"]
+            assert_no_worse(run, alone, backend)
 
 
-def test_probabilities_may_be_more_exact_than_rows() -> None:
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_probabilities_may_be_more_exact_than_rows(backend: str) -> None:
     """fp32, as the router gives them; so is their gradient."""
     tokens = random(TOKENS, HIDDEN, seed=1).bfloat16()
     probability = random(TOKENS, seed=2).float().requires_grad_(True)
-    order = ordered(choices("one"), "triton", known=True)
+    order = ordered(choices("one"), backend, known=True)
     out = scatter(tokens, order, None, probability)
     assert torch.equal(out, (tokens.float() * probability.unsqueeze(1)).bfloat16())
     (grad,) = torch.autograd.grad(out, probability, torch.ones_like(out))
@@ -126,8 +128,9 @@ def test_probabilities_may_be_more_exact_than_rows() -> None:
     torch.testing.assert_close(grad, tokens.float().sum(1), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_alone_or_rest_alone_have_a_gradient() -> None:
-    order = ordered(choices("random"), "triton", known=True)
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_rows_alone_or_rest_alone_have_a_gradient(backend: str) -> None:
+    order = ordered(choices("random"), backend, known=True)
     for chosen in (0, 1):
         tokens = random(TOKENS, HIDDEN, seed=1).float().requires_grad_(True)
         out = gather(tokens, order)[chosen]

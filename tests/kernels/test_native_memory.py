@@ -17,6 +17,7 @@ from . import (
     test_cca,
     test_grouped_mlp,
     test_linear_cross_entropy,
+    test_moe_permute,
     test_native_router,
     test_router,
 )
@@ -49,6 +50,10 @@ def operations() -> dict[str, tuple[Operation, dict[str, Tensor]]]:
         "linear_cross_entropy": (
             lambda x: test_linear_cross_entropy.call(labels, "native", x),
             test_linear_cross_entropy.inputs_of(40, 2100),
+        ),
+        "moe_permute": (
+            lambda x: test_moe_permute.there_and_back("random", True, "identity", "native", x),
+            test_moe_permute.inputs_of("random", torch.float64),
         ),
         # More tokens than a block has, and parts of the tokens for each thread.
         "router": (

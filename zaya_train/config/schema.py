@@ -15,10 +15,8 @@ from typing import Literal
 from zaya_train.config.faults import GuardConfig, SupervisorConfig
 from zaya_train.config.precision import PrecisionConfig
 
-TritonKernelName = Literal["eager", "reference", "triton"]
-"""Of operations that have Triton kernels (docs/kernels.md); these need a GPU."""
 NativeKernelName = Literal["eager", "native", "reference", "triton"]
-"""native: in C for the CPU at hand, compiled at first use (docs/kernels.md)."""
+"""native: in C for the CPU at hand, compiled at first use. triton: needs a GPU (docs/kernels.md)."""
 AttentionName = Literal["eager", "aiter", "flash_attn", "native", "reference", "sdpa", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
 flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed. native: in C."""
@@ -290,7 +288,7 @@ class KernelsConfig:
     attention: AttentionName = "eager"
     norm_residual: NativeKernelName = "eager"
     router: NativeKernelName = "eager"
-    moe_permute: TritonKernelName = "eager"
+    moe_permute: NativeKernelName = "eager"
     """Sorts tokens by expert and moves them there and back."""
     grouped_mlp: GroupedMLPName = "eager"
     grouped_mlp_recompute: bool = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zaya_kernels.backends import chosen, named
-from zaya_kernels.moe_permute import eager, reference
+from zaya_kernels.moe_permute import eager, native, reference
 from zaya_kernels.moe_permute.types import Order
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def _triton() -> _Backend:
 
 BACKENDS: dict[str, Callable[[], _Backend]] = {
     "eager": lambda: _Backend(eager.count, eager.sort, eager.gather, eager.rest, eager.scatter),
+    "native": lambda: _Backend(native.count, native.sort, native.gather, native.rest, native.scatter),
     "reference": lambda: _Backend(
         reference.count, reference.sort, reference.gather, reference.rest, reference.scatter
     ),

@@ -55,6 +55,8 @@ static Task task_of(const Shape *shape, const long *segments, long number) {
     return t;
 }
 
+static inline vec power(vec x, int type) { return type == BF16 ? exp_in_brief(x) : exp_of(x); }
+
 /* Probabilities of one row from its scores, in place and in the operands' type; the row's new
  * maximum and its share of the sum. Columns from `count` to `padded` become zero. */
 static float soften(float *score, long count, long padded, float scale, float *maximum, void *to,
@@ -70,7 +72,7 @@ static float soften(float *score, long count, long padded, float scale, float *m
     float best = fmaxf(*maximum, largest_of(larger(top, other)) * scale);
     vec sum = all(0);
     for (i = 0; i < padded; i += LANES) {
-        vec x = exp_of(*(vec *)(score + i) * scale - best);
+        vec x = power(*(vec *)(score + i) * scale - best, type);
         sum += x;
         store(to, type, i, x);
     }
@@ -183,7 +185,7 @@ static void slopes_of(const Task *t, Room r, long first, long rows, long start, 
         char *weight = r.weights + i * width * unit, *grad = r.grad_weights + i * width * unit;
         for (long j = count; j < width; j++) score[j] = -INFINITY, slope[j] = 0;
         for (long j = 0; j < width; j += LANES) {
-            vec p = exp_of(*(vec *)(score + j) * scale - lse);
+            vec p = power(*(vec *)(score + j) * scale - lse, type);
             store(weight, type, j, p);
             store(grad, type, j, p * (*(vec *)(slope + j) - mean) * scale);
         }
