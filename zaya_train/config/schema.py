@@ -16,7 +16,7 @@ from zaya_train.config.faults import GuardConfig, SupervisorConfig
 from zaya_train.config.precision import PrecisionConfig
 
 NativeKernelName = Literal["eager", "native", "reference", "triton"]
-"""native: in C for the CPU at hand, compiled at first use. triton: needs a GPU (docs/kernels.md)."""
+"""native: in C for the CPU at hand, compiled at first use; triton: on a GPU (docs/kernels.md)."""
 AttentionName = Literal["eager", "aiter", "flash_attn", "native", "reference", "sdpa", "triton"]
 """eager: torch's scaled_dot_product_attention (sdpa), and on a CPU own blocks where these gain.
 flash_attn, aiter: libraries' kernels on a GPU in bf16, where they are installed. native: in C."""

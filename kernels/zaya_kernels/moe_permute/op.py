@@ -43,7 +43,9 @@ def _triton() -> _Backend:
 
 BACKENDS: dict[str, Callable[[], _Backend]] = {
     "eager": lambda: _Backend(eager.count, eager.sort, eager.gather, eager.rest, eager.scatter),
-    "native": lambda: _Backend(native.count, native.sort, native.gather, native.rest, native.scatter),
+    "native": lambda: _Backend(
+        native.count, native.sort, native.gather, native.rest, native.scatter
+    ),
     "reference": lambda: _Backend(
         reference.count, reference.sort, reference.gather, reference.rest, reference.scatter
     ),
