@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from zaya_train.config.schema import TritonKernelName
+    from zaya_train.config.schema import NativeKernelName
     from zaya_train.model.interfaces import TokenDispatcher
 
 HIDDEN, EXPERTS, LAYERS = 5, 8, 2
@@ -65,7 +65,7 @@ def pass_through(
     tokens: Tensor,
     choice: Tensor,
     experts: Tensor,
-    permute: TritonKernelName = "eager",
+    permute: NativeKernelName = "eager",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dispatch, multiply each expert's rows by its matrix, combine; rows, output, token gradient.
     `experts` [E_local, D, D] collects its own gradient."""
@@ -83,14 +83,13 @@ def pass_through(
     return rows.detach(), out.detach(), tokens.grad
 
 
-def against_the_local_one(name: str, permute: TritonKernelName = "eager") -> dict[str, float]:
-    """Largest differences; of triton in fp32, which is what it takes."""
-    dtype = torch.float64
+def against_the_local_one(name: str, permute: NativeKernelName = "eager") -> dict[str, float]:
+    """Largest differences; in fp32 of all but eager, which alone takes fp64."""
+    dtype = torch.float64 if permute == "eager" else torch.float32
     if permute == "triton":
         from zaya_kernels.workshop.interpreter import install
 
         install()
-        dtype = torch.float32
     group = world()
     rank, ranks = group.rank(), group.size()
     matrices = tokens_of(99, EXPERTS * HIDDEN).view(EXPERTS, HIDDEN, HIDDEN).to(dtype)

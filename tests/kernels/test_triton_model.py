@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from zaya_train.config.schema import (
         GroupedMLPName,
         ModelConfig,
+        NativeKernelName,
         RecomputeKind,
-        TritonKernelName,
     )
     from zaya_train.model import ZayaModel
 
@@ -103,7 +103,7 @@ def test_loss_and_gradients_agree_with_eager() -> None:
     ids=["identity", "zero", "no skip class"],
 )
 def test_permutation_and_experts_may_be_of_different_back_ends(
-    config: ModelConfig, permute: TritonKernelName, experts: GroupedMLPName
+    config: ModelConfig, permute: NativeKernelName, experts: GroupedMLPName
 ) -> None:
     kernels = KernelsConfig(moe_permute=permute, grouped_mlp=experts)
     assert_agrees_with_eager(config, kernels, 101)

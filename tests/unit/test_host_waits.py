@@ -21,7 +21,7 @@ from zaya_train.model.recompute import RoutingTape
 from ..helpers.models import TINY
 
 if TYPE_CHECKING:
-    from zaya_train.config.schema import RecomputeKind, TritonKernelName
+    from zaya_train.config.schema import NativeKernelName, RecomputeKind
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 
@@ -56,7 +56,7 @@ def pass_on(
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 @pytest.mark.parametrize("permute", ["eager", "triton"])
-def test_nothing_is_read(permute: TritonKernelName, recompute: RecomputeKind) -> None:
+def test_nothing_is_read(permute: NativeKernelName, recompute: RecomputeKind) -> None:
     for arch in ARCHITECTURES:
         with recording(arch) as launches:
             pass_on(torch.device("meta"), replace(TRITON, moe_permute=permute), recompute)
@@ -74,7 +74,7 @@ def test_grouped_mm_reads_nothing(recompute: RecomputeKind) -> None:
 
 
 @pytest.mark.parametrize("permute", ["eager", "triton"])
-def test_experts_of_torch_wait_for_their_counts(permute: TritonKernelName) -> None:
+def test_experts_of_torch_wait_for_their_counts(permute: NativeKernelName) -> None:
     """So the test above can fail."""
     kernels = replace(TRITON, moe_permute=permute, grouped_mlp="eager")
     # torch's own class for reading a number of a tensor that has none.
@@ -84,7 +84,7 @@ def test_experts_of_torch_wait_for_their_counts(permute: TritonKernelName) -> No
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("permute", ["eager", "triton"])
-def test_nothing_is_waited_for_on_a_gpu(permute: TritonKernelName) -> None:
+def test_nothing_is_waited_for_on_a_gpu(permute: NativeKernelName) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     device, kernels = torch.device("cuda"), replace(TRITON, moe_permute=permute)
