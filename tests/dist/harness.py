@@ -247,7 +247,8 @@ class Setup:
         return found
 
     def step(self, number: int) -> StepResult:
-        rates = Rates(muon=0.02, adamw=0.01, clip_norm=self.config.optim.clip_norm)
+        optim = self.config.optim
+        rates = Rates(muon=0.02, adamw=0.01, clip_norm=optim.clip_norm, z_loss=optim.z_loss)
         batches = self.batches(number)
         return train_step(self.model, self.optimizer, batches, rates, self.reduction)
 

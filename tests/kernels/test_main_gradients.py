@@ -38,7 +38,8 @@ def gradients(case: Case) -> tuple[dict[str, Tensor], list[bool]]:
         patch.setattr(GradientSums, "of", of)
         setup = Setup.of(case, **CHANGES)
         few = setup.batches(0)[:2]
-        step._accumulate(setup.model, few, torch.tensor(100), setup.reduction, lambda _: None)
+        count = torch.tensor(100)
+        step._accumulate(setup.model, few, count, 0.0, setup.reduction, lambda _: None)
     parameters = setup.model.named_parameters()
     return {n: whole(p.grad) for n, p in parameters if p.grad is not None}, found
 

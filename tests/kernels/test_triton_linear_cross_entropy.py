@@ -11,7 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zaya_kernels.launch import ARCHITECTURES, COMPUTE_UNITS, INTERPRETED, recording
-from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+from zaya_kernels.linear_cross_entropy.op import (
+    linear_cross_entropy,
+    linear_cross_entropy_and_z,
+)
 
 from zaya_train.config.labels import IGNORE_LABEL
 
@@ -82,6 +85,19 @@ def test_as_exact_as_eager(tokens: int, supervised: int, vocab: int, dtype: torc
 def test_z_loss_is_as_exact_as_eager(dtype: torch.dtype) -> None:
     labels, inputs = labels_of(40, 35, 70), inputs_of(40, 70, dtype)
     assert_no_worse(lambda backend, x: call(labels, backend, x, 0.1), inputs, "triton")
+
+
+def test_z_loss_is_told_apart() -> None:
+    """Of rows that fill the last block, too, and of those that nothing supervises."""
+    labels, inputs = labels_of(40, 35, 70), inputs_of(40, 70, torch.float32)
+    inputs = {name: x.requires_grad_(True) for name, x in inputs.items()}
+    (loss, z), (_, expected) = (
+        linear_cross_entropy_and_z(inputs["hidden"], inputs["weight"], labels, backend, 0.1)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss - z, call(labels, "reference", inputs)[0])
+    assert loss.requires_grad and not z.requires_grad
 
 
 def test_sums_over_many_chunks_keep_24_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,6 +220,9 @@ BROKEN: list[tuple[dict[str, Any], int, list[str]]] = [
         ["optim.balancing.skip_target: 0.1", "model.skip_class"],
     ),
     ({"optim.clip_norm": -1.0}, 2, ["optim.clip_norm", "-1.0"]),
+    ({"optim.z_loss": -1e-4}, 2, ["optim.z_loss", "-0.0001", "negative"]),
+    ({"optim.z_loss": NAN}, 2, ["optim.z_loss", "nan", "finite"]),
+    ({"optim.z_loss": INF}, 2, ["optim.z_loss", "inf", "finite"]),
     # The rest.
     ({"checkpoint.keep_last": 1}, 2, ["checkpoint.keep_last", "1", "2"]),
     ({"checkpoint.keep_every_steps": -3}, 2, ["checkpoint.keep_every_steps", "-3"]),

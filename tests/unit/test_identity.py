@@ -147,6 +147,7 @@ def test_the_code_is_told_apart_by_its_sources(sources: Path, name: str, tells: 
     [
         ({"optim.muon.learning_rate": 0.03}, True),
         ({"optim.balancing.skip_target": 0.1}, True),
+        ({"optim.z_loss": 1e-4}, True),
         ({"precision.reduce_dtype": "bf16"}, True),
         ({"guard.sigma": 3.0}, True),
         ({"kernels.cca": "reference"}, False),

@@ -358,6 +358,17 @@ def test_shares_of_what_devices_can_are_drawn_where_rows_have_them(tmp_path: Pat
     }
 
 
+def test_a_z_loss_has_a_chart_of_its_own(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, enabled=True) as metrics:
+        metrics.write("start", step=0, **LAUNCH)
+        for step in (1, 2):
+            metrics.write("step", **step_values(step, 1.0) | {"z_loss": 0.25 / step})
+    (tmp_path / "config.json").write_text("{}")
+    panels = data_of(report([tmp_path], tmp_path / "report.html").read_text())["runs"][0]["panels"]
+    assert panels["z_loss"][0]["lines"][0]["y"] == [0.25, 0.125]
+    assert len(panels["loss"][0]["lines"]) == 2
+
+
 def test_several_runs_are_laid_over_each_other(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("one", "two")]
     text = report(runs, tmp_path / "both.html").read_text()

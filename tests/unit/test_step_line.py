@@ -29,5 +29,9 @@ def test_several_devices_and_a_known_peak() -> None:
     assert "| 12,346 tokens/s (1,543 a device) | MFU 41.2% | 84.0 GB |" in line
 
 
+def test_a_z_loss_stands_apart() -> None:
+    assert "| loss 1.2346 + z 1.2e-02 | grad" in step_line({**ROW, "z_loss": 0.01234}, 1, 0)
+
+
 def test_days_are_said() -> None:
     assert step_line(ROW, 1, 9e5).endswith(" | 10 days, 10:00:00 left")

@@ -151,6 +151,7 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
         ("optim.muon.weight_decay", optim.muon.weight_decay),
         ("optim.adamw.weight_decay", optim.adamw.weight_decay),
         ("optim.clip_norm", optim.clip_norm),
+        ("optim.z_loss", optim.z_loss),
     ):
         yield from _not_negative(key, value)
 

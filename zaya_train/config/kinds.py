@@ -46,7 +46,7 @@ TAGS: dict[str, dict[Kind, str]] = {
         "io": "sources.*.path sources.*.max_epochs validation.*.path validation.*.max_epochs "
         "validation.*.max_documents validation_sequences plan_dir",
     },
-    "optim": {"math": "clip_norm"},
+    "optim": {"math": "clip_norm z_loss"},
     "optim.muon": {
         "math": "learning_rate momentum momentum_dtype nesterov weight_decay newton_schulz_steps "
         "newton_schulz_dtype newton_schulz_coefficients newton_schulz_schedule update_rms",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn.functional import embedding
-from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy_and_z
 
 from zaya_train.model.cca import CCA, Rotation
 from zaya_train.model.interfaces import Surroundings, WholeRows
@@ -33,7 +33,10 @@ class ModelOutput:
     """What a training step takes from a forward pass."""
 
     loss: Tensor
-    """Scalar fp32: negative log-likelihood summed over supervised tokens."""
+    """Scalar fp32 to differentiate: negative log-likelihood summed over supervised tokens, and
+    `z_loss`."""
+    z_loss: Tensor
+    """Scalar fp32 without gradients; 0 where none was asked for."""
     load: Tensor
     """[L, C] fp32: valid tokens per layer and router class."""
 
@@ -91,12 +94,17 @@ class ZayaModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, around) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, around.kernels.norm_residual)
 
-    def forward(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout) -> ModelOutput:
-        """tokens and labels [B, S] int64 (labels already shifted; IGNORE_LABEL unsupervised)."""
+    def forward(
+        self, tokens: Tensor, labels: Tensor, layout: SequenceLayout, z_loss: float = 0.0
+    ) -> ModelOutput:
+        """tokens and labels [B, S] int64 (labels already shifted; IGNORE_LABEL unsupervised);
+        `z_loss` is optim.z_loss where the loss is trained on."""
         hidden, load = self._hidden(tokens, layout)
         backend = self.around.kernels.linear_cross_entropy
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.embedding, labels.flatten(), backend)
-        return ModelOutput(loss, load)
+        loss, z = linear_cross_entropy_and_z(
+            hidden.flatten(0, 1), self.embedding, labels.flatten(), backend, z_loss
+        )
+        return ModelOutput(loss, z, load)
 
     def logits(self, tokens: Tensor, layout: SequenceLayout | None = None) -> Tensor:
         """tokens [B, S] int64 -> [B, S, V] fp32; without a layout every row is one document.

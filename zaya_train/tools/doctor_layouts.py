@@ -183,8 +183,9 @@ def _steps(subject: Subject) -> Outcome:
     optimizer = subject.optimizer(_Recording)
     assert isinstance(optimizer, _Recording)
     optimizer.gradients = []
+    rates = replace(_RATES, z_loss=subject.config.optim.z_loss)
     results = [
-        train_step(subject.model, optimizer, subject.batches(number), _RATES, subject.reduction)
+        train_step(subject.model, optimizer, subject.batches(number), rates, subject.reduction)
         for number in range(STEPS)
     ]
     return Outcome(

@@ -327,7 +327,7 @@ def _loss(make: _Maker) -> Timed:
     return Timed(
         "linear_cross_entropy",
         loss.BACKENDS,
-        lambda run, x: [run(x["hidden"], x["weight"], labels, IGNORE_LABEL, 0.0)],
+        lambda run, x: [run(x["hidden"], x["weight"], labels, IGNORE_LABEL, 0.0)[0]],
         inputs,
         2 * int((labels != IGNORE_LABEL).sum()) * hidden * vocabulary,
     )

@@ -157,6 +157,6 @@ def _steps(case: Case, document_tokens: int) -> Callable[[], object]:
         )
         for k in range(case.micro_batches)
     ]
-    rates = Rates(muon=1e-4, adamw=1e-4, clip_norm=config.optim.clip_norm)
+    rates = Rates(1e-4, 1e-4, config.optim.clip_norm, z_loss=config.optim.z_loss)
     reduction = Reduction.of(mesh, config.parallel)
     return lambda: train_step(built.model, built.optimizer, batches, rates, reduction)

@@ -179,7 +179,7 @@ def _step(
         meter.flows.clear()
         reduction = Reduction.of(mesh, config.parallel)
         watched = _Watched(**vars(reduction), meter=meter, marks=[])
-        rates = Rates(muon=0.1, adamw=0.1, clip_norm=config.optim.clip_norm)
+        rates = Rates(0.1, 0.1, config.optim.clip_norm, z_loss=config.optim.z_loss)
         train_step(model, optimizer, [batch] * shown, rates, watched)
     return dict(meter.peaks), _whole_step(dict(meter.flows), watched.marks, count - shown)
 

@@ -56,6 +56,7 @@ PANELS = (
         "nats",
         log=True,
     ),
+    Panel("z_loss", "Z-loss", "Added to the loss above, per supervised token.", "nats", log=True),
     Panel("learning_rate", "Learning rate", "Peak values times schedule.", "", zero=True),
     Panel("grad_norm", "Gradient norm", "Global, before clipping.", "", log=True),
     Panel("supervised", "Supervised tokens", "Per step, over all ranks.", "tokens", zero=True),
@@ -210,6 +211,7 @@ def _step_lines(run: RunData) -> dict[str, Lines]:
     waited = np.where(column("data_seconds") > 0, column("data_seconds"), np.nan)
     return {
         "loss": [_line("step", loss, faint=True), _line("mean", _smooth_by_phase(run, loss))],
+        "z_loss": [_line("z-loss", column("z_loss"))],
         "learning_rate": [
             _line("Muon", column("muon_lr")),
             _line("AdamW", column("adamw_lr"), dash=True),

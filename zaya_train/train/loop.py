@@ -105,6 +105,7 @@ def rates(
         adamw=optim.adamw.learning_rate * factor,
         clip_norm=optim.clip_norm,
         norm_limit=norm_limit,
+        z_loss=optim.z_loss,
     )
 
 
@@ -255,6 +256,7 @@ def _report(
         "phase_step": state.phase_step,
         "tokens": state.tokens,
         "loss": result.loss,
+        **({"z_loss": result.z_loss} if now.z_loss else {}),
         "grad_norm": result.grad_norm,
         "muon_lr": now.muon,
         "adamw_lr": now.adamw,

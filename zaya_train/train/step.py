@@ -38,6 +38,8 @@ class Rates:
     adamw: float
     clip_norm: float
     """0: no clipping."""
+    z_loss: float = 0.0
+    """optim.z_loss."""
     norm_limit: float = math.inf
     """Largest gradient norm of a step that is applied (train.guard)."""
 
@@ -47,7 +49,7 @@ class StepResult:
     """What a step did, equal on every rank."""
 
     loss: float
-    """Mean over the step's supervised tokens."""
+    """Cross-entropy, mean over the step's supervised tokens; without `z_loss`."""
     grad_norm: float
     """Before clipping."""
     supervised: int
@@ -65,6 +67,8 @@ class StepResult:
     """Where that lies; None for applied steps and rows passed over."""
     pairs: int = 0
     """Pairs of a query and a key it may see, of all ranks' rows."""
+    z_loss: float = 0.0
+    """Mean over the same tokens of what was added to their loss (Rates.z_loss)."""
 
 
 def unmarked(phase: str) -> None:
@@ -91,13 +95,16 @@ def train_step(
     NumericsError on all ranks, with nothing updated, where replicas disagree on the gradient.
     """
     counts = _count(batches)
-    own_loss, load = _accumulate(model, batches, counts[0].clamp_min(1), reduction, mark)
+    own_losses, load = _accumulate(
+        model, batches, counts[0].clamp_min(1), rates.z_loss, reduction, mark
+    )
     mark("exchange")
-    loss, load, heard = _reduce(own_loss, load, stop_signal)
+    losses, load, heard = _reduce(own_losses, load, stop_signal)
     shards = optimizer.shards.values()
     norm = global_norm(shards, reduction.replicas)
-    reason = why_skipped(float(loss), norm, rates.norm_limit)
-    finding = examine(shards, own_loss, reduction.replicas) if reason else None
+    loss, z_loss = losses.tolist()
+    reason = why_skipped(loss, norm, rates.norm_limit)
+    finding = examine(shards, own_losses[0], reduction.replicas) if reason else None
     if not reason:
         mark("optimizer")
         _clip(shards, norm, rates.clip_norm)
@@ -106,7 +113,7 @@ def train_step(
     # Waits for the device behind the optimizer, so that a step's seconds have all of it.
     supervised, fingerprint, pairs = counts.tolist()
     return StepResult(
-        loss=float(loss),
+        loss=loss - z_loss,
         grad_norm=norm,
         supervised=supervised,
         load=load,
@@ -116,6 +123,7 @@ def train_step(
         reason=reason,
         finding=finding,
         pairs=pairs,
+        z_loss=z_loss,
     )
 
 
@@ -123,8 +131,7 @@ def pass_over(optimizer: Optimizer, batches: Sequence[Batch], stop_signal: int =
     """A step over rows that a roll back decided to avoid: counted, and nothing else."""
     supervised, fingerprint, _ = _count(batches).tolist()
     load = torch.zeros_like(optimizer.balancing.first, dtype=torch.float64)
-    loss = load.new_full((), math.nan)
-    _, load, heard = _reduce(loss, load, stop_signal)
+    _, load, heard = _reduce(load.new_full((2,), math.nan), load, stop_signal)
     return StepResult(
         loss=math.nan,
         grad_norm=math.nan,
@@ -134,6 +141,7 @@ def pass_over(optimizer: Optimizer, batches: Sequence[Batch], stop_signal: int =
         stop_signal=heard,
         fingerprint=fingerprint,
         reason="rows passed over",
+        z_loss=math.nan,
     )
 
 
@@ -150,34 +158,37 @@ def _accumulate(
     model: ZayaModel,
     batches: Sequence[Batch],
     count: Tensor,
+    z_loss: float,
     reduction: Reduction,
     mark: Callable[[str], None],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of all micro-batches, reduced after the last; this rank's loss and load."""
-    losses, loads = [], []
+    """Gradients of all micro-batches, reduced after the last; this rank's load, and its loss with
+    what of it is z-loss [2]."""
+    losses, added, loads = [], [], []
     for i, batch in enumerate(batches):
         reduction.prepare(model, last=i == len(batches) - 1)
         mark("forward")
-        out = model(batch.tokens, batch.labels, batch.layout)
+        out = model(batch.tokens, batch.labels, batch.layout, z_loss)
         loss = out.loss / count
         mark("backward")
         loss.backward()
         losses.append(loss.detach())
+        added.append(out.z_loss / count)
         loads.append(out.load)
-    return torch.stack(losses).sum(), torch.stack(loads).sum(dim=0)
+    own = torch.stack([torch.stack(losses).sum(), torch.stack(added).sum()])
+    return own, torch.stack(loads).sum(dim=0)
 
 
-def _reduce(loss: Tensor, load: Tensor, stop_signal: int) -> tuple[Tensor, Tensor, int]:
-    """One all-reduce for everything a step reports. A sum of signals would name no signal, so each
-    number has its own place."""
-    signals = torch.zeros(64, dtype=torch.float64, device=loss.device)
+def _reduce(losses: Tensor, load: Tensor, stop_signal: int) -> tuple[Tensor, Tensor, int]:
+    """One all-reduce for everything a step reports, of losses [2] and load. A sum of signals would
+    name no signal, so each number has its own place."""
+    signals = torch.zeros(64, dtype=torch.float64, device=losses.device)
     if stop_signal:
         signals[stop_signal] = 1
     # fp64 keeps token counts exact to 2^53.
-    packed = torch.cat([loss.double().view(1), signals, load.double().flatten()])
-    packed = sum_over(packed)
-    heard = packed[1:65].nonzero()
-    return packed[0], packed[65:].view(load.shape), int(heard.max()) if heard.numel() else 0
+    packed = sum_over(torch.cat([losses.double(), signals, load.double().flatten()]))
+    heard = packed[2:66].nonzero()
+    return packed[:2], packed[66:].view(load.shape), int(heard.max()) if heard.numel() else 0
 
 
 def global_norm(shards: Iterable[Shard], replicas: int) -> float:

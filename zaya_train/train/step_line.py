@@ -19,10 +19,12 @@ def step_line(row: Mapping[str, Any], ranks: int, seconds_left: float) -> str:
     """
     speed = row["tokens_per_second"]
     each = f" ({speed / ranks:,.0f} a device)" if ranks > 1 else ""
+    added = f" + z {row['z_loss']:.1e}" if "z_loss" in row else ""
     mfu = f" | MFU {row['mfu']:.1%}" if "mfu" in row else ""
     return (
-        f"{row['phase']} step {row['step']} | loss {row['loss']:.4f} | grad {row['grad_norm']:.3f}"
-        f" | lr {row['muon_lr']:.2e} | {speed:,.0f} tokens/s{each}{mfu}"
+        f"{row['phase']} step {row['step']} | loss {row['loss']:.4f}{added}"
+        f" | grad {row['grad_norm']:.3f} | lr {row['muon_lr']:.2e}"
+        f" | {speed:,.0f} tokens/s{each}{mfu}"
         f" | {row['memory_bytes'] / 1e9:.1f} GB | load entropy {row['load_entropy']:.3f}"
         f" | skip {row['skip_rate']:.1e} | {timedelta(seconds=round(seconds_left))} left"
     )

@@ -71,23 +71,27 @@ def _add_grad_weight(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -
 
 def _one_chunk(
     rows: Tensor, target: Tensor, weight: Tensor, z_loss: float, grad_weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of rows [c, D] with target [c, 1], and their gradient if there is a `grad_weight` to add
-    to. A function of its own, so that a chunk's logits are gone before the next one's are made."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, of it z-loss, of rows [c, D] with target [c, 1], and their gradient if there is a
+    `grad_weight` to add to. A function of its own, so that a chunk's logits are gone before the
+    next one's are made."""
     logits = _logits(rows, weight)
-    size = logits.logsumexp(dim=-1, keepdim=True) if z_loss else None  # [c, 1]
+    own = logits.gather(1, target) if z_loss else None
     scores = torch.log_softmax(logits, dim=-1)
     del logits
     chosen = scores.gather(1, target)
-    loss = -chosen.sum() if size is None else z_loss * size.square().sum() - chosen.sum()
+    # The sum's logarithm [c, 1], as exact as `chosen` and without another pass over all classes.
+    size = None if own is None else own - chosen
+    z = chosen.new_zeros(()) if size is None else z_loss * size.square().sum()
+    loss = z - chosen.sum()
     if grad_weight is None:
-        return loss, None
+        return loss, z, None
     grad_logits = scores.exp_()
     if size is not None:
         grad_logits.mul_(1.0 + 2.0 * z_loss * size)
     grad_logits.scatter_add_(1, target, -torch.ones_like(chosen))
     _add_grad_weight(grad_weight, grad_logits, rows)
-    return loss, _grad_hidden(grad_logits, weight)
+    return loss, z, _grad_hidden(grad_logits, weight)
 
 
 def taken_gradients(ctx: Any, grad: Tensor) -> list[Tensor]:
@@ -104,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, how: tuple[int, float, bool]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ignore, z_loss, recorded = how
         work = torch.promote_types(hidden.dtype, torch.float32)
         kept = (labels != ignore).nonzero().squeeze(1)
@@ -112,22 +116,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_grad = recorded and any(ctx.needs_input_grad[:2])
         grad_rows = torch.empty_like(rows) if need_grad else None
         grad_weight = torch.zeros_like(weight, dtype=work) if need_grad else None
-        loss = torch.zeros((), dtype=work, device=hidden.device)
+        loss, z = (torch.zeros((), dtype=work, device=hidden.device) for _ in range(2))
         step = chunk_rows(weight.shape[0], rows.element_size())
         for start in range(0, rows.shape[0], step):
             chunk, target = rows[start : start + step], targets[start : start + step, None]
-            chunk_loss, chunk_grad = _one_chunk(chunk, target, weight, z_loss, grad_weight)
+            chunk_loss, chunk_z, chunk_grad = _one_chunk(chunk, target, weight, z_loss, grad_weight)
             loss += chunk_loss
+            z += chunk_z
             if grad_rows is not None and chunk_grad is not None:
                 grad_rows[start : start + step] = chunk_grad
         if need_grad:
             ctx.save_for_backward(kept)
             ctx.gradients = (grad_rows, grad_weight)
             ctx.like = (hidden.shape, hidden.dtype, weight.dtype)
-        return loss
+        ctx.mark_non_differentiable(z)
+        return loss, z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_rows, grad_weight = taken_gradients(ctx, grad)
         (kept,) = ctx.saved_tensors
         shape, hidden_dtype, weight_dtype = ctx.like
@@ -137,8 +143,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy_eager(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
-) -> Tensor:
-    """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`."""
+) -> tuple[Tensor, Tensor]:
+    """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy_and_z`."""
     # Within forward grad mode is always off and needs_input_grad ignores it, so it is asked here.
     how = (ignore, z_loss, torch.is_grad_enabled())
-    return _LinearCrossEntropy.apply(hidden, weight, labels, how)
+    loss, z = _LinearCrossEntropy.apply(hidden, weight, labels, how)
+    return loss, z

@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _triton(hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float) -> Tensor:
+def _triton(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
+) -> tuple[Tensor, Tensor]:
     from zaya_kernels.linear_cross_entropy.triton import linear_cross_entropy_triton
 
     return linear_cross_entropy_triton(hidden, weight, labels, ignore, z_loss)
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "eager": linear_cross_entropy_eager,
     "native": linear_cross_entropy_native,
     "reference": linear_cross_entropy_reference,
@@ -43,5 +45,12 @@ def linear_cross_entropy(
     `z_loss` times the squared logarithm of each supervised token's softmax sum is added (arXiv
     2204.02311, 5): it keeps logits from drifting.
     """
+    return linear_cross_entropy_and_z(hidden, weight, labels, backend, z_loss)[0]
+
+
+def linear_cross_entropy_and_z(
+    hidden: Tensor, weight: Tensor, labels: Tensor, backend: str, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, and what of it is the z-loss: a scalar without gradients."""
     run = pick("linear_cross_entropy", BACKENDS, backend)
     return run(hidden, weight, labels, IGNORE_LABEL, z_loss)

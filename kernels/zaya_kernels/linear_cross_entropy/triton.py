@@ -198,9 +198,9 @@ class _Chunk:
 
 def _chunk_loss(
     call: _Call, chunk: _Chunk, weight: Tensor, z_loss: float, gradients: _Gradients | None
-) -> Tensor:
-    """Summed loss of a chunk; its gradients are added to `gradients`. A function of its own, so
-    that a chunk's scores are gone before the next one's are made."""
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of a chunk, of it z-loss; its gradients are added to `gradients`. A function of
+    its own, so that a chunk's scores are gone before the next one's are made."""
     rows, device = chunk.rows, weight.device
     tiles = call.tiles
     maxima, sums = (torch.empty(tiles, rows, dtype=torch.float32, device=device) for _ in range(2))
@@ -227,7 +227,15 @@ def _chunk_loss(
     if gradients is not None and gradient is not None:
         _add_grad_hidden(call, chunk, weight, gradient, gradients)
         _add_grad_weight(call, chunk, gradient, gradients)
-    return loss.sum()
+    return loss.sum(), _z_loss(maxima, sums, z_loss)[: chunk.kept].sum()
+
+
+def _z_loss(maxima: Tensor, sums: Tensor, z_loss: float) -> Tensor:
+    """[R] from what each block of classes has left, [tiles, R]: the kernel adds it to the loss and
+    does not tell it apart, and this is small beside the scores."""
+    if not z_loss:
+        return maxima.new_zeros(maxima.shape[1])
+    return z_loss * (maxima + sums.log()).logsumexp(dim=0).square()
 
 
 def _add_grad_hidden(
@@ -269,23 +277,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, how: tuple[int, float, bool]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ignore, z_loss, recorded = how
         call = _Call.of(hidden, weight)
         kept = _supervised(labels, ignore)
         need_grad = recorded and any(ctx.needs_input_grad[:2])
         gradients = _Gradients.of(kept.shape[0], weight) if need_grad else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        loss, z = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
         for start in range(0, kept.shape[0], call.chunk_rows):
             chunk = _Chunk.of(hidden, labels, kept, start, call)
-            loss += _chunk_loss(call, chunk, weight, z_loss, gradients)
+            chunk_loss, chunk_z = _chunk_loss(call, chunk, weight, z_loss, gradients)
+            loss += chunk_loss
+            z += chunk_z
         ctx.gradients, ctx.like = gradients, (hidden.shape, hidden.dtype, call)
         if need_grad:
             ctx.save_for_backward(kept)
-        return loss
+        ctx.mark_non_differentiable(z)
+        return loss, z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gradients: _Gradients | None = ctx.gradients
         if gradients is None:
             raise RuntimeError(
@@ -315,8 +326,8 @@ def _finished(call: _Call, gradients: _Gradients, grad: Tensor) -> Tensor:
 
 def linear_cross_entropy_triton(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore: int, z_loss: float
-) -> Tensor:
-    """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy`."""
+) -> tuple[Tensor, Tensor]:
+    """See `zaya_kernels.linear_cross_entropy.op.linear_cross_entropy_and_z`."""
     require_triton("linear_cross_entropy", hidden, weight)
     require_one_type("linear_cross_entropy", hidden, weight)
     if weight.shape[1] % SMALLEST:
@@ -326,8 +337,8 @@ def linear_cross_entropy_triton(
         )
     # Within forward grad mode is always off and needs_input_grad ignores it, so it is asked here.
     how = (ignore, z_loss, torch.is_grad_enabled())
-    loss: Tensor = _LinearCrossEntropy.apply(hidden.contiguous(), weight.contiguous(), labels, how)
-    return loss
+    loss, z = _LinearCrossEntropy.apply(hidden.contiguous(), weight.contiguous(), labels, how)
+    return loss, z
 
 
 def operations(tokens: int, vocab: int, columns: int, arch: str) -> tuple[int, int]:
