@@ -147,10 +147,10 @@ class Traffic:
 
     def _scalars(self) -> Iterable[Flow]:
         classes = self.model.num_experts + int(self.model.skip_class)
-        report = (1 + _SIGNALS + self.model.num_layers * classes) * _FP64_BYTES
+        report = (2 + _SIGNALS + self.model.num_layers * classes) * _FP64_BYTES
         sums = "supervised tokens, fingerprint, attention pairs"
         yield Flow(sums, "all_reduce", "world", 3 * _INT64_BYTES, 1)
-        yield Flow("loss, signals, load", "all_reduce", "world", report, 1)
+        yield Flow("losses, signals, load", "all_reduce", "world", report, 1)
         # Every rank's sum of squares and sum of bits, which replicas are compared by.
         norm = self.layout.world * (_FP64_BYTES + _INT64_BYTES)
         yield Flow("gradient norm", "all_reduce", "world", norm, 1)
