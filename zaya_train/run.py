@@ -95,7 +95,7 @@ def train(config: TrainConfig) -> int:
         stack.callback(stop)
         check_kernels(config.kernels, config.precision, ranks.device)
         memory = rank_memory(ranks.device, ranks.local_world_size)
-        tight = check_memory(config, ranks.world_size, *memory)
+        tight = check_memory(config, ranks.world_size, ranks.local_world_size, *memory)
         console = Console(stderr=True)
         run_dir = Path(config.run.dir)
         stack.enter_context(logging_to(run_dir, ranks.rank, console))

@@ -93,31 +93,52 @@ def test_the_largest_floor_of_all_phases_counts() -> None:
     for memory_gb in (0.99 * max(floors) / 0.9, 1.01 * max(floors) / 0.9):
         limit = replace(config, runtime=replace(config.runtime, memory_gb=memory_gb))
         if memory_gb * 0.9 > max(floors):
-            assert "not refused" in check_memory(limit, 1024, None, "")
+            assert "not refused" in check_memory(limit, 1024, 8, None, "")
         else:
             with pytest.raises(ConfigError, match="GB at least"):
-                check_memory(limit, 1024, None, "")
+                check_memory(limit, 1024, 8, None, "")
 
 
 def test_a_launch_that_cannot_fit_is_refused_with_what_would() -> None:
-    check_memory(limited(None), 2, None, "")
-    check_memory(limited(PEAK_GB / 0.89), 2, None, "")
+    check_memory(limited(None), 2, 8, None, "")
+    check_memory(limited(PEAK_GB / 0.89), 2, 8, None, "")
     with pytest.raises(ConfigError, match=r"90% of runtime.memory_gb=.*launches anyway"):
-        check_memory(limited(PEAK_GB / 0.91), 2, None, "")
+        check_memory(limited(PEAK_GB / 0.91), 2, 8, None, "")
     with pytest.raises(ConfigError, match=r"90% of the 0.000\d+ GB of a card; "):
-        check_memory(limited(None), 2, PEAK_GB / 0.91, "a card")
+        check_memory(limited(None), 2, 8, PEAK_GB / 0.91, "a card")
     # Changes are compared by the card's own rates, where they are known.
     for name, rates in (("a card", "MI300X"), ("NVIDIA H200", "H200")):
         with pytest.raises(ConfigError, match=rf"% time by forecast for {rates}\)"):
-            check_memory(limited(None), 2, PEAK_GB / 0.91, name)
+            check_memory(limited(None), 2, 8, PEAK_GB / 0.91, name)
     # The configuration's figure counts, not the card's.
-    check_memory(limited(PEAK_GB / 0.89), 2, 1e-6, "a card")
+    check_memory(limited(PEAK_GB / 0.89), 2, 8, 1e-6, "a card")
+
+
+@pytest.mark.parametrize("known", ["AMD Instinct MI300X", ""])
+def test_changes_are_judged_by_the_links_of_the_launchs_own_nodes(known: str) -> None:
+    """Of sixteen ranks, on nodes of 4 most exchange between nodes, on nodes of 8 half: there
+    gathering weights again costs more than making activations again, here less."""
+    words = ["recipe=zaya1_8b", "kernels=eager", "parallel.shard=16", "runtime.memory_gb=102"]
+    config = compose(words)
+    for node_ranks, change in (
+        (4, r"parallel\.recompute=full"),
+        (8, r"parallel\.reshard_after_forward=true parallel\.recompute=selective"),
+    ):
+        with pytest.raises(ConfigError, match=rf"that fits: {change} \("):
+            check_memory(config, 16, node_ranks, None, known)
+
+
+def test_a_submission_knows_the_ranks_of_its_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    of_four = ["tasks_per_node=4", "gpus_per_node=4"]
+    words = ["recipe=zaya1_8b", "kernels=eager", "parallel.shard=16", "runtime.memory_gb=102"]
+    assert main(["submit", *words, "nodes=4", *of_four, "--dry-run"]) == 2
+    assert "that fits: parallel.recompute=full (" in capsys.readouterr().err
 
 
 def test_a_named_key_launches_anyway() -> None:
-    said = check_memory(limited(1e-6, memory_check="warn"), 2, None, "")
+    said = check_memory(limited(1e-6, memory_check="warn"), 2, 8, None, "")
     assert said.startswith("launched although phase")
-    assert check_memory(limited(PEAK_GB / 0.89, memory_check="warn"), 2, None, "") == ""
+    assert check_memory(limited(PEAK_GB / 0.89, memory_check="warn"), 2, 8, None, "") == ""
 
 
 def floor_of(case: Case) -> list[int]:
@@ -159,19 +180,19 @@ def test_other_kernels_are_not_refused_by_what_eager_ones_keep(name: Any) -> Non
         config = limited(memory_gb)
         fused = replace(config, kernels=replace(config.kernels, cca=name))
         if memory_gb * 0.9 > least:
-            said = check_memory(fused, 2, None, "")
+            said = check_memory(fused, 2, 8, None, "")
             assert f"not refused because of kernels.cca={name}: phase" in said
         else:
             # What no kernel changes is too much by itself.
             with pytest.raises(ConfigError, match=rf"kernels.cca={name} keeps, .* GB at least"):
-                check_memory(fused, 2, None, "")
+                check_memory(fused, 2, 8, None, "")
 
 
 def test_kernels_that_keep_nothing_excuse_nothing() -> None:
     config = limited(PEAK_GB / 0.91)
     muon = replace(config, kernels=replace(config.kernels, newton_schulz="triton"))
     with pytest.raises(ConfigError, match="exceeds"):
-        check_memory(muon, 2, None, "")
+        check_memory(muon, 2, 8, None, "")
 
 
 def test_plan_judges_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,14 +248,14 @@ def test_kernels_that_are_counted_are_refused() -> None:
     config = limited(PEAK_GB / 0.91)
     kernels = replace(config.kernels, attention="sdpa", newton_schulz="gram")
     with pytest.raises(ConfigError, match="exceeds"):
-        check_memory(replace(config, kernels=kernels), 2, None, "")
+        check_memory(replace(config, kernels=kernels), 2, 8, None, "")
 
 
 def test_only_the_phase_of_this_job_is_judged() -> None:
     config = limited(1e-6)
     config = replace(config, run=replace(config.run, only_phase="short"))
     with pytest.raises(ConfigError, match="phase short") as refused:
-        check_memory(config, 2, None, "")
+        check_memory(config, 2, 8, None, "")
     assert "phase long" not in str(refused.value) and "of long" not in str(refused.value)
 
 
@@ -356,4 +377,4 @@ def test_steps_that_take_minutes_are_told_before_the_first() -> None:
 def test_what_is_below_a_gigabyte_is_not_said_to_be_nothing() -> None:
     assert [in_gb(count) for count in (55.24e9, 1e9, 28_900_000)] == ["55.2", "1.0", "0.0289"]
     with pytest.raises(ConfigError, match=r"a peak of 0\.000\d+ GB exceeds 9e-05 GB, 90% of"):
-        check_memory(limited(1e-4), 2, None, "")
+        check_memory(limited(1e-4), 2, 8, None, "")

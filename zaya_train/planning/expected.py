@@ -10,7 +10,7 @@ from zaya_train.model.flops import train_flops_per_token
 from zaya_train.planning.calibration import calibrated_time, load
 from zaya_train.planning.case import cases_of
 from zaya_train.planning.components import GB, in_gb
-from zaya_train.planning.fitting import Budget, judge
+from zaya_train.planning.fitting import TARGET, Budget, judge
 from zaya_train.planning.machine import LINKS, machine_of
 from zaya_train.planning.memory import forecast
 from zaya_train.planning.time import step_time
@@ -84,14 +84,16 @@ def expectation(
     }
 
 
-def check_memory(config: TrainConfig, ranks: int, device_gb: float | None, device: str) -> str:
+def check_memory(
+    config: TrainConfig, ranks: int, node_ranks: int, device_gb: float | None, device: str
+) -> str:
     """`fitting.judge` of the launch that `config` is: what is to be said, or nothing. ConfigError
     with the cheapest change that fits.
 
+    node_ranks: of a node, whose links changes are judged by.
     device_gb: of an accelerator; runtime.memory_gb is taken before it. Neither: nothing is judged.
     """
-    known = known_device(device)
-    machine = machine_of(known, config.precision) if known else None
+    machine = machine_of(known_device(device) or TARGET, config.precision, node_ranks)
     own = None
     if device_gb:
         own = Budget(device_gb, f"the {in_gb(device_gb * GB)} GB of {device}", machine)

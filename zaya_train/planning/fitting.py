@@ -23,7 +23,8 @@ COUNTED = ("eager", "gram", "sdpa")
 """Back ends whose kept tensors the forecast counts (planning.activations)."""
 KEEP_NOTHING = ("newton_schulz",)
 """Operations of the optimizer, of which no back end keeps anything for the backward pass."""
-_TARGET = "MI300X"
+TARGET = "MI300X"
+"""By whose rates changes are compared where the device is not known."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Budget:
     source: str
     """Who says so, for messages."""
     machine: Machine | None = None
-    """By whose rates changes are compared; None: by the data sheet of this project's target."""
+    """By whose rates changes are compared; None: by TARGET's data sheet."""
 
     @property
     def usable_bytes(self) -> float:
@@ -116,7 +117,7 @@ def advice(
 ) -> str:
     """The cheapest change of the phases `short` under which all those `judged` fit: parallel.* is
     every phase's. Cheap is what takes the least time by forecast; of equals, the leanest."""
-    machine = budget.machine or machine_of(_TARGET, config.precision)
+    machine = budget.machine or machine_of(TARGET, config.precision)
     now = plan_seconds(cases_of(config, ranks, judged), machine)
     for found in leaner(config, ranks, short):
         fitting = []

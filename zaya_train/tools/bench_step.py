@@ -143,8 +143,9 @@ def bench_step(request: StepRequest, console: Console) -> int:
         stack.enter_context(fail_fast(ranks))
         check_kernels(request.config.kernels, request.config.precision, ranks.device)
         run = replace(request.config.run, only_phase=request.phase_name)
+        own = replace(request.config, run=run)
         memory = rank_memory(ranks.device, ranks.local_world_size)
-        tight = check_memory(replace(request.config, run=run), ranks.world_size, *memory)
+        tight = check_memory(own, ranks.world_size, ranks.local_world_size, *memory)
         if tight and ranks.rank == 0:
             console.print(tight, markup=False)
         seed_rank(request.config.run.seed, ranks.rank)

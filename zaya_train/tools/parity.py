@@ -98,7 +98,7 @@ def parity(request: ParityRequest, console: Console) -> int:
         stack.enter_context(fail_fast(ranks))
         check_kernels(config.kernels, config.precision, ranks.device)
         memory = rank_memory(ranks.device, ranks.local_world_size)
-        tight = check_memory(config, ranks.world_size, *memory)
+        tight = check_memory(config, ranks.world_size, ranks.local_world_size, *memory)
         if tight and ranks.rank == 0:
             console.print(tight, markup=False)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -95,7 +95,9 @@ def _check(jobs: list[Job]) -> list[str]:
             )
     if broken:
         raise ConfigError("; ".join(dict.fromkeys(broken)))
-    said = [check_memory(job.config, job.ranks, None, "") for job in jobs]
+    said = [
+        check_memory(job.config, job.ranks, job.submit.tasks_per_node, None, "") for job in jobs
+    ]
     return [line for line in dict.fromkeys(said) if line]
 
 
