@@ -29,6 +29,11 @@ FP8 = {
 WITHOUT = {**FP8, "precision": {"compute_dtype": "bf16"}, "kernels": {}}
 
 
+SHORT = "plan.phases.short"
+RAMP = [f"+{SHORT}.batch_ramp.start_tokens=64", f"+{SHORT}.batch_ramp.over_tokens=256"]
+"""Sixteen rows in steps of 1, 1, 2, 4, 4, 4."""
+
+
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpora(tmp_path_factory.mktemp("corpus"))
@@ -81,18 +86,21 @@ def test_curves_are_those_that_training_gives(
 
 @pytest.mark.parametrize("name", ["without", "fp8"])
 def test_it_goes_on_from_a_checkpoint(
-    name: str, runs: dict[str, Path], corpora: Path, tmp_path: Path
+    name: str,
+    runs: dict[str, Path],
+    corpora: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Weights, optimizer and place in the data: the rest of the curve, bit for bit. So a checkpoint
     needs nothing of fp8."""
-    branch = runs[name] / CHECKPOINTS / "step-00000002"
-    assert (
-        main(["parity", *words(tmp_path, corpora, f"checkpoint.branch_from={branch}", steps=2)])
-        == 0
-    )
+    branch = f"checkpoint.branch_from={runs[name] / CHECKPOINTS / 'step-00000002'}"
+    assert main(["parity", *words(tmp_path, corpora, branch, steps=2)]) == 0
     found = read(tmp_path)
     assert found["first_step"] == 3
     assert found["curves"][name]["losses"] == losses(runs[name])[2:]
+    assert main(["parity", *words(tmp_path, corpora, branch, steps=3)]) == 2
+    assert "phase short has 2 steps left" in capsys.readouterr().err
 
 
 def test_two_ranks_come_to_the_same(runs: dict[str, Path], corpora: Path, tmp_path: Path) -> None:
@@ -151,6 +159,8 @@ def test_steps_that_fp8_alone_skips_do_not_hold(
         (["precision.expert_dtype=compute_dtype", "kernels.grouped_mlp=eager"], 1, "expert_dtype="),
         ([], 0, "--steps 0: must be at least 1"),
         ([], 5, "--steps 5: phase short has 4 steps left"),
+        ([f"{SHORT}.tokens=1088"], 6, "--steps 6: phase short has 5 steps left"),
+        (RAMP, 7, "--steps 7: phase short has 6 steps left"),
         (["kernels.grouped_mlp=eager"], 1, "needs transformer_engine, or slowly"),
     ],
 )
@@ -165,6 +175,14 @@ def test_what_cannot_be_compared_is_refused(
     assert main(["parity", *words(tmp_path, corpora, *more, steps=steps)]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "parity.json").exists()
+
+
+def test_all_steps_of_a_ramp_and_the_part_of_one_behind_it_are_compared(
+    corpora: Path, tmp_path: Path
+) -> None:
+    more = [*RAMP, f"{SHORT}.tokens=1088"]
+    assert main(["parity", *words(tmp_path, corpora, *more, steps=7)]) == 0
+    assert len(read(tmp_path)["curves"]["fp8"]["losses"]) == 7
 
 
 def test_a_checkpoint_at_the_end_of_the_plan_is_refused(

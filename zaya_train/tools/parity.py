@@ -15,13 +15,14 @@ import logging
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from zaya_train.config.build import to_dict
-from zaya_train.config.derive import layout, phase_sequences
+from zaya_train.config.derive import layout
 from zaya_train.config.errors import EXIT_OK, ConfigError
 from zaya_train.config.kernel_rules import EMULATED
 from zaya_train.data.check import check_corpora
@@ -40,7 +41,7 @@ from zaya_train.tools.parity_verdict import EXIT_APART, Curve, compare, write
 from zaya_train.train.built import build_phase
 from zaya_train.train.checkpoint import CheckpointStore
 from zaya_train.train.entry import branch_point, check_entry, check_paths
-from zaya_train.train.feed import Feed
+from zaya_train.train.feed import Feed, step_starts
 from zaya_train.train.guard import norm_limit, remember
 from zaya_train.train.loop import rates
 from zaya_train.train.peers import Peers
@@ -109,6 +110,7 @@ def parity(request: ParityRequest, console: Console) -> int:
             check_entry(found, config, corpora, own=False)
         name = _phase_at(request, state)
         degrees = layout(config.plan.phases[name], config.parallel, ranks.world_size)
+        _check_steps(request, name, state, degrees.data)
         mesh = Mesh.build(degrees, ranks.device.type)
         store = None
         if found:
@@ -133,7 +135,7 @@ def _check(request: ParityRequest) -> None:
 
 
 def _phase_at(request: ParityRequest, state: TrainState) -> str:
-    """The phase that goes on from `state`. ConfigError where it has too few steps left."""
+    """The phase that goes on from `state`."""
     config, names = request.config, list(request.config.plan.phases)
     if state.phase_index >= len(names):
         raise ConfigError(f"checkpoint.branch_from: {config.checkpoint.branch_from} ends the plan")
@@ -143,12 +145,16 @@ def _phase_at(request: ParityRequest, state: TrainState) -> str:
             f"run.only_phase={config.run.only_phase}: what is there to start from is in {name}; "
             "name a checkpoint of that phase's beginning in checkpoint.branch_from"
         )
-    phase = config.plan.phases[name]
-    left = phase_sequences(phase) - state.phase_rows
-    most = left * phase.context_tokens // phase.global_batch_tokens
-    if request.steps > max(1, most):
-        raise ConfigError(f"--steps {request.steps}: phase {name} has {most} steps left")
     return name
+
+
+def _check_steps(request: ParityRequest, name: str, state: TrainState, data_ranks: int) -> None:
+    """ConfigError where phase `name` has too few steps left."""
+    phase = request.config.plan.phases[name]
+    starts = step_starts(phase, state.phase_rows, data_ranks * phase.micro_batch_sequences)
+    left = sum(1 for _ in islice(starts, request.steps))
+    if left < request.steps:
+        raise ConfigError(f"--steps {request.steps}: phase {name} has {left} steps left")
 
 
 def arms_of(config: TrainConfig) -> dict[str, TrainConfig]:
