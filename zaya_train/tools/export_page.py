@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from zaya_train.tools.export_progress import unfinished_line
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,6 +24,7 @@ def page(receipt: Mapping[str, Any]) -> str:
         f"{totals['buffers']:,} balancing biases in {totals['theirs']:,} tensors, "
         f"{totals['bytes']:,} bytes. `export_receipt.json` has every tensor with its hash; "
         "`zaya verify-export` repeats all checks.",
+        *filter(None, [unfinished_line(receipt)]),
         *_agreement(receipt),
         *_skip(receipt),
         *_rope(receipt["rope"]),
@@ -250,6 +253,7 @@ def _identity(receipt: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("math hash", run["math_hash"] or _UNKNOWN),
         ("configuration hash", run["config_hash"]),
         ("checkpoint manifest", run["manifest_sha256"]),
+        ("plan", {None: _UNKNOWN, True: "done", False: "not done"}[run["finished"]]),
         ("supervised tokens", _count(run["supervised_tokens"])),
     ]
     rows += [(f"corpus {name}", digest) for name, digest in run["corpora"].items()]

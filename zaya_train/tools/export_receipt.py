@@ -26,6 +26,7 @@ from zaya_train.runtime.files import file_sha256, write_json, write_text
 from zaya_train.runtime.versions import code_hash
 from zaya_train.tools.export_check import HOW, Subject, check, not_verified
 from zaya_train.tools.export_page import page
+from zaya_train.tools.export_progress import progress
 from zaya_train.tools.export_tokenizer import tokenizer_section
 from zaya_train.train import manifest as manifests
 
@@ -187,6 +188,7 @@ def _run(origin: Origin) -> dict[str, Any]:
         "manifest_sha256": file_sha256(place / manifests.MANIFEST_NAME),
         "step": record.step,
         "phase": record.phase_name,
+        **progress(record),
         "tokens": record.train_state.get("tokens"),
         "supervised_tokens": record.train_state.get("supervised_tokens"),
         "math_hash": record.identity.get("math_hash"),

@@ -15,6 +15,7 @@ from zaya_train.data.tokenizer import load_tokenizer
 from zaya_train.hub.convert import RECEIPT, Form, require_replaceable, write_hf
 from zaya_train.run import CHECKPOINTS, TOKENIZER
 from zaya_train.tools.export_page import agreement_line, loss_line, lost, skip_line
+from zaya_train.tools.export_progress import unfinished_line
 from zaya_train.tools.export_receipt import PAGE, Origin, complete, read_receipt
 from zaya_train.tools.export_tokens import CheckTokens, named_tokens, random_tokens
 from zaya_train.train.manifest import read
@@ -116,6 +117,8 @@ def _report(request: ExportRequest, console: Console) -> None:
         f"exported step {receipt['run']['step']} ({count['ours']} tensors as {count['theirs']}, "
         f"{count['values']:,} values, {request.layout} layout) to {request.output}"
     )
+    if unfinished := unfinished_line(receipt):
+        say(f"warning: {unfinished}")
     say(agreement_line(receipt))
     say(skip_line(receipt))
     if lost(receipt):
