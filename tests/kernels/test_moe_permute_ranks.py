@@ -1,4 +1,4 @@
-"""Rows moved by the permutation in C or Triton, interpreted, between ranks that divide the experts."""
+"""Rows moved by the permutation in C or in Triton between ranks that divide the experts."""
 
 from __future__ import annotations
 
