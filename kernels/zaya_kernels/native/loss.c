@@ -28,18 +28,19 @@ static double exponentials(const float *x, long count, float top) {
     return sum;
 }
 
-/* losses [rows]: negative log-likelihood plus z_loss times the squared logarithm of the sum.
+/* losses [rows]: negative log-likelihood plus z_losses, z_loss times the squared logarithm of the sum.
  * `gradients` of `type` may be the logits, or nothing. Exponentials are taken twice: a row of logits
  * stays in the cache, and writing them would send all rows to memory once more. */
 void zaya_loss(long rows, long classes, const float *logits, const int64_t *targets, float z_loss,
-               float *losses, void *gradients, long type, long threads) {
+               float *losses, float *z_losses, void *gradients, long type, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (long r = 0; r < rows; r++) {
         const float *x = logits + r * classes;
         float top = largest(x, classes), chosen = x[targets[r]];
         double sum = exponentials(x, classes, top);
         float size = top + (float)log(sum);
-        losses[r] = (float)(log(sum) + (double)(top - chosen)) + z_loss * size * size;
+        z_losses[r] = z_loss * size * size;
+        losses[r] = (float)(log(sum) + (double)(top - chosen)) + z_losses[r];
         if (!gradients) continue;
         float factor = (1 + 2 * z_loss * size) / (float)sum;
         char *to = (char *)gradients + r * classes * (type == BF16 ? 2 : 4);
