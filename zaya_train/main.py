@@ -59,6 +59,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_DOCS = (
+    "Documentation, in the repository: README.md, then docs/tutorial/index.md; what went wrong, by "
+    "symptom, in docs/troubleshooting.md; every key in docs/reference/configuration.md; all pages "
+    "in docs/index.md."
+)
 _LEAVE_SECONDS = 60.0
 """In which the first rank of a node has said what is wrong, however busy the machine."""
 
@@ -276,6 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="zaya",
         description="Train ZAYA1-class language models.",
+        epilog=_DOCS,
         allow_abbrev=False,
         formatter_class=Help,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from zaya_train import main as program
+
+from ..helpers.paths import REPOSITORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +36,14 @@ def test_every_argument_says_what_it_is() -> None:
     ]
     assert silent == []
     assert not [parser.prog for parser in found if "(default: [])" in parser.format_help()]
+
+
+def test_help_names_pages_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    pages = re.findall(r"[\w/]+\.md", capsys.readouterr().out)
+    assert {"README.md", "docs/index.md", "docs/troubleshooting.md"} < set(pages)
+    assert [page for page in pages if not (REPOSITORY / page).is_file()] == []
 
 
 @pytest.mark.parametrize("words", [[], ["data"], ["data", "ledger"], ["checkpoint"]])

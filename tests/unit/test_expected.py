@@ -14,7 +14,7 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.main import compose, main
 from zaya_train.model.flops import train_flops_per_token
 from zaya_train.planning.calibration import file_of, keep
-from zaya_train.planning.case import Case
+from zaya_train.planning.case import Case, cases_of
 from zaya_train.planning.components import GB, in_gb
 from zaya_train.planning.expected import (
     check_memory,
@@ -206,6 +206,19 @@ def test_plan_judges_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "runtime.memory_check=warn"]) == 0
     assert "warning: launched although phase" in capsys.readouterr().out
     assert main([*words[:1], "--memory-gb", "100", *words[1:]]) == 0
+    peak = in_gb(max(forecast(case).peak.bytes for case in cases_of(compose(words[3:]), 2)))
+    said = f"fits: peak {peak} GB (phase sft) of 90.0 GB, 90% of --memory-gb 100\n"
+    assert said in capsys.readouterr().out
+    assert main([*words[:1], "--memory-gb", "100", *words[1:], "kernels.cca=native"]) == 0
+    assert f"{said[:-1]}; counted as of eager kernels, not of native" in capsys.readouterr().out
+    assert main(words[:-1]) == 0
+    assert "fits:" not in capsys.readouterr().out
+
+
+def test_a_rehearsed_plan_says_that_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--ranks", "2", "recipe=smoke_cpu", "runtime.memory_gb=1", "--rehearse"]
+    assert main([*words, "--phase", "pretrain_1"]) == 0
+    assert "(phase pretrain_1) of 0.9 GB, 90% of runtime.memory_gb=1" in capsys.readouterr().out
 
 
 def test_options_of_a_device_need_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,17 @@ def judge_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budge
     return ""
 
 
+def verdict(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budget: Budget) -> str:
+    """`judge_peaks` for a preview, which says so where a launch fits, too."""
+    if said := judge_peaks(config, ranks, peaks, budget):
+        return f"warning: {said}"
+    name, peak = max(peaks.items(), key=lambda item: item[1])
+    others = dict.fromkeys(key.partition("=")[2] for key in _not_counted(config.kernels))
+    return f"fits: peak {in_gb(peak)} GB (phase {name}) of {_usable(budget)}" + (
+        f"; counted as of eager kernels, not of {', '.join(others)}" if others else ""
+    )
+
+
 def _not_counted(kernels: KernelsConfig) -> list[str]:
     """Keys of back ends of whose kept tensors the forecast knows nothing."""
     return [
@@ -98,14 +109,15 @@ def refuse_peaks(config: TrainConfig, ranks: int, peaks: Mapping[str, int], budg
 
 def _said(short: Mapping[str, int], budget: Budget) -> str:
     (worst, peak), *others = sorted(short.items(), key=lambda item: -item[1])
-    said = (
-        f"phase {worst}: a peak of {in_gb(peak)} GB exceeds {in_gb(budget.usable_bytes)} GB, "
-        f"{1 - RESERVE:.0%} of {budget.source}"
-    )
+    said = f"phase {worst}: a peak of {in_gb(peak)} GB exceeds {_usable(budget)}"
     if others:
         listed = ", ".join(f"{name} ({in_gb(peak)})" for name, peak in others)
         said += f", and so does that of {listed}"
     return said
+
+
+def _usable(budget: Budget) -> str:
+    return f"{in_gb(budget.usable_bytes)} GB, {1 - RESERVE:.0%} of {budget.source}"
 
 
 def advice(

@@ -11,8 +11,9 @@ from zaya_train.config.errors import ConfigError
 from zaya_train.planning.calibration import Calibration, keep, load
 from zaya_train.planning.case import cases_of
 from zaya_train.planning.expected import configured
-from zaya_train.planning.fitting import Budget, judge
+from zaya_train.planning.fitting import Budget, verdict
 from zaya_train.planning.machine import Machine, machine_of, with_links, with_preflight
+from zaya_train.planning.memory import forecast
 from zaya_train.planning.search import search
 from zaya_train.runtime.device import describe
 from zaya_train.tools.plan import PlanRequest, show_plan
@@ -71,8 +72,10 @@ def run_plan(
         source = budget.source if budget else ""
         rehearsal = RehearsalRequest(config, options.ranks, phases, memory_gb, source)
         show_rehearsal(rehearsal, console)
-    elif said := judge(config, options.ranks, budget, phases):
-        console.print(f"warning: {said}", highlight=False, soft_wrap=True)
+    elif budget:
+        peaks = {case.name: forecast(case).peak.bytes for case in cases}
+        said = verdict(config, options.ranks, peaks, budget)
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def budget_of(

@@ -10,7 +10,7 @@ from rich.table import Table
 from zaya_train.config.check import check_all
 from zaya_train.config.kernel_rules import rehearsal_problems
 from zaya_train.planning.components import COMPONENTS, GB, MB, RESERVE
-from zaya_train.planning.fitting import Budget, judge_peaks
+from zaya_train.planning.fitting import Budget, verdict
 from zaya_train.tools.rehearsal import Rehearsal, rehearse_phases
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def show_rehearsal(request: RehearsalRequest, console: Console) -> None:
         source = request.memory_source or f"--memory-gb {request.memory_gb:g}"
         budget = Budget(request.memory_gb, source)
         peaks = {name: rehearsal.peak.bytes for name, rehearsal in found.items()}
-        if said := judge_peaks(request.config, request.ranks, peaks, budget):
-            console.print(f"warning: {said}", highlight=False, soft_wrap=True)
+        said = verdict(request.config, request.ranks, peaks, budget)
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def _memory(request: RehearsalRequest, found: Mapping[str, Rehearsal]) -> Table:
