@@ -41,10 +41,12 @@ def rounded(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-# Odd everything; several panels of columns, tiles of rows and blocks of sums.
+# Odd everything; several panels and blocks of columns, tiles of rows of every height, blocks of
+# sums.
 @TYPES
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (37, 45, 33), (100, 70, 514), (4, 600, 0), (0, 5, 3), (3, 0, 4)]
+    "sizes",
+    [(1, 1, 1), (37, 45, 33), (100, 70, 514), (20, 600, 7), (4, 600, 0), (0, 5, 3), (3, 0, 4)],
 )
 @pytest.mark.parametrize("turned", [(0, 0), (1, 0), (0, 1), (1, 1)], ids=str)
 def test_products(sizes: tuple[int, int, int], turned: tuple[int, int], dtype: torch.dtype) -> None:
@@ -206,11 +208,15 @@ def test_loss_without_supervision_and_of_large_logits() -> None:
     (out,) = test_linear_cross_entropy.call(labels, "native", inputs)
     assert float(out.detach()) == 0.0
     assert all(float(g.abs().sum()) == 0.0 for g in torch.autograd.grad(out, leaves))
-    # Exponentials overflow unless each row's largest is found, wherever it stands.
+    # Exponentials overflow unless each row's largest is found, wherever it stands. Rounding of
+    # logits of hundreds is most of the errors, by chance in either back end.
     wide = test_linear_cross_entropy.inputs_of(40, 70)
     large = {name: x.float() * 20 for name, x in wide.items()}
+    large["weight"][-1] *= 20
     labels = test_linear_cross_entropy.labels_of(40, 40, 70)
-    assert_no_worse(lambda b, x: test_linear_cross_entropy.call(labels, b, x), large, "native")
+    assert_no_worse(
+        lambda b, x: test_linear_cross_entropy.call(labels, b, x), large, "native", slack=1.5
+    )
 
 
 @TYPES
