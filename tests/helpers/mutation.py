@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
     from types import ModuleType
 
@@ -37,8 +37,9 @@ def plant(
     directory: Path,
     patch: pytest.MonkeyPatch,
 ) -> None:
-    """Let the host side use the kernels of `kernels` with one expression changed: `places` are the
-    module that launches them and their names there."""
+    """Let the host side use kernels of `kernels` with one expression changed: `places` are the
+    module that launches them and their names there. All others are right, so that what is caught is
+    a bug of those named."""
     planted = mutated(kernels, *change, directory)
     host, names = places
     for name in names:
@@ -54,13 +55,23 @@ def assert_caught(check: Callable[[], None]) -> None:
         check()
 
 
-def some_often(bugs: Iterable[str], often: Collection[str] = ()) -> list[Any]:
-    """Parameters: those named, or else one bug in three, with every change; the others nightly."""
-    return [
-        pytest.param(bug, marks=[] if chosen else [pytest.mark.nightly])
-        for i, bug in enumerate(bugs)
-        for chosen in [bug in often if often else i % 3 == 0]
-    ]
+def of_kernels(bugs: Mapping[str, Iterable[str]], *, nightly: bool = False) -> pytest.MarkDecorator:
+    """Parameters `kernel` and `bug`: all with every change, or the first of each kernel, the others
+    at night."""
+    return pytest.mark.parametrize(
+        ("kernel", "bug"),
+        [
+            pytest.param(kernel, bug, marks=[pytest.mark.nightly] if nightly and i else [])
+            for kernel, planted in bugs.items()
+            for i, bug in enumerate(planted)
+        ],
+    )
+
+
+def planted_often(test: Any) -> set[str]:
+    """Kernels that a test of `of_kernels` plants a bug in with every change."""
+    marks = [mark for mark in test.pytestmark if mark.args[:1] == (("kernel", "bug"),)]
+    return {str(p.values[0]) for mark in marks for p in mark.args[1] if not p.marks}
 
 
 def shrink(

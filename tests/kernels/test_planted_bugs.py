@@ -18,7 +18,7 @@ from zaya_kernels.launch import COMPUTE_UNITS, INTERPRETED
 from zaya_kernels.norm_residual import triton as norm_residual
 
 from ..helpers.kernels import Passed, assert_close, run_pass
-from ..helpers.mutation import assert_caught, plant
+from ..helpers.mutation import assert_caught, of_kernels, plant
 from .test_cca import Shape, call, preceding
 from .test_triton_cca import context_of, inputs_of
 from .test_triton_norm_residual import fused
@@ -72,63 +72,82 @@ def compare(run: Any, plain: Any, inputs: Mapping[str, Tensor], tolerance: float
 
 
 CCA_BUGS = {
-    "mask of a tap ignores documents": ("position >= back, first", "position >= 0, first"),
-    "taps off by one": ("o_r + (TAPS - 1 - back)", "o_r + (TAPS - back)"),
-    "halo off by one": ("tl.maximum(row + TAPS - 1, 0)\n", "tl.maximum(row, 0)\n"),
-    "row stride of another tensor": ("qk + o_back * stride_row", "qk + o_back * C"),
-    "queries stored with the keys' stride": ("o_r * (H * D), o_a", "o_r * (K * D), o_a"),
-    "rotation the wrong way": ("turned = a * b_cos - b * b_sin", "turned = a * b_cos + b * b_sin"),
-    "value of the token itself": ("late = (o_c >= WIDTH) & (position > 0)", "late = o_c >= WIDTH"),
-    "last block unmasked": ("(first + o_r < length)\n", "(first + o_r <= length)\n"),
+    "cca_forward": {
+        "mask of a tap ignores documents": ("position >= back, first", "position >= 0, first"),
+        "taps off by one": ("o_r + (TAPS - 1 - back)", "o_r + (TAPS - back)"),
+        "halo off by one": ("tl.maximum(row + TAPS - 1, 0)\n", "tl.maximum(row, 0)\n"),
+        "row stride of another tensor": ("qk + o_back * stride_row", "qk + o_back * C"),
+        "queries stored with the keys' stride": ("o_r * (H * D), o_a", "o_r * (K * D), o_a"),
+        "rotation the wrong way": (
+            "turned = a * b_cos - b * b_sin", "turned = a * b_cos + b * b_sin",
+        ),
+        "value of the token itself": (
+            "late = (o_c >= WIDTH) & (position > 0)", "late = o_c >= WIDTH",
+        ),
+        "last block unmasked": ("(first + o_r < length)\n", "(first + o_r <= length)\n"),
+    },
 }  # fmt: skip
 
 CCA_BACKWARD_BUGS = {
-    "document ignored in what is made again": ("position >= back, first", "position >= 0, first"),
-    "document ignored for the weights": ("m_r = position >= back", "m_r = position >= 0"),
-    "document ignored for the rows": ("+ back) & (position >= back)", "+ back)"),
-    "gradient moved one row short": ("(o_t == o_r + back)", "(o_t == o_r + back - back // 2)"),
-    "rotated back the wrong way": ("tl.where(o_c < HALF, b_sin, -b_sin)", "b_sin"),
-    "blocks overlap": ("m = (o_r < T - (TAPS - 1)) & (row >= 0)", "m = (row >= 0)"),
-    "rows counted twice": ("m_own = o_r < ROWS", "m_own = o_r < T"),
-    "gradient of a mean left out": ("is_own | is_key, 0.5, 0.5 / G", "is_own, 0.5, 0.0"),
-    "another query's gradient": ("i_group * G + i, H + i_group)", "i_group * G, H + i_group)"),
-    "floor of the norm without its gradient": ("dot * scale / (floor * floor)", "dot * 0.0"),
-    "weights of the next delay": ("x, sums[delay], PARTS", "x, sums[0], PARTS"),
-    "tap of another delay": ("inner[delay] * rows[back + delay]", "inner[delay] * rows[back]"),
-    "late values of another token": ("o_next = (o_r + 1)", "o_next = (o_r + 0)"),
-    "a block left out": ("range(i_split, blocks, splits)", "range(i_split, blocks - 1, splits)"),
-    "halo of another row": ("(row + TAPS - 1, 0) * C", "(row + TAPS - 2, 0) * C"),
+    "cca_backward": {
+        "document ignored in what is made again": (
+            "position >= back, first", "position >= 0, first",
+        ),
+        "document ignored for the weights": ("m_r = position >= back", "m_r = position >= 0"),
+        "document ignored for the rows": ("+ back) & (position >= back)", "+ back)"),
+        "gradient moved one row short": ("(o_t == o_r + back)", "(o_t == o_r + back - back // 2)"),
+        "rotated back the wrong way": ("tl.where(o_c < HALF, b_sin, -b_sin)", "b_sin"),
+        "blocks overlap": ("m = (o_r < T - (TAPS - 1)) & (row >= 0)", "m = (row >= 0)"),
+        "rows counted twice": ("m_own = o_r < ROWS", "m_own = o_r < T"),
+        "gradient of a mean left out": ("is_own | is_key, 0.5, 0.5 / G", "is_own, 0.5, 0.0"),
+        "another query's gradient": ("i_group * G + i, H + i_group)", "i_group * G, H + i_group)"),
+        "floor of the norm without its gradient": ("dot * scale / (floor * floor)", "dot * 0.0"),
+        "weights of the next delay": ("x, sums[delay], PARTS", "x, sums[0], PARTS"),
+        "tap of another delay": ("inner[delay] * rows[back + delay]", "inner[delay] * rows[back]"),
+        "late values of another token": ("o_next = (o_r + 1)", "o_next = (o_r + 0)"),
+        "a block left out": (
+            "range(i_split, blocks, splits)", "range(i_split, blocks - 1, splits)",
+        ),
+        "halo of another row": ("(row + TAPS - 1, 0) * C", "(row + TAPS - 2, 0) * C"),
+    },
 }  # fmt: skip
 
 NORM_BUGS = {
-    "one row too few": ("(first + o_r < num_rows)", "(first + o_r < num_rows - 1)"),
-    "mean over the padded columns": ("/ D + eps", "/ COLUMNS + eps"),
-    "rows a padded stride apart": ("tl.int64) * D + (o_r", "tl.int64) * COLUMNS + (o_r"),
-    "two sums in one place": ("p_sums + 2 * step", "p_sums + step"),
-    "pull along the row left out": ("b_gn - b_n * b_mean", "b_gn"),
+    "norm_residual_backward": {
+        "one row too few": ("(first + o_r < num_rows)", "(first + o_r < num_rows - 1)"),
+        "two sums in one place": ("p_sums + 2 * step", "p_sums + step"),
+        "pull along the row left out": ("b_gn - b_n * b_mean", "b_gn"),
+    },
+    "norm_residual_forward": {
+        "mean over the padded columns": ("/ D + eps", "/ COLUMNS + eps"),
+        "rows a padded stride apart": ("tl.int64) * D + (o_r", "tl.int64) * COLUMNS + (o_r"),
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", CCA_BUGS)
-def test_a_bug_in_cca_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(CCA_BUGS[bug], cca_forward, (cca_host, ["cca_forward"]), tmp_path, monkeypatch)
+@of_kernels(CCA_BUGS)
+def test_a_bug_in_cca_is_caught(
+    kernel: str, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(CCA_BUGS[kernel][bug], cca_forward, (cca_host, [kernel]), tmp_path, monkeypatch)
     assert_caught(check_cca)
 
 
-@pytest.mark.parametrize("bug", CCA_BACKWARD_BUGS)
+@of_kernels(CCA_BACKWARD_BUGS)
 def test_a_bug_in_the_backward_of_cca_is_caught(
-    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(CCA_BACKWARD_BUGS[bug], cca_backward, (cca_host, ["cca_backward"]), tmp_path, monkeypatch)
+    change = CCA_BACKWARD_BUGS[kernel][bug]
+    plant(change, cca_backward, (cca_host, [kernel]), tmp_path, monkeypatch)
     assert_caught(check_cca)
 
 
-@pytest.mark.parametrize("bug", NORM_BUGS)
+@of_kernels(NORM_BUGS)
 def test_a_bug_in_norm_residual_is_caught(
-    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = (norm_residual, ("norm_residual_forward", "norm_residual_backward"))
-    plant(NORM_BUGS[bug], norm_residual, places, tmp_path, monkeypatch)
+    places = (norm_residual, [kernel])
+    plant(NORM_BUGS[kernel][bug], norm_residual, places, tmp_path, monkeypatch)
     assert_caught(check_norm_residual)
 
 

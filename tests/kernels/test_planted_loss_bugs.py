@@ -16,7 +16,7 @@ from zaya_kernels.linear_cross_entropy import triton as host
 from zaya_kernels.linear_cross_entropy import triton_kernels as kernels
 
 from ..helpers.kernels import assert_close, run_pass
-from ..helpers.mutation import assert_caught, plant, shrink, some_often
+from ..helpers.mutation import assert_caught, of_kernels, plant, shrink
 from .test_linear_cross_entropy import labels_of
 from .test_triton_linear_cross_entropy import call, inputs_of
 
@@ -31,20 +31,35 @@ pytestmark = [
 TOKENS, VOCAB, COLUMNS = 37, 41, 16
 
 BUGS = {
-    "a class too many": ("(i_n * BN + o_n < vocab)", "(i_n * BN + o_n <= vocab)"),
-    "label of the next class": ("o_n[None, :] == b_label", "o_n[None, :] - 1 == b_label"),
-    "weight rows a padded stride apart": ("o_k[:, None] + (o_v * D)", "o_k[:, None] + (o_v * BK)"),
-    "sums of other maxima": ("* LOG2E) * b_sum", "* 0.0) * b_sum"),
-    "maximum of another block": ("((first + o_b) * rows + row)", "(o_b * rows + row)"),
-    "z-loss without its gradient": ("1.0 + 2.0 * z_loss * lse", "1.0"),
-    "gradient in rows that only fill": ("* lse, 0.0)\n        o_b", "* lse, 1.0)\n        o_b"),
-    "one class short of a sum": ("(first + each, vocab)", "(first + each, vocab - 1)"),
-    "sums overlap": ("(first + each, vocab)", "(first + each + BK, vocab)"),
-    "classes past whole steps left out": ("if first + whole < last:", "if whole < 0:"),
-    "a chunk forgets the others": ("if FIRST:\n        a_w", "if FIRST or NARROW:\n        a_w"),
-    "scores' rows V apart": ("(o_k * width)[None, :]", "(o_k * vocab)[None, :]"),
-    "low bits shifted": ("(low.to(tl.uint32) << 8)", "(low.to(tl.uint32) << 12)"),
-    "factor of the loss left out": ("(x * tl.load(factor))", "(x + 0.0 * tl.load(factor))"),
+    "loss_scores": {
+        "a class too many": ("(i_n * BN + o_n < vocab)", "(i_n * BN + o_n <= vocab)"),
+        "label of the next class": ("o_n[None, :] == b_label", "o_n[None, :] - 1 == b_label"),
+        "weight rows a padded stride apart": (
+            "o_k[:, None] + (o_v * D)", "o_k[:, None] + (o_v * BK)",
+        ),
+    },
+    "loss_gradient": {
+        "sums of other maxima": ("* LOG2E) * b_sum", "* 0.0) * b_sum"),
+        "maximum of another block": ("((first + o_b) * rows + row)", "(o_b * rows + row)"),
+        "z-loss without its gradient": ("1.0 + 2.0 * z_loss * lse", "1.0"),
+        "gradient in rows that only fill": ("* lse, 0.0)\n        o_b", "* lse, 1.0)\n        o_b"),
+    },
+    "loss_grad_hidden": {
+        "one class short of a sum": ("(first + each, vocab)", "(first + each, vocab - 1)"),
+        "sums overlap": ("(first + each, vocab)", "(first + each + BK, vocab)"),
+        "classes past whole steps left out": ("if first + whole < last:", "if whole < 0:"),
+    },
+    "loss_grad_weight": {
+        "a chunk forgets the others": (
+            "if FIRST:\n        a_w", "if FIRST or NARROW:\n        a_w",
+        ),
+        "scores' rows V apart": ("(o_k * width)[None, :]", "(o_k * vocab)[None, :]"),
+        "low bits shifted": ("(low.to(tl.uint32) << 8)", "(low.to(tl.uint32) << 12)"),
+    },
+    "loss_finish": {
+        "factor of the loss left out": ("(x * tl.load(factor))", "(x + 0.0 * tl.load(factor))"),
+        "low bits shifted": ("(low.to(tl.uint32) << 8)", "(low.to(tl.uint32) << 12)"),
+    },
 }  # fmt: skip
 
 
@@ -73,11 +88,11 @@ def check() -> None:
     assert_close(found, exact, 4e-3)
 
 
-@pytest.mark.parametrize("bug", some_often(BUGS))
+@of_kernels(BUGS, nightly=True)
 def test_a_bug_in_the_loss_is_caught(
-    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plant(BUGS[bug], kernels, (host, host.CONFIGS), tmp_path, monkeypatch)
+    plant(BUGS[kernel][bug], kernels, (host, [kernel]), tmp_path, monkeypatch)
     assert_caught(check)
 
 

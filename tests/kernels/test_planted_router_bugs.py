@@ -16,7 +16,7 @@ from zaya_kernels.router import triton as host
 from zaya_kernels.router import triton_kernels as kernels
 
 from ..helpers.kernels import Passed, assert_close, run_pass
-from ..helpers.mutation import assert_caught, plant, shrink, some_often
+from ..helpers.mutation import assert_caught, of_kernels, plant, shrink
 from .test_router import call, context_of, inputs_of
 
 if TYPE_CHECKING:
@@ -30,23 +30,37 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 SHAPE = (1, 19)
 
 BUGS = {
-    "a token too many": ("m = tl.arange(0, BM) < left\n", "m = tl.arange(0, BM) <= left\n"),
-    "weight read turned": ("o_k[:, None] * STEP_K", "o_k[:, None] * STEP_N"),
-    "norm's weight of the first columns": ("norm + first + o_k", "norm + o_k"),
-    "another activation": ("x * (1.0 + tl.erf(x * HALF_ROOT))", "x * (1.0 + tl.erf(x * 0.7))"),
-    "slope without the density": ("+ x * DENSITY", "+ 0.0 * x * DENSITY"),
-    "a class too many": ("(o_c < C)[None, :], s,", "(o_c <= C)[None, :], s,"),
-    "biased probability": ("(chosen, p, 0.0), axis=1), m", "(chosen, 1.1 * p, 0.0), axis=1), m"),
-    "choice without the bias": ("p + b_bias[None, :], axis=1)", "p, axis=1)"),
-    "padding is load": ("counted = m & (tl.load(valid + row + o_m) != 0)", "counted = m"),
-    "last token counted again": ("counted = m & (tl", "counted = (tl"),
-    "softmax's pull left out": ("(tl.where(chosen, 1.0, 0.0) - p)", "tl.where(chosen, 1.0, 0.0)"),
-    "norm's pull left out": ("acc - b_n * (tl.sum", "acc - 0.0 * b_n * (tl.sum"),
-    "later layers left out": ("acc += tl.load(grad_later", "acc += 0.0 * tl.load(grad_later"),
-    "last token in the sums again": ("tl.where(m, acc, 0.0), axis=0", "acc, axis=0"),
-    "stretches overlap": ("(first + each, tokens)", "(first + each + BT, tokens)"),
-    "tail of a stretch again": ("mask=m, other=0.0)\n        b_a", "other=None)\n        b_a"),
-    "bias of one block": ("a_bias += tl.sum", "a_bias = tl.sum"),
+    "router_grad_choice": {
+        "a token too many": ("m = tl.arange(0, BM) < left\n", "m = tl.arange(0, BM) <= left\n"),
+        "softmax's pull left out": (
+            "(tl.where(chosen, 1.0, 0.0) - p)", "tl.where(chosen, 1.0, 0.0)",
+        ),
+    },
+    "router_product": {
+        "weight read turned": ("o_k[:, None] * STEP_K", "o_k[:, None] * STEP_N"),
+        "norm's weight of the first columns": ("norm + first + o_k", "norm + o_k"),
+        "slope without the density": ("+ x * DENSITY", "+ 0.0 * x * DENSITY"),
+    },
+    "router_choice": {
+        "another activation": ("x * (1.0 + tl.erf(x * HALF_ROOT))", "x * (1.0 + tl.erf(x * 0.7))"),
+        "a class too many": ("(o_c < C)[None, :], s,", "(o_c <= C)[None, :], s,"),
+        "biased probability": (
+            "(chosen, p, 0.0), axis=1), m", "(chosen, 1.1 * p, 0.0), axis=1), m",
+        ),
+        "choice without the bias": ("p + b_bias[None, :], axis=1)", "p, axis=1)"),
+        "padding is load": ("counted = m & (tl.load(valid + row + o_m) != 0)", "counted = m"),
+        "last token counted again": ("counted = m & (tl", "counted = (tl"),
+    },
+    "router_grad_state": {
+        "norm's pull left out": ("acc - b_n * (tl.sum", "acc - 0.0 * b_n * (tl.sum"),
+        "later layers left out": ("acc += tl.load(grad_later", "acc += 0.0 * tl.load(grad_later"),
+        "last token in the sums again": ("tl.where(m, acc, 0.0), axis=0", "acc, axis=0"),
+    },
+    "router_grad_weight": {
+        "stretches overlap": ("(first + each, tokens)", "(first + each + BT, tokens)"),
+        "tail of a stretch again": ("mask=m, other=0.0)\n        b_a", "other=None)\n        b_a"),
+        "bias of one block": ("a_bias += tl.sum", "a_bias = tl.sum"),
+    },
 }  # fmt: skip
 
 
@@ -78,13 +92,11 @@ def check() -> None:
     assert_close(passed("triton", torch.float32), passed("reference", torch.float64), 4e-6)
 
 
-@pytest.mark.parametrize("bug", some_often(BUGS))
+@of_kernels(BUGS, nightly=True)
 def test_a_bug_in_the_router_is_caught(
-    bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: str, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ("product", "choice", "grad_choice", "grad_state", "grad_weight")
-    places = (host, [f"router_{name}" for name in names])
-    plant(BUGS[bug], kernels, places, tmp_path, monkeypatch)
+    plant(BUGS[kernel][bug], kernels, (host, [kernel]), tmp_path, monkeypatch)
     assert_caught(check)
 
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from zaya_kernels.newton_schulz import triton, triton_kernels
 from zaya_kernels.workshop.interpreter import counting, install
 
-from ..helpers.mutation import assert_caught, plant
+from ..helpers.mutation import assert_caught, of_kernels, plant
 
 pytestmark = pytest.mark.usefixtures("interpreter", "small_tiles")
 
@@ -236,22 +236,31 @@ def test_distributed_muon_by_triton_equals_eager() -> None:
 
 
 BUGS = {
-    "upper tiles left out": ("if row > column:", "if row > column + 1:"),
-    "mirrored without turning": ("o_turned, tl.trans(b_out)", "o_turned, b_out"),
-    "row stride of another tensor": ("o_turned = o_j[:, None] * n", "o_turned = o_j[:, None] * k"),
-    "linear term left out": ("+ right_scale * b_right", "+ 0.0 * b_right"),
-    "constant term left out": ("tl.where(diagonal, identity, 0.0)", "0.0"),
-    "diagonal of the left one by columns": ("left_diagonal + i_n * n + o_i, mask=o_i",
-                                            "left_diagonal + i_n * n + o_j, mask=o_j"),
-    "diagonal of the right one left out": ("b_e * tl.load(left", "0 * tl.load(left"),
-    "product of the diagonals left out": ("tl.where(diagonal, b_d * b_e, 0.0)", "0.0"),
-    "diagonal counted twice": ("total = tl.where(diagonal, 0.0, total)", "total = total"),
-    "sum runs on into the next row": ("m_k = (o_k < k - start)", "m_k = (o_k < k)"),
-    "triangle numbered wrongly": ("number - row * (row + 1) // 2", "number - row * (row - 1) // 2"),
-    "matrices of the batch overlap": ("base = i_n * n * n", "base = i_n * n"),
-    "last group as high as the others": ("tl.minimum(tiles_n - above, GROUP)", "GROUP"),
-    "diagonal not applied": ("b_d * tl.load(x + base", "0 * tl.load(x + base"),
-    "last column lost": ("m_j = (o_j < m)", "m_j = (o_j < m - 1)"),
+    "newton_schulz_symmetric": {
+        "upper tiles left out": ("if row > column:", "if row > column + 1:"),
+        "mirrored without turning": ("o_turned, tl.trans(b_out)", "o_turned, b_out"),
+        "row stride of another tensor": (
+            "o_turned = o_j[:, None] * n", "o_turned = o_j[:, None] * k",
+        ),
+        "linear term left out": ("+ right_scale * b_right", "+ 0.0 * b_right"),
+        "constant term left out": ("tl.where(diagonal, identity, 0.0)", "0.0"),
+        "diagonal of the left one by columns": (
+            "left_diagonal + i_n * n + o_i, mask=o_i", "left_diagonal + i_n * n + o_j, mask=o_j",
+        ),
+        "diagonal of the right one left out": ("b_e * tl.load(left", "0 * tl.load(left"),
+        "product of the diagonals left out": ("tl.where(diagonal, b_d * b_e, 0.0)", "0.0"),
+        "diagonal counted twice": ("total = tl.where(diagonal, 0.0, total)", "total = total"),
+        "sum runs on into the next row": ("m_k = (o_k < k - start)", "m_k = (o_k < k)"),
+        "triangle numbered wrongly": (
+            "number - row * (row + 1) // 2", "number - row * (row - 1) // 2",
+        ),
+        "matrices of the batch overlap": ("base = i_n * n * n", "base = i_n * n"),
+    },
+    "newton_schulz_apply": {
+        "last group as high as the others": ("tl.minimum(tiles_n - above, GROUP)", "GROUP"),
+        "diagonal not applied": ("b_d * tl.load(x + base", "0 * tl.load(x + base"),
+        "last column lost": ("m_j = (o_j < m)", "m_j = (o_j < m - 1)"),
+    },
 }  # fmt: skip
 
 
@@ -267,10 +276,11 @@ def test_without_a_bug_nothing_is_caught() -> None:
     check()
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_a_bug_is_caught(bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("newton_schulz_symmetric", "newton_schulz_apply")
-    plant(BUGS[bug], triton_kernels, (triton, names), tmp_path, monkeypatch)
+@of_kernels(BUGS)
+def test_a_bug_is_caught(
+    kernel: str, bug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(BUGS[kernel][bug], triton_kernels, (triton, [kernel]), tmp_path, monkeypatch)
     assert_caught(check)
 
 
