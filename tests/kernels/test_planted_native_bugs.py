@@ -10,6 +10,7 @@ import pytest
 import torch
 from zaya_kernels import products
 
+from ..helpers.mutation import of_kernels
 from ..helpers.native_mutation import Bug, Builds, exported, planted, used
 from . import test_native as native
 from . import test_native_norm_residual as norm
@@ -337,14 +338,12 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     return Builds(tmp_path_factory.mktemp("native"))
 
 
-@pytest.mark.parametrize(
-    ("function", "bug"), [(function, bug) for function, bugs in BUGS.items() for bug in bugs]
-)
-def test_a_bug_in_c_is_caught(function: str, bug: str, builds: Builds) -> None:
-    found = BUGS[function][bug]
+@of_kernels(BUGS)
+def test_a_bug_in_c_is_caught(kernel: str, bug: str, builds: Builds) -> None:
+    found = BUGS[kernel][bug]
     if found.needs and found.needs not in builds.macros:
         pytest.skip(f"a processor without {found.needs}")
-    with planted(function, found, builds), pytest.raises(AssertionError):
+    with planted(kernel, found, builds), pytest.raises(AssertionError):
         CHECKS[found.check]()
 
 
@@ -352,6 +351,12 @@ def test_a_bug_in_c_is_caught(function: str, bug: str, builds: Builds) -> None:
 def test_without_a_bug_nothing_is_caught(check: str, builds: Builds) -> None:
     with used(builds.right):
         CHECKS[check]()
+
+
+def test_a_bug_is_in_one_function_alone(builds: Builds) -> None:
+    forward = BUGS["zaya_cca"]["temperature left out"]
+    with planted("zaya_cca_backward", forward, builds):
+        CHECKS[forward.check]()
 
 
 def test_every_function_in_c_has_planted_bugs() -> None:
