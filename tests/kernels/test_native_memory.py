@@ -135,3 +135,33 @@ print("whole")
 def test_products_touch_nothing_behind_their_operands() -> None:
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "whole\n"), done.stderr
+
+
+GUARDED_OPERATIONS = """
+import torch
+from tests.helpers.guard_pages import guard_allocations, guarded
+from tests.kernels import test_native_norm_residual as norm
+from tests.kernels.test_native_memory import operations
+torch.set_num_threads(1)
+cases = operations()
+for shape in ((2, 3, 7), (1, 40, 48)):
+    inputs = norm.inputs_of(shape, torch.float32)
+    cases[f"norm_residual {shape}"] = (lambda x: norm.fused("native", x), inputs)
+guard_allocations()
+for name, (run, inputs) in cases.items():
+    for dtype in (torch.float32, torch.bfloat16):
+        given = {k: guarded(x.to(dtype)).requires_grad_(True) for k, x in inputs.items()}
+        outputs = list(run(given))
+        found = torch.autograd.grad(sum(out.sum() for out in outputs), list(given.values()))
+        assert all(x.isfinite().all() for x in [*outputs, *found]), name
+        print(name, end=" ", flush=True)
+"""
+
+
+def test_operations_touch_nothing_behind_their_tensors() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED_OPERATIONS], capture_output=True, text=True
+    )
+    names = [*operations(), "norm_residual (2, 3, 7)", "norm_residual (1, 40, 48)"]
+    expected = "".join(f"{name} " * 2 for name in names)
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr

@@ -244,14 +244,10 @@ def fakes() -> dict[str, Tensor]:
 
 GUARDED = """
 import torch
-from tests.helpers.guard_pages import guarded
+from tests.helpers.guard_pages import guard_allocations, guarded
 from tests.kernels.test_router import call, context_of, inputs_of
 torch.set_num_threads(1)
-empty = torch.empty
-def made_guarded(*shape, dtype, device=None):
-    return guarded(empty(*shape, dtype=dtype).zero_())
-torch.empty = torch.zeros = made_guarded
-torch.empty_like = lambda x: made_guarded(x.shape, dtype=x.dtype)
+guard_allocations()
 for dtype in (torch.float32, torch.bfloat16):
     for tokens, width, hidden in ((1, 7, 5), (9, 20, 24), (300, 33, 17)):
         made = inputs_of((1, tokens), dtype, False, width, hidden)
