@@ -35,8 +35,11 @@ def test_every_kernel_has_a_planted_bug() -> None:
     assert set().union(*map(planted_often, TESTS)) == set(BUDGETS)
 
 
-def test_a_kernel_without_one_is_seen() -> None:
-    @of_kernels({"first": ["often", "at night"], "second": []}, nightly=True)
+def test_a_kernel_without_one_or_at_night_alone_is_seen() -> None:
+    @of_kernels({"first": ["often", "at night"], "without": []}, nightly=True)
+    @pytest.mark.parametrize(
+        ("kernel", "bug"), [pytest.param("late", "at night", marks=pytest.mark.nightly)]
+    )
     def test(kernel: str, bug: str) -> None: ...
 
     assert planted_often(test) == {"first"}
