@@ -56,6 +56,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "cca of odd sizes": partial(native.test_cca_is_as_exact_as_eager, native.SHAPES[1], FP32),
     "attention": partial(native.test_attention_is_as_exact_as_torch, (8, 2), 64, FP32),
     "attention of odd sizes": partial(native.test_attention_is_as_exact_as_torch, (3, 3), 10, FP32),
+    "attention of large scores": native.test_attention_of_scores_of_any_size,
     "attention behind keys": partial(
         native.test_attention_behind_keys, [(100, 180), (33, 34), (0, 33)], FP32
     ),
@@ -83,16 +84,16 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 BUGS: dict[str, dict[str, Bug]] = {
     "zaya_gemm": {
-        "accumulate ignored": Bug("if (c.accumulate) *at", "if (0) *at", "products"),
+        "accumulate ignored": Bug("if (c.accumulate)  ", "if (0)  ", "products"),
         "accumulate ignored in the last columns": Bug(
-            "(c.accumulate ? to[l] : 0.0f)", "0.0f", "products"
+            "if (c.accumulate) sum +=", "if (0) sum +=", "products"
         ),
         "a block of the sum forgets the others": Bug("sums.accumulate = 1;", ";", "long products"),
         "bf16 sums rounded between blocks": Bug(
             "int apart = ", "int apart = 0 && ", "long products in bf16"
         ),
         "bf16 pairs in the wrong order": Bug(
-            "even[i] | (uint32_t)odd[i] << 16", "odd[i] | (uint32_t)even[i] << 16",
+            "or_si512(low, _mm512_slli_epi32(high,", "or_si512(high, _mm512_slli_epi32(low,",
             "products in bf16", "__AVX512BF16__",
         ),
         "half of the last pair ignored": Bug(
@@ -182,7 +183,11 @@ BUGS: dict[str, dict[str, Bug]] = {
             "(score + i) * scale - best", "(score + i) - best", "attention of odd sizes"
         ),
         "rest of a vector not masked": Bug(
-            "for (i = count; i < padded", "for (i = padded; i < padded", "attention of odd sizes"
+            "for (long i = count; i < padded", "for (long i = padded; i < padded",
+            "attention of odd sizes",
+        ),
+        "last vector not among the largest": Bug(
+            "if (i == padded) top", "if (0) top", "attention of large scores"
         ),
         "row sums without their logarithm": Bug(
             "top[i] + logf(norm[i])", "top[i] + norm[i]", "attention of odd sizes"
@@ -319,9 +324,10 @@ BUGS: dict[str, dict[str, Bug]] = {
         "z-loss without its gradient": Bug("1 + 2 * z_loss * size", "1", "loss"),
         "z-loss not squared": Bug("z_loss * size * size", "z_loss * size", "loss"),
         "label of another row": Bug("chosen = x[targets[r]]", "chosen = x[targets[0]]", "loss"),
-        "label without its gradient": Bug("* factor - 1;", "* factor;", "loss in bf16"),
+        "label without its gradient": Bug("* factor - 1);", "* factor);", "loss in bf16"),
         "last classes without their factor": Bug(
-            "put(to, type, i, x[i] * factor)", "put(to, type, i, x[i])", "loss"
+            "i++) put(to, type, i, exp_of(all(x[i] - top))[0] * factor)",
+            "i++) put(to, type, i, exp_of(all(x[i] - top))[0])", "loss",
         ),
         "last classes not among the largest": Bug(
             "i < count; i++) top = fmaxf", "i < 0; i++) top = fmaxf", "large loss"

@@ -31,7 +31,7 @@ OVERREACHES = {
         "i + LANES <= width; i += LANES) {\n        vec g = load(hidden, type, i);\n        store",
         "i < width; i += LANES) {\n        vec g = load(hidden, type, i);\n        store",
     ),
-    "zaya_loss": ("i + LANES <= classes; i += LANES) store", "i < classes; i += LANES) store"),
+    "zaya_loss": ("i + LANES <= classes; i += LANES)", "i < classes; i += LANES)"),
     "zaya_norm_residual": (
         "store_few(normed, k.normed, first + c, left",
         "store_few(normed, k.normed, first + c, LANES",
