@@ -43,6 +43,8 @@ class Config:
     num_stages: int = 2
     matrix_instr_nonkdim: int = 16
     """AMD only: rows and columns of the matrix instruction."""
+    kpack: int = 1
+    """gfx942 only: 2 lays out operands in LDS for reads of 16 bytes to feed two instructions."""
     waves_per_eu: int = 0
     """AMD only: 0 lets the compiler choose."""
     programs_per_unit: int = 1
@@ -58,6 +60,8 @@ class Config:
         if arch.startswith("gfx"):
             chosen["matrix_instr_nonkdim"] = self.matrix_instr_nonkdim
             chosen["waves_per_eu"] = self.waves_per_eu
+        if arch == "gfx942":
+            chosen["kpack"] = self.kpack
         return chosen
 
 

@@ -346,7 +346,9 @@ def quick(far: None, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         {INTERPRETED: Config({"BM": 16, "BN": columns, "BK": 512})} for columns in (32, 512)
     )
     weights = {INTERPRETED: Config({"BM": 512, "BN": 512, "BK": 16})}
-    monkeypatch.setitem(mlp_host.CONFIGS, "many", mlp_host._table(up, by_rows, weights, 1))
+    up = mlp_host._in_parts(up, gfx942=1)
+    tables = mlp_host._table(up, by_rows, by_rows, weights)
+    monkeypatch.setitem(mlp_host.CONFIGS, "many", tables)
     sizes = {"BM": 16, "BN": 1024, "BK": 1024, "BT": 64}
     shrink(router_host.CONFIGS, INTERPRETED, sizes, monkeypatch)
     shrink(permute_host.CONFIGS, INTERPRETED, {"BT": 2**13, "BB": 2**5}, monkeypatch)

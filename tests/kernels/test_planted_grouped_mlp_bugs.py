@@ -79,10 +79,14 @@ BUGS = {
         "pre-activation not kept": ("D, F, True, False, GROUP", "D, F, False, False, GROUP"),
     },
     "grouped_mlp_grad_down": {
-        "edge of a matrix read beyond": ("o_n = tl.minimum(o_n, N - 1)", "o_n = o_n"),
+        "edge of a matrix read beyond": ("return tl.minimum(o_n, N - 1)", "return o_n"),
         "gradients in another's place": ("tl.cast(expert, tl.int64) * (M * N)", "expert * 0"),
     },
     "grouped_mlp_grad_rows": {
+        "edge of whole eights read beyond": (
+            "tl.multiple_of(o_n % N, 8)", "tl.multiple_of(o_n, 8)",
+        ),
+        "rows of a matrix another's step apart": ("(o_k * step)[:, None]", "(o_k * K)[:, None]"),
         "last step of a sum left out": ("if K % BK:", "if K % BK == 0:"),
         "another expert's weights": ("matrices + expert * (N * K)", "matrices + expert * 0"),
     },

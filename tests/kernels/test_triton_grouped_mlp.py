@@ -40,7 +40,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles out of few numbers."""
     small = {INTERPRETED: SMALL}
     for name, parts in (("few", 2), ("many", 1), ("fp32", 1)):
-        monkeypatch.setitem(host.CONFIGS, name, host._table(small, small, small, parts))
+        up = host._in_parts(small, gfx942=parts)
+        monkeypatch.setitem(host.CONFIGS, name, host._table(up, small, small, small))
 
 
 def inputs_of(

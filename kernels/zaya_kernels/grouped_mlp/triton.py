@@ -43,7 +43,6 @@ from zaya_kernels.launch import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-"""Dies with a cache of their own, to which the hardware deals programs out in turn."""
 GROUP = 4
 """Tiles of rows that share their columns' operand while it is in a cache."""
 
@@ -51,23 +50,27 @@ GROUP = 4
 Table = dict[str, dict[str, Config]]
 
 
-def _tile(m: int, n: int, k: int, warps: int, stages: int = 2) -> Config:
-    return Config({"BM": m, "BN": n, "BK": k}, num_warps=warps, num_stages=stages)
+def _tile(m: int, n: int, k: int, warps: int, stages: int = 2, **options: int) -> Config:
+    return Config({"BM": m, "BN": n, "BK": k}, num_warps=warps, num_stages=stages, **options)
 
 
-def _both(amd: Config, nvidia: Config) -> dict[str, Config]:
-    return {"gfx942": amd, "gfx950": amd, "sm_90": nvidia}
+def _by_arch(gfx942: Config, gfx950: Config, sm_90: Config) -> dict[str, Config]:
+    return {"gfx942": gfx942, "gfx950": gfx950, "sm_90": sm_90}
 
 
-def _table(up: dict[str, Config], by_rows: dict[str, Config], weights: dict[str, Config],
-           parts: int) -> Table:  # fmt: skip
-    """BM of `up` and `by_rows` is the plan's. `parts` (1 or 2) of the columns of `up` go through
-    SwiGLU in turn, where registers are short: it has two accumulators."""
-    up = {a: replace(c, blocks={**c.blocks, "PARTS": parts}) for a, c in up.items()}
+def _in_parts(of_up: dict[str, Config], **parts: int) -> dict[str, Config]:
+    """`parts` (1 or 2) of the columns go through SwiGLU in turn: up has two accumulators, and
+    registers are short."""
+    return {a: replace(c, blocks={**c.blocks, "PARTS": parts[a]}) for a, c in of_up.items()}
+
+
+def _table(up: dict[str, Config], down: dict[str, Config], by_rows: dict[str, Config],
+           weights: dict[str, Config]) -> Table:  # fmt: skip
+    """BM of `up`, `down` and `by_rows`, the data gradients, is the plan's."""
     return {
         "grouped_mlp_up": up,
         "grouped_mlp_up_again": up,
-        "grouped_mlp_down": by_rows,
+        "grouped_mlp_down": down,
         "grouped_mlp_grad_hidden": by_rows,
         "grouped_mlp_grad_rows": by_rows,
         "grouped_mlp_grad_gate_up": weights,
@@ -78,24 +81,51 @@ def _table(up: dict[str, Config], by_rows: dict[str, Config], weights: dict[str,
 MANY_ROWS = 512
 """Rows per expert, on average, from which on the large tiles are used."""
 
-_WEIGHTS = _both(_tile(256, 256, 32, 8), _tile(128, 128, 64, 8, 3))
-_WIDE = _both(_tile(64, 64, 32, 4, 1), _tile(64, 64, 32, 8, 1))
+# gfx950 multiplies twice as fast: it takes longer steps, for which it has the LDS, and the larger
+# instruction, whose operands take fewer registers.
+_LARGE = {"matrix_instr_nonkdim": 32}
+_WEIGHTS = _by_arch(
+    _tile(256, 256, 32, 8), _tile(256, 256, 64, 8, **_LARGE), _tile(128, 128, 64, 8, 3)
+)
+_MANY = _by_arch(
+    _tile(256, 256, 32, 8), _tile(256, 256, 64, 8, 3, **_LARGE), _tile(128, 128, 64, 8, 3)
+)
+_WIDE = _by_arch(_tile(64, 64, 32, 4), _tile(64, 64, 32, 4), _tile(64, 64, 32, 8, 1))
 
 CONFIGS = {
     "many": _table(
-        _both(_tile(256, 128, 32, 8), _tile(128, 64, 64, 8, 3)),
-        _both(_tile(256, 256, 32, 8), _tile(128, 128, 64, 8, 3)),
+        _in_parts(
+            _by_arch(
+                _tile(256, 128, 32, 8),
+                _tile(256, 128, 64, 8, 3, **_LARGE),
+                _tile(128, 64, 64, 8, 3),
+            ),
+            gfx942=2, gfx950=1, sm_90=2,
+        ),
+        _MANY,
+        _MANY,
         _WEIGHTS,
-        parts=2,
     ),
     "few": _table(
-        _both(_tile(128, 128, 64, 8), _tile(64, 64, 64, 4, 3)),
-        _both(_tile(128, 256, 64, 8), _tile(64, 128, 64, 4, 3)),
+        _in_parts(
+            _by_arch(
+                _tile(128, 128, 64, 8), _tile(128, 128, 128, 8, **_LARGE), _tile(64, 64, 64, 4, 3)
+            ),
+            gfx942=1, gfx950=1, sm_90=1,
+        ),
+        _by_arch(
+            _tile(128, 256, 64, 8), _tile(128, 256, 128, 8, **_LARGE), _tile(64, 128, 64, 4, 3)
+        ),
+        # A tile of weights is turned on its way to LDS, for half the rows of `many`; 16 x 16: 68 %.
+        _by_arch(
+            _tile(128, 256, 64, 8, kpack=2, **_LARGE),
+            _tile(128, 256, 128, 8, **_LARGE),
+            _tile(64, 128, 64, 4, 3),
+        ),
         _WEIGHTS,
-        parts=1,
     ),
-    "fp32": _table(_WIDE, _WIDE, _WIDE, parts=1),
-}
+    "fp32": _table(_in_parts(_WIDE, gfx942=1, gfx950=1, sm_90=1), _WIDE, _WIDE, _WIDE),
+}  # fmt: skip
 """bf16 by rows per expert; fp32."""
 
 
@@ -184,13 +214,15 @@ class _GroupedMLP(torch.autograd.Function):
         grad_hidden, grad_rows = torch.empty_like(hidden), None
         activated = rows.new_empty(rows.shape[0], call.width)
         call.over_tiles(
-            grouped_mlp_grad_hidden, call.width, grad, down, hidden, grad_hidden, activated, *plan
-        )
+            grouped_mlp_grad_hidden, call.width, grad, down, hidden, grad_hidden, activated,
+            call.width, *plan,
+        )  # fmt: skip
         if ctx.needs_input_grad[0]:
             grad_rows = torch.empty_like(rows)
             call.over_tiles(
-                grouped_mlp_grad_rows, call.hidden, grad_hidden, gate_up, grad_rows, *plan
-            )
+                grouped_mlp_grad_rows, call.hidden, grad_hidden, gate_up, grad_rows,
+                call.hidden, *plan,
+            )  # fmt: skip
         own = main or MainGradients(torch.empty_like(gate_up), torch.empty_like(down))
         add, offsets = main is not None, plan[0]
         call.over_weights(

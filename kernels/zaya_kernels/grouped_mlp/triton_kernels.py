@@ -52,31 +52,40 @@ def _in_groups(i, rows, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def _columns(first, N: tl.constexpr, BN: tl.constexpr):
-    """Columns of a tile; behind the last one it is repeated."""
+    """Columns of a tile; behind the last one others stand, in eights where there are only whole
+    ones, so that loads stay 16 bytes wide."""
     o_n = first + tl.arange(0, BN)
-    if N % BN:
-        o_n = tl.minimum(o_n, N - 1)
-    return o_n
+    if N % BN == 0:
+        return o_n
+    if N % 8:
+        return tl.minimum(o_n, N - 1)
+    return tl.max_contiguous(tl.multiple_of(o_n % N, 8), 8)
 
 
 @triton.jit
 def _product(
     p_a, o_a, p_b, o_b, acc,
-    step_a, step_b, K: tl.constexpr, BK: tl.constexpr,
+    step, K: tl.constexpr, STEP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """acc [BM, BN] + a [BM, K] @ b [K, BN]; o_a [BM, 1] and o_b [1, BN] lead to rows of a and
-    columns of b, `step_` from one of the K to the next."""
+    columns of b. From one of the K to the next it is 1 in a and STEP in b.
+
+    `step` is STEP again, at run time: of rows a constant apart the compiler keeps one address and
+    adds to it in the loop, one instruction more than an address for each.
+    """
     o_k = tl.arange(0, BK)
+    p_a += o_a
+    o_b += (o_k * step)[:, None]
     for _ in range(K // BK):
-        b_a = tl.load(p_a + (o_a + (o_k * step_a)[None, :]))
-        b_b = tl.load(p_b + ((o_k * step_b)[:, None] + o_b))
+        b_b = tl.load(p_b + o_b)
+        b_a = tl.load(p_a + o_k[None, :])
         acc = tl.dot(b_a, b_b, acc, input_precision="ieee")
-        p_a += BK * step_a
-        p_b += BK * step_b
+        p_a += BK
+        p_b += BK * STEP
     if K % BK:
         m_k = o_k < K % BK
-        b_a = tl.load(p_a + (o_a + (o_k * step_a)[None, :]), mask=m_k[None, :], other=0.0)
-        b_b = tl.load(p_b + ((o_k * step_b)[:, None] + o_b), mask=m_k[:, None], other=0.0)
+        b_b = tl.load(p_b + o_b, mask=m_k[:, None], other=0.0)
+        b_a = tl.load(p_a + o_k[None, :], mask=m_k[None, :], other=0.0)
         acc = tl.dot(b_a, b_b, acc, input_precision="ieee")
     return acc
 
@@ -213,11 +222,12 @@ def grouped_mlp_up_again(
 
 @triton.jit
 def _rows_by_matrix(
-    a, matrices, out, offsets, tiles, num_experts,
+    a, matrices, out, step_k, offsets, tiles, num_experts,
     N: tl.constexpr, K: tl.constexpr, STEP_N: tl.constexpr, STEP_K: tl.constexpr,
     GROUP: tl.constexpr, XCDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out [R, N] = a [R, K] @ an expert's matrix, whose elements are STEP_N and STEP_K apart."""
+    """out [R, N] = a [R, K] @ an expert's matrix, whose elements are STEP_N and STEP_K = step_k
+    apart."""
     columns = tl.cdiv(N, BN)
     num_tiles = tl.load(offsets + num_experts + 1)
     if tl.program_id(0) < num_tiles * columns:
@@ -230,7 +240,7 @@ def _rows_by_matrix(
         acc = _product(
             a + row * K, (tl.minimum(o_m, left - 1) * K)[:, None],
             matrices + expert * (N * K), (_columns(i_n * BN, N, BN) * STEP_N)[None, :],
-            tl.zeros([BM, BN], tl.float32), 1, STEP_K, K, BK,
+            tl.zeros([BM, BN], tl.float32), step_k, K, STEP_K, BK,
         )  # fmt: skip
         o_n = i_n * BN + tl.arange(0, BN)
         m = _inside(o_m, left, o_n, N, BN)
@@ -246,20 +256,20 @@ def grouped_mlp_down(
 ):  # fmt: skip
     """out [R, D] = activated [R, F] @ down.T, down [E, D, F]."""
     _rows_by_matrix(
-        activated, down, out, offsets, tiles, num_experts,
+        activated, down, out, 1, offsets, tiles, num_experts,
         D, F, F, 1, GROUP, XCDS, BM, BN, BK,
     )  # fmt: skip
 
 
 @triton.jit
 def grouped_mlp_grad_rows(
-    grad_hidden, gate_up, grad_rows, offsets, tiles, num_experts,
+    grad_hidden, gate_up, grad_rows, hidden_size, offsets, tiles, num_experts,
     D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """grad_rows [R, D] = grad_hidden [R, 2F] @ gate_up, gate_up [E, 2F, D]."""
+    """grad_rows [R, D] = grad_hidden [R, 2F] @ gate_up, gate_up [E, 2F, D]; hidden_size is D."""
     _rows_by_matrix(
-        grad_hidden, gate_up, grad_rows, offsets, tiles, num_experts,
+        grad_hidden, gate_up, grad_rows, hidden_size, offsets, tiles, num_experts,
         D, 2 * F, 1, D, GROUP, XCDS, BM, BN, BK,
     )  # fmt: skip
 
@@ -311,12 +321,12 @@ def _quarters_through_swiglu(
 
 @triton.jit
 def grouped_mlp_grad_hidden(
-    grad, down, hidden, grad_hidden, activated, offsets, tiles, num_experts,
+    grad, down, hidden, grad_hidden, activated, width, offsets, tiles, num_experts,
     D: tl.constexpr, F: tl.constexpr, GROUP: tl.constexpr, XCDS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The gradient [R, F] = grad [R, D] @ down of the activation goes through SwiGLU as it is, in
-    fp32: grad_hidden [R, 2F]; activated [R, F] is made again on the way."""
+    fp32: grad_hidden [R, 2F]; activated [R, F] is made again on the way; width is F."""
     columns = tl.cdiv(F, BN)
     num_tiles = tl.load(offsets + num_experts + 1)
     if tl.program_id(0) >= num_tiles * columns:
@@ -330,7 +340,7 @@ def grouped_mlp_grad_hidden(
     acc = _product(
         grad + row * D, (tl.minimum(o_m, left - 1) * D)[:, None],
         down + expert * (D * F), _columns(i_n * BN, F, BN)[None, :],
-        tl.zeros([BM, BN], tl.float32), 1, F, D, BK,
+        tl.zeros([BM, BN], tl.float32), width, D, F, BK,
     )  # fmt: skip
     # In eighths, so that SwiGLU does not need more registers than the product.
     b_left, b_right = _halves(acc, BM, BN)
@@ -374,10 +384,10 @@ def _rows_against_rows(
     count = tl.load(offsets + expert + 1) - row
     row = tl.cast(row, tl.int64)
     o_k = tl.arange(0, BK)
-    o_a = _columns(i_m * BM, M, BM)[:, None] + (o_k * M)[None, :]  # [BM, BK]
-    o_b = (o_k * N)[:, None] + _columns(i_n * BN, N, BN)[None, :]  # [BK, BN]
-    p_a = left + row * M
-    p_b = right + row * N
+    p_a = left + row * M + _columns(i_m * BM, M, BM)[:, None]
+    p_b = right + row * N + _columns(i_n * BN, N, BN)[None, :]
+    o_a = (o_k * M)[None, :]
+    o_b = (o_k * N)[:, None]
     acc = tl.zeros([BM, BN], tl.float32)
     for _ in range(count // BK):
         acc = tl.dot(tl.load(p_a + o_a), tl.load(p_b + o_b), acc, input_precision="ieee")

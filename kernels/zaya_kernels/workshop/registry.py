@@ -183,10 +183,10 @@ def _moe_permute(
 
 
 def _grouped_mlp(
-    device: torch.device, rows: int, dtype: torch.dtype, main: bool = False
+    device: torch.device, rows: int, dtype: torch.dtype, main: bool = False, width: int = F
 ) -> tuple[Callable[[str], Sequence[Tensor]], Sequence[Tensor]]:
     """With main gradients the pre-activation is made again, too."""
-    shapes = (rows, D), (E, 2 * F, D), (E, D, F)
+    shapes = (rows, D), (E, 2 * width, D), (E, D, width)
     x, gate_up, down = (_tensor(device, *shape, dtype=dtype) for shape in shapes)
     counts = torch.full((E,), rows // E, device=device)
     sums = None
@@ -258,6 +258,10 @@ REGISTRY = (
     Shipped("grouped_mlp", "main", partial(_grouped_mlp, rows=B * S, dtype=_BF16, main=True)),
     Shipped("grouped_mlp", "few", partial(_grouped_mlp, rows=S, dtype=_BF16)),
     Shipped("grouped_mlp", "few main", partial(_grouped_mlp, rows=S, dtype=_BF16, main=True)),
+    # A width of no whole tiles: loads at the edge of a matrix are 16 bytes wide, too.
+    Shipped(
+        "grouped_mlp", "edge", partial(_grouped_mlp, rows=S, dtype=_BF16, width=1600), _AMD[:1]
+    ),
     Shipped("grouped_mlp", "fp32", partial(_grouped_mlp, rows=S, dtype=_FP32)),
     Shipped("newton_schulz", "2:1", partial(_newton_schulz, rows=2 * D, columns=D, dtype=_BF16)),
     Shipped("newton_schulz", "fp32", partial(_newton_schulz, rows=2 * D, columns=D, dtype=_FP32)),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 
 from zaya_kernels.workshop.assembly import hot_loop
-from zaya_kernels.workshop.budgets import broken
+from zaya_kernels.workshop.budgets import broken, share_lost
 from zaya_kernels.workshop.compile import compile_launch
 from zaya_kernels.workshop.mca import find_mca, score
 from zaya_kernels.workshop.registry import launches
@@ -40,7 +40,9 @@ def row(case: str, launch: Launch, tool: str | None) -> dict[str, Any]:
         "score": None,
     }
     if tool and found.loop is not None:
-        result["score"] = asdict(score(hot_loop(compiled.assembly), compiled.arch, tool))
+        cost = score(hot_loop(compiled.assembly), compiled.arch, tool)
+        result["score"] = asdict(cost)
+        result["broken"] += share_lost(compiled.kernel, cost.matrix_share)
     return result
 
 
