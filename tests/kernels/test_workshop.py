@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from zaya_kernels.launch import ARCHITECTURES
+from zaya_kernels.launch import ARCHITECTURES, Config
 from zaya_kernels.workshop import table
 from zaya_kernels.workshop.assembly import (
     LoopCounts,
@@ -142,6 +142,13 @@ def test_every_experts_product_keeps_its_share() -> None:
         least = BUDGETS[row["kernel"]].matrix_share
         assert least == (0.68 if row["kernel"] in WEIGHT_PRODUCTS else 0.70)
         assert share_lost(row["kernel"], row["score"]["matrix_share"]) == [], row
+
+
+def test_only_gfx942_is_told_how_to_pack() -> None:
+    """Triton warns of kpack on gfx950."""
+    packed = Config({}, kpack=2)
+    assert packed.options("gfx942")["kpack"] == 2
+    assert not {"kpack"} & {*packed.options("gfx950"), *packed.options("sm_90")}
 
 
 def test_a_share_below_its_budget_is_reported() -> None:
