@@ -11,39 +11,26 @@ from zaya_kernels.backends import named_in_profiles
 from zaya_kernels.moe_permute.op import count_by_expert, gather, rest_of, scatter, sort_by_expert
 
 from ..helpers.kernels import assert_backends_agree, assert_bitwise, assert_no_worse, random
+from ..helpers.permutation import (
+    EXPERTS,
+    HIDDEN,
+    TOKENS,
+    choices,
+    inputs_of,
+    ordered,
+    there_and_back,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
-    from zaya_kernels.moe_permute.types import Order
 
 pytest.importorskip("triton", reason="the extra `triton` is not installed")
 from zaya_kernels.moe_permute import triton as host
 from zaya_kernels.workshop.interpreter import counting
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-
-EXPERTS, TOKENS, HIDDEN = 5, 40, 24
-
-
-def choices(name: str) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    if name == "random":
-        return torch.randint(0, EXPERTS + 1, (TOKENS,), generator=generator)
-    if name == "long":
-        # More blocks of tokens than one step of their sum takes.
-        return torch.randint(0, EXPERTS + 1, (17_000,), generator=generator)
-    if name == "skipped":
-        return torch.full((3,), EXPERTS)
-    if name == "none":
-        return torch.zeros(0, dtype=torch.int64)
-    return torch.full((TOKENS,), {"one": 2, "first": 0, "last": EXPERTS - 1}[name])
-
-
-def ordered(choice: Tensor, backend: str, known: bool = False) -> Order:
-    load = count_by_expert(choice, EXPERTS, backend)
-    return sort_by_expert(load, int(load.counts[:-1].sum()) if known else None)
 
 
 @pytest.mark.parametrize("backend", ["eager", "native", "reference", "triton"])
@@ -61,29 +48,6 @@ def test_sorted_among_few_and_many_experts(experts: int) -> None:
     load = count_by_expert(choice, experts, "triton")
     assert torch.equal(load.counts, torch.bincount(choice, minlength=experts + 1))
     assert torch.equal(sort_by_expert(load).order, torch.argsort(choice, stable=True))
-
-
-def there_and_back(
-    name: str, known: bool, skip: str, backend: str, x: Mapping[str, Tensor]
-) -> Sequence[Tensor]:
-    """Rows with an expert, doubled, and back."""
-    choice = choices(name)
-    kept = int((choice < EXPERTS).sum())
-    # The reference has no rows but those with an expert.
-    order = ordered(choice, backend, known or backend == "reference")
-    rows, left = gather(x["tokens"], order)
-    assert rows.shape[0] == (kept if order.known is not None else choice.numel())
-    if order.known is None:
-        poison = torch.arange(rows.shape[0]).unsqueeze(1) >= kept
-        rows = torch.where(poison, float("nan"), rows)
-    rest = rest_of(left, order) if skip == "identity" else None
-    return [rows[:kept], scatter(2 * rows, order, rest, x.get("probability"))]
-
-
-def inputs_of(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    tokens = choices(name).numel()
-    made = {"tokens": random(tokens, HIDDEN, seed=1), "probability": random(tokens, seed=2)}
-    return {n: value.to(dtype) for n, value in made.items()}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +72,8 @@ def test_rows_and_gradients(name: str, known: bool, skip: str) -> None:
     for backend in ("native", "triton"):
         for dtype in (torch.float32, torch.bfloat16):
             assert_no_worse(run, inputs_of(name, dtype), backend)
+        exact = {"probability": inputs_of(name, torch.float32)["probability"]}
+        assert_no_worse(run, inputs_of(name, torch.bfloat16) | exact, backend)
         if skip == "identity":
             assert_bitwise(run, inputs_of(name, torch.bfloat16), backend)
             alone = inputs_of(name, torch.float32)

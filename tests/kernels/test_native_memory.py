@@ -12,12 +12,13 @@ from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
 
 from ..helpers.kernels import random, run_pass
 from ..helpers.models import packed
+from ..helpers.permutation import inputs_of as permutation_inputs
+from ..helpers.permutation import there_and_back
 from . import (
     test_attention,
     test_cca,
     test_grouped_mlp,
     test_linear_cross_entropy,
-    test_moe_permute,
     test_native_router,
     test_router,
 )
@@ -52,8 +53,8 @@ def operations() -> dict[str, tuple[Operation, dict[str, Tensor]]]:
             test_linear_cross_entropy.inputs_of(40, 2100),
         ),
         "moe_permute": (
-            lambda x: test_moe_permute.there_and_back("random", True, "identity", "native", x),
-            test_moe_permute.inputs_of("random", torch.float64),
+            lambda x: there_and_back("random", True, "identity", "native", x),
+            permutation_inputs("random", torch.float64),
         ),
         # More tokens than a block has, and parts of the tokens for each thread.
         "router": (

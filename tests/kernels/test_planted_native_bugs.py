@@ -3,84 +3,11 @@ it, the others of the library are right. No bug reads or writes outside a tensor
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
 import pytest
-import torch
-from zaya_kernels import products
 
 from ..helpers.mutation import of_kernels
 from ..helpers.native_mutation import Bug, Builds, exported, planted, used
-from . import test_native as native
-from . import test_native_norm_residual as norm
-from . import test_native_router as router
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-FP32, BF16 = torch.float32, torch.bfloat16
-LOSS = (33, 33, 65, 0.1)
-
-
-def check_products(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    for turned in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        native.test_products(sizes, turned, dtype)
-
-
-def check_halves() -> None:
-    for stream in ("float32", "bfloat16"):
-        norm.test_either_half_is_as_exact_as_eager(stream, BF16)
-
-
-def with_onednn(comparison: Callable[..., None], *sizes: object) -> None:
-    """Eager by oneDNN, as the router's tests have it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "SMALLEST_PRODUCT", 1)
-        comparison(*sizes)
-
-
-def check_experts(dtype: torch.dtype) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        native.test_experts_are_as_exact_as_eager("odd", (23, 37), dtype, patch)
-
-
-CHECKS: dict[str, Callable[[], None]] = {
-    "products": partial(check_products, (37, 45, 33), FP32),
-    "products in bf16": partial(check_products, (37, 45, 33), BF16),
-    "long products": partial(check_products, (100, 70, 514), FP32),
-    "wide products": partial(check_products, (20, 600, 7), FP32),
-    "long products in bf16": partial(check_products, (100, 70, 514), BF16),
-    "products rounded once": native.test_products_in_bf16_are_rounded_once,
-    "cca": partial(native.test_cca_in_chunks_equals_the_whole_row, (2, 2), (70, 0)),
-    "cca of odd sizes": partial(native.test_cca_is_as_exact_as_eager, native.SHAPES[1], FP32),
-    "attention": partial(native.test_attention_is_as_exact_as_torch, (8, 2), 64, FP32),
-    "attention of odd sizes": partial(native.test_attention_is_as_exact_as_torch, (3, 3), 10, FP32),
-    "attention of large scores": native.test_attention_of_scores_of_any_size,
-    "attention behind keys": partial(
-        native.test_attention_behind_keys, [(100, 180), (33, 34), (0, 33)], FP32
-    ),
-    "norm": partial(norm.test_fused_is_as_exact_as_eager, norm.SHAPES[3], FP32),
-    "norm of odd sizes": partial(norm.test_fused_is_as_exact_as_eager, norm.SHAPES[1], BF16),
-    "halves of the norm": check_halves,
-    "router": partial(
-        with_onednn, router.test_router_is_as_exact_as_eager, router.SIZES[3], False, FP32
-    ),
-    "router of odd sizes": partial(
-        with_onednn, router.test_router_is_as_exact_as_eager, router.SIZES[2], False, BF16
-    ),
-    "choice": partial(router.test_choice_and_load_are_those_of_float64, FP32),
-    "equal classes": router.test_of_equal_classes_the_first_is_chosen,
-    "loss": partial(native.test_loss_is_as_exact_as_eager, None, *LOSS, FP32),
-    "loss in bf16": partial(native.test_loss_is_as_exact_as_eager, None, *LOSS, BF16),
-    "loss of many classes": partial(
-        native.test_loss_is_as_exact_as_eager, None, 70, 3, 2100, 0.1, FP32
-    ),
-    "large loss": native.test_loss_without_supervision_and_of_large_logits,
-    "experts": partial(check_experts, FP32),
-    "experts in bf16": partial(check_experts, BF16),
-}
-
+from .native_checks import CHECKS
 
 BUGS: dict[str, dict[str, Bug]] = {
     "zaya_gemm": {
@@ -319,6 +246,57 @@ BUGS: dict[str, dict[str, Bug]] = {
             "experts",
         ),
         "rows of the first expert": Bug("plain(rows, d)", "plain(x->rows, d)", "experts"),
+    },
+    "zaya_gather": {
+        "rows of their places": Bug(
+            "row(s, tokens, order[place])", "row(s, tokens, place)", "moves"
+        ),
+        "first expert row not written": Bug(
+            "place = 0; place < s->routed", "place = 1; place < s->routed", "moves"
+        ),
+        "half of a row": Bug(
+            "row(s, tokens, order[place]), bytes)", "row(s, tokens, order[place]), bytes / 2)",
+            "moves",
+        ),
+    },
+    "zaya_scatter": {
+        "rows to their places": Bug(
+            "*to = row(s, out, token);", "*to = row(s, out, place);", "moves"
+        ),
+        "rest by place": Bug(
+            "place) : rest ? row(s, rest, token)", "place) : rest ? row(s, rest, place)", "moves"
+        ),
+        "probability of another token": Bug(
+            "write_scaled(s, to, from, at(probability, exact, token))",
+            "write_scaled(s, to, from, at(probability, exact, place))", "moves",
+        ),
+        "last vector not scaled": Bug(
+            "load_few(x, s->type, c, left) * factor",
+            "load_few(x, s->type, c, left) * (left < LANES ? 1 : factor)", "moves",
+        ),
+    },
+    "zaya_scatter_backward": {
+        "gradient of places": Bug(
+            "*grad = row(s, x->grad, token);", "*grad = row(s, x->grad, place);", "moves"
+        ),
+        "gradient without probability": Bug(
+            "write_scaled(s, to, grad, at(x->probability, exact, token))",
+            "write_scaled(s, to, grad, 1)", "moves",
+        ),
+        "skipped tokens without a gradient of probability": Bug(
+            "place) : x->rest ? row(s, x->rest, token) : NULL", "place) : NULL", "moves"
+        ),
+        "gradient of rest by place": Bug(
+            "row(s, x->to_rest, token)", "row(s, x->to_rest, place)", "moves"
+        ),
+        "last vector not in the product": Bug(
+            "sum += load_few(x, s->type, c, left) *",
+            "sum += (left < LANES ? 0.0f : 1.0f) * load_few(x, s->type, c, left) *", "moves",
+        ),
+        "type of probability that of rows": Bug(
+            "at(x->probability, exact, token)", "at(x->probability, s->type, token)",
+            "exact probabilities",
+        ),
     },
     "zaya_loss": {
         "z-loss without its gradient": Bug("1 + 2 * z_loss * size", "1", "loss"),

@@ -15,7 +15,7 @@ from zaya_kernels.moe_permute import triton_kernels as kernels
 
 from ..helpers.kernels import assert_close, run_pass
 from ..helpers.mutation import assert_caught, of_kernels, plant, shrink
-from .test_moe_permute import inputs_of, ordered, there_and_back
+from ..helpers.permutation import inputs_of, ordered, there_and_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
