@@ -78,11 +78,11 @@ def test_a_refusal_is_told_across_processes() -> None:
 def test_what_follows_the_backward_pass_is_the_optimizer_stage() -> None:
     parameter = torch.nn.Parameter(torch.ones(1000))
     parameter.grad = torch.ones(1000)
-    loss, load = torch.ones(()), torch.ones(2, 3)
+    losses, load = torch.ones(2), torch.ones(2, 3)
     meter = Meter({"0": "world"}, {})
     with _alone(1), meter.counting():
         norm = global_norm([Shard.of("weight", parameter)], 1)
-        _reduce(loss, load, 0)
+        _reduce(losses, load, 0)
     assert norm == pytest.approx(1000**0.5)
     assert set(meter.peaks) == {"optimizer"}
     assert meter.peaks["optimizer"].components["optimizer step"] >= 8 * 1000
