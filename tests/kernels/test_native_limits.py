@@ -107,6 +107,7 @@ def test_counts_of_any_integer_type_are_taken() -> None:
         ((1, 13, 4, 8), (1, 12, 2, 8), "the plan is none of 13 queries and 12 keys"),
         ((1, 14, 4, 8), (1, 14, 2, 8), "the plan is none of 14 queries and 14 keys"),
         ((1, 13, 4, 8), (1, 13, 3, 8), "4 heads of queries, 3 of keys"),
+        ((1, 13, 386, 8), (1, 13, 2, 8), "386 heads of queries to 2 of keys, native takes 192"),
         ((1, 13, 4, 8), (1, 13, 2, 4), r"k: shape \[1, 13, 2, 4\], expected \[1, any, any, 8\]"),
     ],
 )

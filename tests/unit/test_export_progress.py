@@ -33,7 +33,7 @@ STATES = {
     "at the first's end": ("short", TrainState(9, 1, 0, 0), "100% of phase short, nothing of long"),
     "within the last": ("long", TrainState(12, 1, 3, 4), "40% of phase long"),
     "at the last's end": ("long", TrainState(15, 2, 0, 0), ""),
-    "before any step": ("short", TrainState(), "0% of phase short, nothing of long, short"),
+    "before any step": ("short", TrainState(), "0% of phase short, nothing of long"),
 }
 
 

@@ -245,7 +245,7 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     z_loss: float = 0.0
     """Adds this times the squared log of its softmax's sum to each supervised token's loss, against
-    drifting logits (arXiv 2204.02311, 5: 1e-4; 2202.08906: of routers). Evaluations lack it."""
+    drifting logits (arXiv 2204.02311, 5: 1e-4). Evaluations lack it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def progress(record: CheckpointRecord) -> dict[str, Any]:
     if record.phase_name not in plan:
         return {"finished": None, "phase_share": None, "phases_not_begun": []}
     share = _share(record, plan[record.phase_name], record.phase_name in begun)
-    left = sorted(plan.keys() - begun.keys())
+    left = sorted(plan.keys() - begun.keys() - {record.phase_name})
     return {"finished": share >= 1 and not left, "phase_share": share, "phases_not_begun": left}
 
 

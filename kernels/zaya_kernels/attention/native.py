@@ -26,11 +26,20 @@ def _shape(q: Tensor, k: Tensor) -> tuple[int | float, ...]:
     return heads, k.shape[2], size, TYPES[q.dtype], torch.get_num_threads(), size**-0.5
 
 
+_MOST_HEADS = 192
+"""BLOCK_ROWS of attention.c, which takes one token's at least."""
+
+
 def _check_plan(q: Tensor, k: Tensor, plan: AttentionPlan) -> None:
     """ValueError unless heads divide and each segment is within queries and keys."""
     heads, kv_heads = q.shape[2], k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} heads of queries, {kv_heads} of keys")
+    if heads > _MOST_HEADS * kv_heads:
+        raise ValueError(
+            f"attention: {heads} heads of queries to {kv_heads} of keys, native takes "
+            f"{_MOST_HEADS} to one at most"
+        )
     if isinstance(q, FakeTensor):
         return
     first, count = plan.segments[:, ::2], plan.segments[:, 1::2]

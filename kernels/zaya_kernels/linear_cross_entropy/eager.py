@@ -71,10 +71,10 @@ def _add_grad_weight(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -
 
 def _one_chunk(
     rows: Tensor, target: Tensor, weight: Tensor, z_loss: float, grad_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, of it z-loss, of rows [c, D] with target [c, 1], and their gradient if there is a
-    `grad_weight` to add to. A function of its own, so that a chunk's logits are gone before the
-    next one's are made."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss, of it z-loss if there is one, of rows [c, D] with target [c, 1], and their gradient if
+    there is a `grad_weight` to add to. A function of its own, so that a chunk's logits are gone
+    before the next one's are made."""
     logits = _logits(rows, weight)
     own = logits.gather(1, target) if z_loss else None
     scores = torch.log_softmax(logits, dim=-1)
@@ -82,8 +82,8 @@ def _one_chunk(
     chosen = scores.gather(1, target)
     # The sum's logarithm [c, 1], as exact as `chosen` and without another pass over all classes.
     size = None if own is None else own - chosen
-    z = chosen.new_zeros(()) if size is None else z_loss * size.square().sum()
-    loss = z - chosen.sum()
+    z = None if size is None else z_loss * size.square().sum()
+    loss = -chosen.sum() if z is None else z - chosen.sum()
     if grad_weight is None:
         return loss, z, None
     grad_logits = scores.exp_()
@@ -122,7 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk, target = rows[start : start + step], targets[start : start + step, None]
             chunk_loss, chunk_z, chunk_grad = _one_chunk(chunk, target, weight, z_loss, grad_weight)
             loss += chunk_loss
-            z += chunk_z
+            if chunk_z is not None:
+                z += chunk_z
             if grad_rows is not None and chunk_grad is not None:
                 grad_rows[start : start + step] = chunk_grad
         if need_grad:

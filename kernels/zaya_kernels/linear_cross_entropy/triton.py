@@ -198,9 +198,9 @@ class _Chunk:
 
 def _chunk_loss(
     call: _Call, chunk: _Chunk, weight: Tensor, z_loss: float, gradients: _Gradients | None
-) -> tuple[Tensor, Tensor]:
-    """Summed loss of a chunk, of it z-loss; its gradients are added to `gradients`. A function of
-    its own, so that a chunk's scores are gone before the next one's are made."""
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of a chunk, of it z-loss if there is one; its gradients are added to `gradients`.
+    A function of its own, so that a chunk's scores are gone before the next one's are made."""
     rows, device = chunk.rows, weight.device
     tiles = call.tiles
     maxima, sums = (torch.empty(tiles, rows, dtype=torch.float32, device=device) for _ in range(2))
@@ -227,15 +227,15 @@ def _chunk_loss(
     if gradients is not None and gradient is not None:
         _add_grad_hidden(call, chunk, weight, gradient, gradients)
         _add_grad_weight(call, chunk, gradient, gradients)
-    return loss.sum(), _z_loss(maxima, sums, z_loss)[: chunk.kept].sum()
-
-
-def _z_loss(maxima: Tensor, sums: Tensor, z_loss: float) -> Tensor:
-    """[R] from what each block of classes has left, [tiles, R]: the kernel adds it to the loss and
-    does not tell it apart, and this is small beside the scores."""
     if not z_loss:
-        return maxima.new_zeros(maxima.shape[1])
-    return z_loss * (maxima + sums.log()).logsumexp(dim=0).square()
+        return loss.sum(), None
+    return loss.sum(), z_loss * _logarithms(maxima, sums)[: chunk.kept].square().sum()
+
+
+def _logarithms(maxima: Tensor, sums: Tensor) -> Tensor:
+    """[R] of the softmax sums, from what each block of classes has left, [tiles, R]: the kernel
+    does not tell the z-loss apart, and this is small beside the scores."""
+    return (maxima + sums.log()).logsumexp(dim=0)
 
 
 def _add_grad_hidden(
@@ -288,7 +288,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             chunk = _Chunk.of(hidden, labels, kept, start, call)
             chunk_loss, chunk_z = _chunk_loss(call, chunk, weight, z_loss, gradients)
             loss += chunk_loss
-            z += chunk_z
+            if chunk_z is not None:
+                z += chunk_z
         ctx.gradients, ctx.like = gradients, (hidden.shape, hidden.dtype, call)
         if need_grad:
             ctx.save_for_backward(kept)

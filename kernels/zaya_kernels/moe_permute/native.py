@@ -79,7 +79,10 @@ class _Scatter(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(None if probability is None else rows, rest, probability)
+        ctx.has_rest = rest is not None
+        # Of plain copies nothing is needed to turn them back.
+        kept = (None, None, None) if probability is None else (rows, rest, probability)
+        ctx.save_for_backward(*kept)
         ctx.order = order
         return _to_tokens(rows, order, rest, probability)
 
@@ -90,7 +93,7 @@ class _Scatter(torch.autograd.Function):
         order: Order = ctx.order
         grad = grad.contiguous()
         if probability is None:
-            return _to_rows(grad, order), None, None if rest is None else grad, None
+            return _to_rows(grad, order), None, grad if ctx.has_rest else None, None
         to_rest = torch.empty_like(rest) if ctx.needs_input_grad[2] else None
         made = torch.empty_like(rows), to_rest, torch.empty_like(probability)
         tensors, exact = (grad, rows, rest, probability, *made), TYPES[probability.dtype]

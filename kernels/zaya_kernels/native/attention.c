@@ -4,7 +4,9 @@
  * their gradients are rounded to the operands' type for the products that follow, as there. */
 #include "gemm.h"
 
-#define BLOCK_ROWS 192 /* queries times heads at once */
+/* Queries times heads at once, and keys: scores of 288 KB, twice backward, for the second-level
+ * cache; whole tiles of 12 rows. */
+#define BLOCK_ROWS 192
 #define BLOCK_KEYS 384
 
 typedef struct {

@@ -28,9 +28,9 @@ static double exponentials(const float *x, long count, float top) {
     return sum;
 }
 
-/* losses [rows]: negative log-likelihood plus z_losses, z_loss times the squared logarithm of the sum.
- * `gradients` of `type` may be the logits, or nothing. Exponentials are taken twice: a row of logits
- * stays in the cache, and writing them would send all rows to memory once more. */
+/* losses [rows]: negative log-likelihood plus z_losses, z_loss times the squared logarithm of the
+ * sum. `gradients` of `type` may be the logits, or nothing. Exponentials are taken twice: a row of
+ * logits stays in the cache, and writing them would send all rows to memory once more. */
 void zaya_loss(long rows, long classes, const float *logits, const int64_t *targets, float z_loss,
                float *losses, float *z_losses, void *gradients, long type, long threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

@@ -1,5 +1,5 @@
-/* Tokens' rows to their experts' order and back (zaya_kernels/moe_permute/op.py): a row at a time, read
- * once and written once.
+/* Tokens' rows to their experts' order and back (zaya_kernels/moe_permute/op.py): a row at a time,
+ * read once and written once.
  *
  * Legend: T tokens, R places with an expert, the first of the order, D columns. */
 #include "vectors.h"
@@ -8,8 +8,10 @@ typedef struct {
     long tokens, routed, columns, type, threads;
 } Shape;
 
+static long bytes_of(const Shape *s) { return s->columns * (s->type == BF16 ? 2 : 4); }
+
 static char *row(const Shape *s, const void *x, long number) {
-    return (char *)x + number * s->columns * (s->type == BF16 ? 2 : 4);
+    return (char *)x + number * bytes_of(s);
 }
 
 /* to = x times `factor`. */
@@ -31,21 +33,22 @@ static float product(const Shape *s, const void *x, const void *y) {
 
 /* rows [R, D] of tokens [T, D]; order [T]. */
 void zaya_gather(const Shape *s, const int64_t *order, const void *tokens, void *rows) {
-    size_t bytes = row(s, 0, 1) - (char *)0;
+    long bytes = bytes_of(s);
 #pragma omp parallel for schedule(static) num_threads(s->threads) if (s->threads > 1)
     for (long place = 0; place < s->routed; place++)
         memcpy(row(s, rows, place), row(s, tokens, order[place]), bytes);
 }
 
-/* out [T, D] of rows [R, D]; tokens without an expert take theirs from rest [T, D], or zero, and all
- * are multiplied by probability [T] of the type `exact`, if there is one. */
+/* out [T, D] of rows [R, D]; tokens without an expert take theirs from rest [T, D], or zero, and
+ * all are multiplied by probability [T] of the type `exact`, if there is one. */
 void zaya_scatter(const Shape *s, const int64_t *order, const void *rows, const void *rest,
                   const void *probability, long exact, void *out) {
-    size_t bytes = row(s, 0, 1) - (char *)0;
+    long bytes = bytes_of(s);
 #pragma omp parallel for schedule(static) num_threads(s->threads) if (s->threads > 1)
     for (long place = 0; place < s->tokens; place++) {
         long token = order[place];
-        const void *from = place < s->routed ? row(s, rows, place) : rest ? row(s, rest, token) : NULL;
+        const void *from =
+            place < s->routed ? row(s, rows, place) : rest ? row(s, rest, token) : NULL;
         void *to = row(s, out, token);
         if (!from) memset(to, 0, bytes);
         else if (!probability) memcpy(to, from, bytes);
@@ -65,8 +68,10 @@ void zaya_scatter_backward(const Shape *s, const int64_t *order, const Tensors *
         long token = order[place];
         int routed = place < s->routed;
         const void *grad = row(s, x->grad, token);
-        const void *from = routed ? row(s, x->rows, place) : x->rest ? row(s, x->rest, token) : NULL;
-        void *to = routed ? row(s, x->to_rows, place) : x->to_rest ? row(s, x->to_rest, token) : NULL;
+        const void *from =
+            routed ? row(s, x->rows, place) : x->rest ? row(s, x->rest, token) : NULL;
+        void *to =
+            routed ? row(s, x->to_rows, place) : x->to_rest ? row(s, x->to_rest, token) : NULL;
         if (to) write_scaled(s, to, grad, at(x->probability, exact, token));
         put(x->to_probability, exact, token, from ? product(s, grad, from) : 0);
     }

@@ -106,7 +106,8 @@ static inline float largest_of(vec x) {
     return top;
 }
 
-/* e^x to 2 units in the last place, 0 below -87 (AVX-512: -104), infinite above 88.7; NaN stays. */
+/* e^x to 2 units in the last place, 0 below -87 and infinite above 88 (AVX-512: -104 and 88.7); NaN
+ * stays. */
 static inline vec exp_of(vec x) {
 #if defined(__AVX512F__)
     x = larger(all(-105), (vec)_mm512_min_ps((__m512)all(89), (__m512)x));
@@ -132,8 +133,8 @@ static inline vec exp_of(vec x) {
 #endif
 }
 
-/* e^x for what is rounded to bf16, and x below 88: to 4e-6 of it while |x| < 16, 0 below -88 (AVX-512:
- * -104). */
+/* e^x of x below 88 for what is rounded to bf16: to 4e-6 of it while |x| < 16; 0 below -87
+ * (AVX-512: -104). */
 static inline vec exp_in_brief(vec x) {
     x = larger(all(-151), x * 1.44269504f);
 #if defined(__AVX512F__)
