@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from zaya_kernels.attention.native import _MOST_HEADS
 from zaya_kernels.attention.op import attention
 from zaya_kernels.grouped_mlp.op import grouped_mlp
 from zaya_kernels.linear_cross_entropy.op import linear_cross_entropy
+from zaya_kernels.native.library import SOURCES
 from zaya_kernels.native.product import multiply
 from zaya_kernels.norm_residual.op import ResidualScales, residual, rms_norm
 
@@ -120,6 +122,10 @@ def test_keys_and_plans_of_other_shapes_are_refused(
     with pytest.raises(ValueError, match=r"v: shape \[1, 13, 1, 8\], expected \[1, 13, 2, 8\]"):
         whole = torch.zeros(1, 13, 2, 8)
         attention(torch.zeros(1, 13, 4, 8), whole, whole[:, :, :1], plan, "native")
+
+
+def test_most_heads_are_those_of_a_block() -> None:
+    assert f"#define BLOCK_ROWS {_MOST_HEADS}\n" in (SOURCES / "attention.c").read_text()
 
 
 def test_what_cca_cannot_read_is_refused() -> None:

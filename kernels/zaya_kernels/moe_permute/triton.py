@@ -4,11 +4,7 @@ The sort: every block of tokens counts its classes; one program sums the blocks 
 puts its tokens behind those of earlier blocks. No atomics, so places do not depend on timing.
 
 The moves: a program per place of the order, which brings one row from or to its token. Each row is
-read once and written once. The multiplication by the probability and its gradient are part of the
-scatter's passes. Tokens without an expert are read and written where they stand; their gradient
-reaches `gather`'s backward through its second output, of which no other row is written or read.
-
-Saved for backward: the experts' rows, the probability, and `rest`, all as they came.
+read once and written once.
 
 Legend: T tokens, E experts, C = E + 1 classes, D columns, R rows.
 """
@@ -27,6 +23,7 @@ from zaya_kernels.launch import (
     require_one_type,
     require_triton,
 )
+from zaya_kernels.moe_permute import moves
 from zaya_kernels.moe_permute.triton_kernels import (
     permute_count,
     permute_gather,
@@ -40,6 +37,7 @@ from zaya_kernels.moe_permute.types import Load
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from zaya_kernels.moe_permute.moves import Scattered
     from zaya_kernels.moe_permute.types import Order
 
 MOST_EXPERTS = 511
@@ -132,53 +130,18 @@ def _to_tokens(
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Order) -> tuple[Tensor, Tensor]:
-        ctx.order = order
-        ctx.set_materialize_grads(False)
-        return _to_rows(tokens, order), tokens
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_rest: Tensor | None) -> tuple[Any, None]:
-        if grad is None:
-            return grad_rest, None
-        rest = None if grad_rest is None else grad_rest.contiguous()
-        return _to_tokens(grad.contiguous(), ctx.order, rest, None), None
+def _scatter_backward(grad: Tensor, order: Order, of: Scattered, made: Scattered) -> None:
+    columns = grad.shape[1]
+    _move(permute_scatter_backward, order.order.numel(), order, columns, grad, *of, *made)
 
 
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor | None
-    ) -> Tensor:
-        # Of plain copies nothing is needed to turn them back.
-        ctx.save_for_backward(None if probability is None else rows, rest, probability)
-        ctx.order = order
-        return _to_tokens(rows, order, rest, probability)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, rest, probability = ctx.saved_tensors
-        order: Order = ctx.order
-        grad = grad.contiguous()
-        if probability is None:
-            return _to_rows(grad, order), None, None if rest is None else grad, None
-        grad_rows = torch.empty_like(rows)
-        grad_rest = torch.empty_like(rest) if ctx.needs_input_grad[2] else None
-        grad_probability = torch.empty_like(probability)
-        _move(
-            permute_scatter_backward, order.order.numel(), order, rows.shape[1],
-            grad, rows, rest, probability, grad_rows, grad_rest, grad_probability,
-        )  # fmt: skip
-        return grad_rows, None, grad_rest, grad_probability
+_MOVES = moves.Moves(_to_rows, _to_tokens, _scatter_backward)
 
 
 def gather(tokens: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """See `zaya_kernels.moe_permute.op.gather`."""
     require_triton("moe_permute", tokens)
-    out: tuple[Tensor, Tensor] = _Gather.apply(tokens.contiguous(), order)
-    return out
+    return moves.gather(tokens, order, _MOVES)
 
 
 def rest(base: Tensor, order: Order) -> Tensor:
@@ -190,11 +153,7 @@ def scatter(rows: Tensor, order: Order, rest: Tensor | None, probability: Tensor
     """See `zaya_kernels.moe_permute.op.scatter`."""
     require_triton("moe_permute", rows, rest, probability)
     require_one_type("moe_permute", rows, rest)
-    out: Tensor = _Scatter.apply(
-        rows.contiguous(), order, None if rest is None else rest.contiguous(),
-        None if probability is None else probability.contiguous(),
-    )  # fmt: skip
-    return out
+    return moves.scatter(rows, order, rest, probability, _MOVES)
 
 
 def traffic(

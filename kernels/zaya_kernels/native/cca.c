@@ -76,11 +76,6 @@ static Task task_of(const Shape *s, const Inputs *in, long row, long group, floa
     return t;
 }
 
-/* Asks for `bytes` at `ahead` bytes from `x`, which may lie outside of everything. */
-static inline void ask_for(const char *x, long ahead, long bytes) {
-    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((void *)((uintptr_t)x + ahead + i));
-}
-
 /* One token's columns of the group, in fp32. */
 static void read_token(const Task *t, long token, float *to) {
     const Shape *s = t->s;

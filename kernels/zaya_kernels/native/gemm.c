@@ -130,11 +130,6 @@ static inline float element(Operand x, int type, long i, long s, long k) {
 }
 
 #if PAIRED
-/* Asks for what is `ahead` bytes from x, which may lie outside of everything. */
-static inline void ask_for(const void *x, long ahead) {
-    __builtin_prefetch((void *)((uintptr_t)x + ahead));
-}
-
 /* Pairs of the `left` elements of two rows, zeros up to `width`; LANES of them or less. */
 static inline void interleave(const bf16 *even, const bf16 *odd, long left, float *to, long width) {
     __mmask16 given = left < LANES ? (1 << left) - 1 : 0xffff;
@@ -149,7 +144,7 @@ static inline void pack_pairs(Operand x, long count, long steps, float *to, long
     const bf16 *even = x.data;
     for (long s = 0; s < steps; s++, even += 2 * x.column, to += width) {
         const bf16 *odd = even + x.column;
-        ask_for(even, AHEAD * x.column * 2), ask_for(odd, AHEAD * x.column * 2);
+        ask_for(even, AHEAD * x.column * 2, 1), ask_for(odd, AHEAD * x.column * 2, 1);
         for (long i = 0; i < width; i += LANES)
             interleave(even + i, odd + i, count < i ? 0 : count - i, to + i, width - i);
     }

@@ -73,6 +73,11 @@ static inline void store_bf16(bf16 *to, vec x) {
 #endif
 }
 
+/* Asks for `bytes` at `ahead` bytes from `x`, which may lie outside of everything. */
+static inline void ask_for(const void *x, long ahead, long bytes) {
+    for (long i = 0; i < bytes; i += 64) __builtin_prefetch((void *)((uintptr_t)x + ahead + i));
+}
+
 /* By its bits: 0 + x would be an addition, and no copy of -0 or of a pair of bf16. */
 static inline vec all(float x) {
     int32_t bits;
